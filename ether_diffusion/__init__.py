@@ -1,0 +1,13 @@
+"""ETHER: finetuning by hyperplane reflections (arXiv:2405.20271), for Diffusers and PEFT.
+
+Importing this package registers ETHER with PEFT and gives every `DiffusionPipeline` its `*_ether_*` methods.
+"""
+
+from .config import EtherConfig
+from .layers import EtherConv2d, EtherLayer, EtherLinear
+from .model import EtherModel, register
+
+register()
+
+__all__ = ["EtherConfig", "EtherConv2d", "EtherLayer", "EtherLinear", "EtherModel"]
+__version__ = "0.1.0"

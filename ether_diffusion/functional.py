@@ -1,0 +1,158 @@
+"""The maths of ETHER and ETHER+: the only place where a reflection is computed.
+
+Axes: d a dimension that is transformed, n its blocks, b = d/n their width, o and i outputs and inputs of a weight,
+k positions of a convolution's kernel. Raw vectors `u`, `v` have shape (n, b) and any length but zero; û = u/|u|.
+
+Source: ETHER, arXiv:2405.20271, sections 3.2 (ETHER), 3.3 (ETHER+) and 3.4 (blocks).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SMALLEST_LENGTH = 1e-30
+"""A raw vector with no entry above this has no direction: its block is left as it is."""
+
+
+def _accurate(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def normalize(raw: Tensor) -> Tensor:
+    """Unit vectors û_k = r_k / |r_k|, one per block.
+
+    raw: (n, b) of any floating dtype. Returns (n, b) in float32 (float64 for float64). Divides by the largest entry
+    first, so neither tiny nor huge vectors lose their direction; a zero vector (see SMALLEST_LENGTH) gives û = 0 and
+    finite gradients.
+    """
+    raw = raw.to(_accurate(raw.dtype))
+    largest = raw.detach().abs().amax(dim=-1, keepdim=True)  # û does not depend on it, so neither does the gradient
+    scaled = raw / torch.where(largest > SMALLEST_LENGTH, largest, torch.ones_like(largest))
+    length = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+    has_direction = largest > SMALLEST_LENGTH
+    return torch.where(has_direction, scaled / torch.where(has_direction, length, 1), torch.zeros_like(scaled))
+
+
+def _along(blocks: Tensor, unit: Tensor) -> Tensor:
+    """The part of every block that lies along its unit vector: (x·û)û; blocks (..., n, b), unit (n, b)."""
+    return (blocks * unit).sum(dim=-1, keepdim=True) * unit
+
+
+def displacement(x: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:
+    """(T − I)x on the last axis, T the ETHER transform of `u`, or the ETHER+ transform of `u` and `v`.
+
+    ETHER: −2(x·û)û per block. ETHER+: (x·v̂)v̂ − (x·û)û per block.
+    x: (..., d); u, v: (n, d/n). Returns (..., d) in float32 (float64 where x or u is), also under autocast.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        unit = normalize(u)
+        dtype = torch.promote_types(_accurate(x.dtype), unit.dtype)
+        blocks = x.to(dtype).unflatten(-1, u.shape)  # (..., n, b)
+        moved = _along(blocks, unit.to(dtype))
+        moved = -2 * moved if v is None else _along(blocks, normalize(v).to(dtype)) - moved
+        return moved.flatten(-2)
+
+
+def reflect(x: Tensor, u: Tensor, strength: float = 1.0) -> Tensor:
+    """ETHER on the last axis of x: x + α(Hx − x), with H = blockdiag_k(I − 2 û_k û_kᵀ).
+
+    x: (..., d); u: (n, d/n), any length but zero; returns x's shape and dtype. Sums in float32.
+    α = 1 reflects; α = 0 returns x itself; at α = 0.5 the direction û is erased. Source: arXiv:2405.20271, eq. 1.
+    """
+    return _moved(x, displacement(x, u), strength) if strength != 0 else x
+
+
+def relax(x: Tensor, u: Tensor, v: Tensor, strength: float = 1.0) -> Tensor:
+    """ETHER+ on the last axis of x: x + α(H⁺x − x), with H⁺ = blockdiag_k(I − û_k û_kᵀ + v̂_k v̂_kᵀ).
+
+    x: (..., d); u, v: (n, d/n), any length but zero; returns x's shape and dtype. Sums in float32.
+    Source: arXiv:2405.20271, section 3.3.
+    """
+    return _moved(x, displacement(x, u, v), strength) if strength != 0 else x
+
+
+def _moved(x: Tensor, moved: Tensor, strength: float) -> Tensor:
+    return (x.to(moved.dtype) + strength * moved).to(x.dtype)
+
+
+def adapt_weight(
+    weight: Tensor,
+    u: Tensor,
+    v: Tensor | None = None,
+    u_out: Tensor | None = None,
+    v_out: Tensor | None = None,
+    strength: float = 1.0,
+) -> Tensor:
+    """The adapted weight W(α) = W + α(H̃ W H − W); without `u_out` the output side H̃ is the identity.
+
+    Args:
+        weight: (o, i), or (o, i, *kernel): channels are transformed, every kernel position alike.
+        u, v: input side, (n, i/n). Without `v` the transform is ETHER, with it ETHER+.
+        u_out, v_out: output side, (n, o/n), likewise.
+        strength: α. At 0 the weight itself is returned.
+
+    Returns:
+        The weight's shape and dtype, computed in float32 (float64 for float64) and rounded once.
+    """
+    if strength == 0:
+        return weight
+    base = weight.to(_accurate(weight.dtype))
+    full = base + displacement(base.movedim(1, -1), u, v).movedim(-1, 1)
+    if u_out is not None:
+        full = full + displacement(full.movedim(0, -1), u_out, v_out).movedim(-1, 0)
+    return (full if strength == 1 else base + strength * (full - base)).to(weight.dtype)
+
+
+def _block_rows(unit: Tensor, dtype: torch.dtype) -> Tensor:
+    """Unit vectors (n, b) as the rows of a block-diagonal matrix (n, n·b)."""
+    return torch.block_diag(*unit.to(dtype))
+
+
+def low_rank_delta(
+    weight: Tensor,
+    u: Tensor,
+    v: Tensor | None = None,
+    u_out: Tensor | None = None,
+    v_out: Tensor | None = None,
+    strength: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Exact factors of the change, W(α) − W = B A, without a decomposition.
+
+    With the block rows U = blockdiag(ûᵀ): one-sided ETHER has A = U, B = −2α W Uᵀ, of rank n. Two-sided ETHER+, with
+    D = VᵀV − UᵀU and M = W(I + D), is W D + D̃ M: A stacks U, V, Ũ M, Ṽ M, of rank 4n at most.
+
+    Args:
+        weight, u, v, u_out, v_out, strength: as for `adapt_weight`. A (o, i, *kernel) weight counts as (o, i·k), and
+            its input side then has rank n·k.
+
+    Returns:
+        A (r, i·k) and B (o, r), in float32 (float64 for float64).
+    """
+    dtype = _accurate(weight.dtype)
+    base = weight.to(dtype).flatten(2) if weight.ndim > 2 else weight.to(dtype).unsqueeze(-1)  # (o, i, k)
+    kernel = torch.eye(base.shape[2], dtype=dtype, device=weight.device)
+    flat = base.flatten(1)  # (o, i·k)
+
+    def input_rows(raw: Tensor) -> Tensor:
+        return torch.kron(_block_rows(normalize(raw), dtype), kernel)  # (n·k, i·k)
+
+    def output_columns(raw: Tensor) -> Tensor:
+        return _block_rows(normalize(raw), dtype).T  # (o, n)
+
+    rows = input_rows(u)
+    downs, ups = [rows], [(-2 if v is None else -1) * flat @ rows.T]
+    if v is not None:
+        rows = input_rows(v)
+        downs.append(rows)
+        ups.append(flat @ rows.T)
+    if u_out is not None:
+        full = flat + torch.cat(ups, 1) @ torch.cat(downs, 0)
+        columns = output_columns(u_out)
+        downs.append(columns.T @ full)
+        ups.append((-2 if v_out is None else -1) * columns)
+        if v_out is not None:
+            columns = output_columns(v_out)
+            downs.append(columns.T @ full)
+            ups.append(columns)
+    return torch.cat(downs, 0), strength * torch.cat(ups, 1)

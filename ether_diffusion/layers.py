@@ -1,0 +1,296 @@
+"""Layers that carry ETHER adapters: one implementation for Linear and Conv2d, which differ in the channel axis alone."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from .config import EtherConfig
+from .functional import adapt_weight, displacement, low_rank_delta
+
+
+def divisors(number: int) -> list[int]:
+    return [k for k in range(1, number + 1) if number % k == 0]
+
+
+class EtherLayer(BaseTunerLayer):
+    """An adapted layer: y = f_j(x) over the active adapters in the order of their activation, on a frozen base f_0.
+
+    f_j(x) = (1 − α) f_{j−1}(x) + α H̃ f_{j−1}(Hx), the bias left as it is; so the weights compose to `W H_1 H_2 …`.
+    The raw vectors are float32 whatever the base layer is (float64 on a float64 layer).
+
+    Strength: `scaling[name]` is what applies now, the adapter's strength (`set_scale`) times the factor of the call
+    in progress (`scale_layer`, `unscale_layer`).
+    """
+
+    adapter_layer_names = ("ether_u", "ether_v", "ether_u_out", "ether_v_out")
+    other_param_names = ("method", "num_blocks", "scaling", "strength")
+    channel_axis: int  # of inputs and outputs
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: EtherConfig, layer_name: str = "") -> None:
+        nn.Module.__init__(self)
+        self.base_layer = base_layer
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict())
+        self.method: dict[str, str] = {}
+        self.num_blocks: dict[str, int] = {}
+        self.strength: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.in_features, self.out_features = self._features(self.get_base_layer())
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self.cast_input_dtype_enabled = True
+        self._unmerged_weight: Tensor | None = None
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, layer_name=layer_name)
+
+    @staticmethod
+    def _features(base: nn.Module) -> tuple[int, int]:
+        raise NotImplementedError
+
+    # Adapters -------------------------------------------------------------------------------------------------
+
+    def update_layer(self, adapter_name: str, config: EtherConfig, layer_name: str = "") -> None:
+        """Add an adapter, at its start.
+
+        Raises:
+            ValueError: `num_blocks` does not divide a transformed dimension; names the layer and the numbers that do.
+        """
+        n = config.num_blocks
+        sides = {"": self.in_features} | ({"_out": self.out_features} if config.sides == "both" else {})
+        for suffix, width in sides.items():
+            if width % n:
+                side = "output" if suffix else "input"
+                fitting = ", ".join(map(str, divisors(width)[:12]))
+                raise ValueError(
+                    f"{layer_name or type(self).__name__}: num_blocks={n} does not divide the {side} dimension "
+                    f"{width}; try {fitting}"
+                )
+        self.method[adapter_name], self.num_blocks[adapter_name] = config.method, n
+        self.strength[adapter_name] = self.scaling[adapter_name] = 1.0
+        for suffix, width in sides.items():
+            u = _random_directions(n, width // n)
+            getattr(self, f"ether_u{suffix}")[adapter_name] = nn.Parameter(u)
+            if config.method == "ether_plus":
+                v = -u if config.init_weights else _random_directions(n, width // n)
+                getattr(self, f"ether_v{suffix}")[adapter_name] = nn.Parameter(v.clone())
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """To the device of the base layer, but in float32: vectors and norms lose too much in half precision."""
+        base_device, base_dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        device = base_device if device is None else device
+        dtype = torch.float64 if base_dtype == torch.float64 else torch.float32
+        for name in self.adapter_layer_names:
+            vectors = getattr(self, name)
+            if adapter_name in vectors and vectors[adapter_name].device.type != "meta":
+                old = vectors[adapter_name]
+                vectors[adapter_name] = nn.Parameter(old.detach().to(device, dtype), requires_grad=old.requires_grad)
+
+    def vectors(self, adapter_name: str) -> dict[str, Tensor]:
+        """The raw vectors of an adapter, by the names of the arguments of `functional.adapt_weight`."""
+        found = {name: getattr(self, name) for name in self.adapter_layer_names}
+        return {
+            name.removeprefix("ether_"): vectors[adapter_name]
+            for name, vectors in found.items()
+            if adapter_name in vectors
+        }
+
+    def _own(self, adapter_names: list[str]) -> list[str]:
+        return [name for name in adapter_names if name in self.ether_u]
+
+    # Strength -------------------------------------------------------------------------------------------------
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set an adapter's strength α, and end the factor of a call in progress.
+
+        Diffusers ends a call with scale 0 by setting every scale to 1; that leaves the strength as it was.
+        """
+        if adapter not in self.ether_u:
+            return
+        ends_zeroed_call = self.scaling[adapter] == 0 and self.strength[adapter] != 0 and scale == 1.0
+        if not ends_zeroed_call:
+            self.strength[adapter] = float(scale)
+        self.scaling[adapter] = self.strength[adapter]
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply what applies now by `scale`, for the active adapters."""
+        for name in self._own(self.active_adapters):
+            self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Undo `scale_layer(scale)`; without a number, all of them."""
+        for name in self._own(self.active_adapters):
+            self.scaling[name] = self.strength[name] if not scale else self.scaling[name] / scale
+
+    # What stock LoRA calls look for on every PEFT layer: an ETHER layer holds no LoRA factors.
+
+    @property
+    def r(self) -> dict[str, int]:
+        return dict(self.num_blocks)
+
+    @property
+    def lora_A(self) -> dict:
+        return {}
+
+    @property
+    def lora_B(self) -> dict:
+        return {}
+
+    # The adapted weight ---------------------------------------------------------------------------------------
+
+    def adapted_weight(self, adapter_names: list[str], weight: Tensor | None = None) -> Tensor:
+        """`weight` (default: the base layer's) under the named adapters, one after the other, at their strengths.
+
+        Shape and dtype of the weight; rounded once, at the end.
+        """
+        base = self.get_base_layer().weight.data if weight is None else weight
+        accurate = base if base.dtype == torch.float64 else base.float()
+        for name in self._own(adapter_names):
+            accurate = adapt_weight(accurate, **self.vectors(name), strength=self.scaling[name])
+        return base if accurate is base else accurate.to(base.dtype)
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """W(α) − W of one adapter alone on the base weight, in the shape of the weight; float32 (float64)."""
+        base = self._pristine_weight()
+        down, up = self.low_rank_delta(adapter_name)
+        return (up @ down).view(base.shape)
+
+    def low_rank_delta(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """Factors (A, B) of `get_delta_weight`, flattened to (o, i·k): see `functional.low_rank_delta`."""
+        return low_rank_delta(
+            self._pristine_weight(), **self.vectors(adapter_name), strength=self.scaling[adapter_name]
+        )
+
+    def _pristine_weight(self) -> Tensor:
+        return self.get_base_layer().weight.data if self._unmerged_weight is None else self._unmerged_weight
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the adapted weight into the base layer; keeps the old weight, so that `unmerge` is exact.
+
+        Costs one more copy of the weight while merged.
+
+        Args:
+            safe_merge: check the result for NaN and infinity before anything changes.
+            adapter_names: default: the active ones.
+
+        Raises:
+            ValueError: the result is not finite (`safe_merge`), or another method's adapter lies between this one and
+                the weight and is not merged.
+        """
+        names = self._own(check_adapters_to_merge(self, adapter_names))
+        if not names:
+            return
+        inner = self.base_layer
+        if isinstance(inner, BaseTunerLayer) and not inner.merged and inner._get_available_adapters():
+            raise ValueError(
+                f"a {type(inner).__name__} with unmerged adapters lies below this ETHER layer: merging into the "
+                "weight would drop it; merge or delete it first"
+            )
+        base = self.get_base_layer()
+        merged = self.adapted_weight(self.merged_adapters + names, self._pristine_weight())
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"NaN or infinity in the merged weight: adapter {', '.join(names)} seems to be broken")
+        if self._unmerged_weight is None:
+            self._unmerged_weight = base.weight.data
+        base.weight.data = merged.contiguous() if merged is not self._unmerged_weight else merged.clone()
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put the weight back as it was before the first merge, bit for bit."""
+        if not self.merged:
+            warnings.warn("nothing is merged, so there is nothing to unmerge", stacklevel=2)
+            return
+        weight = self.get_base_layer().weight
+        weight.data = self._unmerged_weight.to(weight.device, weight.dtype)
+        self._unmerged_weight = None
+        self.merged_adapters.clear()
+
+    # Forward --------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The adapted layer on x, in the dtype of the base layer's own output.
+
+        Raises:
+            ValueError: `adapter_names`, PEFT's batches of mixed adapters, which this method does not have.
+        """
+        if "adapter_names" in kwargs:
+            raise ValueError("ETHER does not mix adapters within a batch (adapter_names): set one with set_adapter")
+        if self.merged:
+            if self.disable_adapters:
+                return torch.func.functional_call(
+                    self.get_base_layer(), {"weight": self._unmerged_weight}, (x, *args), kwargs
+                )
+            return self.base_layer(x, *args, **kwargs)
+        names = [] if self.disable_adapters else [n for n in self._own(self.active_adapters) if self.scaling[n] != 0]
+        return self._activation_side(x, names, args, kwargs)
+
+    def _activation_side(self, x: Tensor, names: list[str], args: tuple, kwargs: dict) -> Tensor:
+        """f_j(x): reflect what goes into the base layer and what comes out of it; works over any base layer."""
+        if not names:
+            return self.base_layer(x, *args, **kwargs)
+        *earlier, name = names
+        vectors, strength = self.vectors(name), self.scaling[name]
+        moved = self._displaced(x, vectors["u"], vectors.get("v"))
+        if "u_out" not in vectors:
+            return self._activation_side((x + strength * moved).to(x.dtype), earlier, args, kwargs)
+        y = self._activation_side((x + moved).to(x.dtype), earlier, args, kwargs)
+        bias = self.get_base_layer().bias
+        product = y if bias is None else y - self._as_channels(bias.to(y.dtype))
+        full = y + self._displaced(product, vectors["u_out"], vectors.get("v_out"))
+        if strength == 1:
+            return full.to(y.dtype)
+        unchanged = self._activation_side(x, earlier, args, kwargs)
+        return (unchanged + strength * (full - unchanged)).to(y.dtype)
+
+    def _displaced(self, x: Tensor, u: Tensor, v: Tensor | None) -> Tensor:
+        axis = self.channel_axis
+        return displacement(x.movedim(axis, -1), u, v).movedim(-1, axis)
+
+    @staticmethod
+    def _as_channels(bias: Tensor) -> Tensor:
+        return bias
+
+    def __repr__(self) -> str:
+        return f"ether.{super().__repr__()}"
+
+
+def _random_directions(n: int, width: int) -> Tensor:
+    """Directions drawn uniformly, of length 1: (n, width), from PyTorch's generator."""
+    return nn.functional.normalize(torch.randn(n, width, dtype=torch.float32), dim=-1)
+
+
+class EtherLinear(EtherLayer, nn.Module):
+    """ETHER over a linear layer, quantised or not: inputs (..., i), outputs (..., o)."""
+
+    channel_axis = -1
+
+    @staticmethod
+    def _features(base: nn.Module) -> tuple[int, int]:
+        return base.in_features, base.out_features
+
+
+class EtherConv2d(EtherLayer, nn.Module):
+    """ETHER over a convolution's channels, the same at every kernel position: inputs (…, i, h, w).
+
+    Raises:
+        ValueError: a grouped convolution, whose outputs see only a part of the inputs.
+    """
+
+    channel_axis = -3
+
+    @staticmethod
+    def _features(base: nn.Module) -> tuple[int, int]:
+        if base.groups != 1:
+            raise ValueError(f"ETHER does not reflect grouped convolutions (groups={base.groups}): exclude the layer")
+        return base.in_channels, base.out_channels
+
+    @staticmethod
+    def _as_channels(bias: Tensor) -> Tensor:
+        return bias[:, None, None]

@@ -1,0 +1,115 @@
+"""Scenes to pixels: a picture, and a semantic map with the same geometry."""
+
+from __future__ import annotations
+
+import colorsys
+import math
+import random
+from typing import TYPE_CHECKING, NamedTuple
+
+from PIL import Image, ImageDraw
+
+from .shapes import LABELS, Polygon
+
+if TYPE_CHECKING:
+    from .world import Scene
+
+SIZE = 64  # pixels
+SUPERSAMPLING = 4
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (220, 38, 38),
+    "orange": (255, 140, 20),
+    "yellow": (250, 222, 50),
+    "green": (40, 160, 60),
+    "cyan": (70, 214, 222),
+    "blue": (40, 72, 210),
+    "purple": (130, 50, 170),
+    "pink": (255, 150, 190),
+    "brown": (122, 74, 36),
+    "gray": (138, 138, 138),
+    "white": (246, 246, 246),
+    "black": (24, 24, 24),
+}
+PATTERNS = ("plain", "striped", "dotted", "checkered")
+JITTER = 7  # of a channel's 255: a colour's name covers a neighbourhood, not one value
+PATTERN_CONTRAST = 0.22  # how far a pattern's second tone lies from the first, towards white or black
+
+
+class Rendering(NamedTuple):
+    """`image`: RGB, SIZE × SIZE. `labels`: mode L, SIZE × SIZE, indices into `shapes.LABELS`."""
+
+    image: Image.Image
+    labels: Image.Image
+
+
+def _second_tone(rgb: tuple[int, int, int]) -> tuple[int, int, int]:
+    target = 255 if sum(rgb) < 330 else 0
+    return tuple(round(c + PATTERN_CONTRAST * (target - c)) for c in rgb)
+
+
+def _paint_pattern(draw: ImageDraw.ImageDraw, pattern: str, rgb: tuple[int, int, int], side: int, phase: float):
+    second = _second_tone(rgb)
+    period = side / 5
+    shift = phase * period
+    rows = range(-1, 7)
+    if pattern == "striped":
+        for k in rows:
+            top = k * period + shift
+            draw.rectangle((0, top, side, top + period / 2), fill=second)
+    elif pattern == "dotted":
+        radius = period * 0.24
+        for j in rows:
+            for k in rows:
+                x, y = (j + 0.5 * (k % 2)) * period + shift, k * period + shift
+                draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=second)
+    elif pattern == "checkered":
+        for j in rows:
+            for k in rows:
+                if (j + k) % 2:
+                    x, y = j * period + shift, k * period + shift
+                    draw.rectangle((x, y, x + period, y + period), fill=second)
+
+
+def _placed(polygon: Polygon, cx: float, cy: float, radius: float, tilt: float, scale: float) -> list[tuple]:
+    """Unit polygon to pixels: rotate by `tilt` degrees, scale by `radius`, move to (cx, cy) (fractions of the side)."""
+    cos, sin = math.cos(math.radians(tilt)), math.sin(math.radians(tilt))
+    return [
+        ((cx + radius * (x * cos - y * sin)) * scale, (cy + radius * (x * sin + y * cos)) * scale) for x, y in polygon
+    ]
+
+
+def render(scene: Scene, size: int = SIZE) -> Rendering:
+    """Paint a scene at `size` × `size` pixels, antialiased, with its semantic map (not antialiased).
+
+    The colours' jitter and the pattern's phase come from `scene.seed` alone, so a scene has one picture.
+    """
+    rng = random.Random(scene.seed)
+    tones = {
+        name: tuple(min(255, max(0, c + rng.randint(-JITTER, JITTER))) for c in rgb) for name, rgb in COLOURS.items()
+    }
+    side = size * SUPERSAMPLING
+    image = Image.new("RGB", (side, side), tones[scene.background])
+    labels = Image.new("L", (side, side), 0)
+    draw, mark = ImageDraw.Draw(image), ImageDraw.Draw(labels)
+    _paint_pattern(draw, scene.pattern, tones[scene.background], side, rng.random())
+    for thing in scene.things:
+        for patch in thing.patches():
+            points = _placed(patch.polygon, thing.x, thing.y, thing.radius, thing.tilt, side)
+            draw.polygon(points, fill=tones[patch.colour])
+            mark.polygon(points, fill=LABELS.index(patch.part))
+    return Rendering(
+        image.resize((size, size), Image.Resampling.BOX), labels.resize((size, size), Image.Resampling.NEAREST)
+    )
+
+
+def label_picture(labels: Image.Image) -> Image.Image:
+    """A semantic map as an RGB control picture: one fixed, distinct colour for each class."""
+    palette = []
+    for index in range(len(LABELS)):
+        hue, light = (index * 0.618034) % 1.0, 0.35 + 0.15 * (index % 3)
+        rgb = (0.0, 0.0, 0.0) if index == 0 else colorsys.hls_to_rgb(hue, light, 0.9)
+        palette += [round(255 * c) for c in rgb]
+    indexed = labels.copy()
+    indexed.putpalette(palette + [0] * (768 - len(palette)))
+    return indexed.convert("RGB")

@@ -1,0 +1,175 @@
+"""What a family provides, and where its models come from."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import ConfigMixin, DiffusionPipeline
+from torch import Tensor, nn
+
+from ether_diffusion import miniature
+from ether_diffusion.training.options import InputError, ModelOptions
+
+MINIATURE_NAME = "ether-diffusion miniature"
+
+Conditioning = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a pipeline comes from: a folder or an id on the Hub, and which revision and variant of it."""
+
+    path: str
+    revision: str | None = None
+    variant: str | None = None
+
+    @classmethod
+    def from_options(cls, options: ModelOptions) -> "ModelSource":
+        path = options.pretrained_model_name_or_path
+        return cls(str(miniature.FOLDER) if path is None else path, options.revision, options.variant)
+
+    @property
+    def is_miniature(self) -> bool:
+        return Path(self.path).resolve() == Path(miniature.FOLDER).resolve()
+
+    @property
+    def name(self) -> str:
+        """What to call the model in public: a Hub id as it is, of a local folder only the last part."""
+        if self.is_miniature:
+            return MINIATURE_NAME
+        return Path(self.path).resolve().name if Path(self.path).exists() else self.path
+
+    @property
+    def given(self) -> str:
+        """The option and its value, to begin an error message with."""
+        return f"--pretrained_model_name_or_path {self.path}"
+
+    def pipeline_class(self) -> str:
+        """The class named in `model_index.json`."""
+        return str(self.config()["_class_name"])
+
+    def config(self, component: str | None = None, kind: type[ConfigMixin] = DiffusionPipeline) -> dict[str, Any]:
+        """The JSON config of the pipeline, or of one of its components; no weights are read.
+
+        Raises:
+            InputError: it is not there or cannot be read.
+        """
+        where = {} if component is None else {"subfolder": component}
+        with self.reading():
+            return dict(kind.load_config(self.path, revision=self.revision, **where))
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Turns the errors of a folder or a Hub id that is no usable pipeline into one `InputError`."""
+        looks_local = self.path.startswith(("/", ".", "~", "\\")) or self.path.count("/") > 1
+        if looks_local and not Path(self.path).is_dir():
+            raise InputError(f"{self.given}: there is no such folder")
+        try:
+            yield
+        except InputError:
+            raise
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"{self.given}: cannot be read as a diffusers pipeline: {error}") from error
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A pipeline without its weights, on which everything that can fail is tried first.
+
+    models: the components that can be adapted, on the meta device.
+    native_resolution: side in pixels of the pictures that the denoiser was made for.
+    resolution_multiple: what the side of a training picture must be divisible by.
+    """
+
+    models: dict[str, nn.Module]
+    native_resolution: int
+    resolution_multiple: int
+
+    def fit_resolution(self, resolution: int | None) -> int:
+        """The resolution asked for, or the native one.
+
+        Raises:
+            InputError: the models cannot take pictures of this size.
+        """
+        if resolution is None:
+            return self.native_resolution
+        if resolution % self.resolution_multiple:
+            below = resolution // self.resolution_multiple * self.resolution_multiple
+            fits = " or ".join(str(size) for size in (below, below + self.resolution_multiple) if size)
+            raise InputError(
+                f"--resolution: got {resolution}, needs a multiple of {self.resolution_multiple} (the autoencoder's "
+                f"factor): {fits}; the model's native size is {self.native_resolution}"
+            )
+        return resolution
+
+
+class Family(ABC):
+    """One kind of pipeline, as training sees it. Shapes: pixels (3, h, w), latents (b, c, h', w').
+
+    Class attributes:
+        pipeline_class: the pipeline that it covers.
+        denoiser: name of the component that removes noise.
+        text_encoders: names of the components that encode prompts.
+    """
+
+    pipeline_class: ClassVar[type[DiffusionPipeline]]
+    denoiser: ClassVar[str]
+    text_encoders: ClassVar[tuple[str, ...]]
+
+    def __init__(self, pipe: DiffusionPipeline):
+        self.pipe = pipe
+
+    @classmethod
+    @abstractmethod
+    def read_blueprint(cls, source: ModelSource) -> Blueprint:
+        """The pipeline without weights. Raises `InputError` where training does not cover this pipeline."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, source: ModelSource, dtype: torch.dtype) -> "Family":
+        """The pipeline with its weights, all of one dtype. Raises `InputError` where it cannot be read."""
+
+    @property
+    @abstractmethod
+    def native_resolution(self) -> int:
+        """Side in pixels of the pictures that the denoiser was made for."""
+
+    @property
+    @abstractmethod
+    def timestep_count(self) -> int:
+        """Number of timesteps of the training schedule."""
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """What the denoiser is told; every tensor has one row per prompt. Gradients flow to the text encoders."""
+
+    @abstractmethod
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """One picture (3, h, w) as the autoencoder's distribution: its parameters, (2c, h', w'), float32."""
+
+    @abstractmethod
+    def make_latents(self, moments: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Scaled latents (c, h', w'), float32, drawn from one distribution, or its mean where generator is None."""
+
+    @abstractmethod
+    def draw_timestep(self, generator: torch.Generator) -> int:
+        """A timestep for training, as this family distributes them."""
+
+    @abstractmethod
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The latents at these timesteps (b,), float32."""
+
+    @abstractmethod
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the denoiser should answer, float32."""
+
+    @abstractmethod
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """What the denoiser answers, in the shape of the latents."""
+
+    def component(self, name: str) -> nn.Module:
+        return getattr(self.pipe, name)
