@@ -3,11 +3,13 @@
 Importing this package registers ETHER with PEFT and gives every `DiffusionPipeline` its `*_ether_*` methods.
 """
 
+from . import loaders
 from .config import EtherConfig
 from .layers import EtherConv2d, EtherLayer, EtherLinear
 from .model import EtherModel, register
 
 register()
+loaders.install()
 
 __all__ = ["EtherConfig", "EtherConv2d", "EtherLayer", "EtherLinear", "EtherModel"]
 __version__ = "0.1.0"

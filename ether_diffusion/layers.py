@@ -1,4 +1,4 @@
-"""Layers that carry ETHER adapters: one implementation for Linear and Conv2d, which differ in the channel axis alone."""
+"""Layers that carry ETHER adapters: one implementation, in which Linear and Conv2d differ by the channel axis alone."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ class EtherLayer(BaseTunerLayer):
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True
         self._unmerged_weight: Tensor | None = None
+        self._merged_scaling: dict[str, float] = {}
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, layer_name=layer_name)
 
@@ -144,15 +145,16 @@ class EtherLayer(BaseTunerLayer):
 
     # The adapted weight ---------------------------------------------------------------------------------------
 
-    def adapted_weight(self, adapter_names: list[str], weight: Tensor | None = None) -> Tensor:
-        """`weight` (default: the base layer's) under the named adapters, one after the other, at their strengths.
+    def adapted_weight(self, adapter_names: list[str], strengths: dict[str, float] | None = None) -> Tensor:
+        """The base weight as it is unmerged, under the named adapters, one after the other.
 
-        Shape and dtype of the weight; rounded once, at the end.
+        Shape and dtype of the weight; rounded once, at the end. Strengths default to what applies now.
         """
-        base = self.get_base_layer().weight.data if weight is None else weight
+        base = self._pristine_weight()
         accurate = base if base.dtype == torch.float64 else base.float()
         for name in self._own(adapter_names):
-            accurate = adapt_weight(accurate, **self.vectors(name), strength=self.scaling[name])
+            strength = (strengths or self.scaling)[name]
+            accurate = adapt_weight(accurate, **self.vectors(name), strength=strength)
         return base if accurate is base else accurate.to(base.dtype)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
@@ -194,13 +196,15 @@ class EtherLayer(BaseTunerLayer):
                 "weight would drop it; merge or delete it first"
             )
         base = self.get_base_layer()
-        merged = self.adapted_weight(self.merged_adapters + names, self._pristine_weight())
+        strengths = self._merged_scaling | {name: self.scaling[name] for name in names}
+        merged = self.adapted_weight(self.merged_adapters + names, strengths)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"NaN or infinity in the merged weight: adapter {', '.join(names)} seems to be broken")
         if self._unmerged_weight is None:
             self._unmerged_weight = base.weight.data
         base.weight.data = merged.contiguous() if merged is not self._unmerged_weight else merged.clone()
         self.merged_adapters.extend(names)
+        self._merged_scaling = strengths
 
     def unmerge(self) -> None:
         """Put the weight back as it was before the first merge, bit for bit."""
@@ -211,6 +215,7 @@ class EtherLayer(BaseTunerLayer):
         weight.data = self._unmerged_weight.to(weight.device, weight.dtype)
         self._unmerged_weight = None
         self.merged_adapters.clear()
+        self._merged_scaling = {}
 
     # Forward --------------------------------------------------------------------------------------------------
 

@@ -72,7 +72,7 @@ def _paint_pattern(draw: ImageDraw.ImageDraw, pattern: str, rgb: tuple[int, int,
 
 
 def _placed(polygon: Polygon, cx: float, cy: float, radius: float, tilt: float, scale: float) -> list[tuple]:
-    """Unit polygon to pixels: rotate by `tilt` degrees, scale by `radius`, move to (cx, cy) (fractions of the side)."""
+    """Unit polygon to pixels: rotate by `tilt` degrees, scale by `radius`, move to (cx, cy), in sides."""
     cos, sin = math.cos(math.radians(tilt)), math.sin(math.radians(tilt))
     return [
         ((cx + radius * (x * cos - y * sin)) * scale, (cy + radius * (x * sin + y * cos)) * scale) for x, y in polygon

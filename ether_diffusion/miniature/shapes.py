@@ -40,9 +40,7 @@ def _rays(count: int, outer: float, inner: float) -> Polygon:
     """A star with `count` rays, the first pointing up."""
     turn = math.pi / count
     radii = (outer, inner)
-    return tuple(
-        (radii[k % 2] * math.sin(k * turn), -radii[k % 2] * math.cos(k * turn)) for k in range(2 * count)
-    )
+    return tuple((radii[k % 2] * math.sin(k * turn), -radii[k % 2] * math.cos(k * turn)) for k in range(2 * count))
 
 
 def _heart() -> Polygon:
@@ -79,7 +77,7 @@ SHAPES: dict[str, Polygon] = {
 
 
 class FigureClass(NamedTuple):
-    """A class of figures: coloured parts, the neighbour that each must differ from, styles, and how it is assembled."""
+    """A class of figures: coloured parts, the neighbour each must differ from, styles, and how it is assembled."""
 
     parts: dict[str, str]
     styles: dict[str, int]
@@ -92,9 +90,15 @@ def _toy(colour: dict[str, str], style: dict[str, int]) -> list[Patch]:
         ((-0.52, -0.5), (-0.46, -1.06), (-0.1, -0.74)),
         ellipse(-0.26, -0.88, 0.12, 0.32),
     )[style["ears"]]
-    body = (ellipse(0, 0.32, 0.46, 0.48), box(0, 0.3, 0.42, 0.44), ((-0.28, -0.16), (0.28, -0.16), (0.54, 0.8), (-0.54, 0.8)))
+    body = (
+        ellipse(0, 0.32, 0.46, 0.48),
+        box(0, 0.3, 0.42, 0.44),
+        ((-0.28, -0.16), (0.28, -0.16), (0.54, 0.8), (-0.54, 0.8)),
+    )
     head = (ellipse(0, -0.44, 0.42, 0.38), box(0, -0.44, 0.38, 0.33))[style["head"]]
-    arm = (ellipse(-0.58, 0.16, 0.22, 0.13), ellipse(-0.5, 0.3, 0.13, 0.28), ellipse(-0.56, -0.04, 0.14, 0.24))[style["limbs"]]
+    arm = (ellipse(-0.58, 0.16, 0.22, 0.13), ellipse(-0.5, 0.3, 0.13, 0.28), ellipse(-0.56, -0.04, 0.14, 0.24))[
+        style["limbs"]
+    ]
     leg = ellipse(-0.26, 0.84, 0.19, 0.15)
     patches = [Patch(p, colour["ears"], "ears") for p in (ear, mirrored(ear))]
     patches += [Patch(p, colour["limbs"], "limbs") for p in (arm, mirrored(arm), leg, mirrored(leg))]
@@ -112,10 +116,22 @@ def _face(colour: dict[str, str], style: dict[str, int]) -> list[Patch]:
     head = (ellipse(0, 0.1, 0.66, 0.74), box(0, 0.1, 0.6, 0.7), ellipse(0, 0.14, 0.76, 0.64))[style["head"]]
     hair = (
         ellipse(0, -0.16, 0.76, 0.62, 180, 360),
-        ((-0.74, 0.0), (-0.8, -0.74), (-0.46, -0.42), (-0.26, -0.86), (0, -0.46), (0.26, -0.86), (0.46, -0.42), (0.8, -0.74), (0.74, 0.0)),
+        (
+            (-0.74, 0.0),
+            (-0.8, -0.74),
+            (-0.46, -0.42),
+            (-0.26, -0.86),
+            (0, -0.46),
+            (0.26, -0.86),
+            (0.46, -0.42),
+            (0.8, -0.74),
+            (0.74, 0.0),
+        ),
         box(-0.68, 0.2, 0.16, 0.62),
     )
-    mouth = (ellipse(0, 0.46, 0.3, 0.2, 0, 180), box(0, 0.54, 0.28, 0.07), ellipse(0, 0.54, 0.15, 0.15))[style["mouth"]]
+    mouth = (ellipse(0, 0.46, 0.3, 0.2, 0, 180), box(0, 0.54, 0.28, 0.07), ellipse(0, 0.54, 0.15, 0.15))[
+        style["mouth"]
+    ]
     hat = (
         (box(0, -0.5, 0.72, 0.09), box(0, -0.78, 0.4, 0.28)),
         (((-0.6, -0.42), (0, -1.12), (0.6, -0.42)),),
@@ -146,7 +162,9 @@ def _house(colour: dict[str, str], style: dict[str, int]) -> list[Patch]:
     side = (-1, 1)[style["door"]]
     door = box(side * wide * 0.5, bottom - 0.27, 0.15, 0.27)
     middle = top + tall * 0.75
-    window = (box(-side * wide * 0.45, middle, 0.17, 0.17), ellipse(-side * wide * 0.45, middle, 0.19, 0.19))[style["windows"]]
+    window = (box(-side * wide * 0.45, middle, 0.17, 0.17), ellipse(-side * wide * 0.45, middle, 0.19, 0.19))[
+        style["windows"]
+    ]
     chimney = box((0.42, -0.42)[style["chimney"]] * wide, top - 0.42, 0.1, 0.34)
     return [
         Patch(chimney, colour["chimney"], "chimney"),

@@ -130,8 +130,12 @@ def train_vae(args: argparse.Namespace, pictures: Pictures) -> AutoencoderKL:
     vae = channels_last(models.build_vae(), args.device)
 
     def loss_of(indices: Tensor, generator: torch.Generator) -> Tensor:
-        top, left = (4 * torch.randint(9, (2,), generator=generator)).tolist()  # one crop of 32×32, a quarter of the work
-        x = pictures.batch(indices)[:, :, top : top + 32, left : left + 32].to(args.device, memory_format=torch.channels_last)
+        top, left = (
+            4 * torch.randint(9, (2,), generator=generator)
+        ).tolist()  # one crop of 32×32, a quarter of the work
+        x = pictures.batch(indices)[:, :, top : top + 32, left : left + 32].to(
+            args.device, memory_format=torch.channels_last
+        )
         with torch.autocast(args.device.type, torch.bfloat16):
             posterior = vae.encode(x).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator).to(args.device)
@@ -149,7 +153,9 @@ def train_clip(args: argparse.Namespace, pictures: Pictures, tokens: Tensor, tok
 
     def loss_of(indices: Tensor, generator: torch.Generator) -> Tensor:
         with torch.autocast(args.device.type, torch.bfloat16):
-            out = clip(input_ids=tokens[indices].to(args.device), pixel_values=pictures.batch(indices).to(args.device))
+            ids = tokens[indices]
+            ids = ids[:, : int((ids != tokenizer.eos_token_id).sum(1).max()) + 1]  # nothing attends to what follows
+            out = clip(input_ids=ids.to(args.device), pixel_values=pictures.batch(indices).to(args.device))
         logits = out.logits_per_image.float()
         # Pictures that share a caption are not told apart.
         same = (tokens[indices][:, None] == tokens[indices][None]).all(-1).float().to(args.device)
@@ -230,7 +236,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="which to run (earlier ones done)")
     parser.add_argument("--pictures", type=int, default=80_000)
     parser.add_argument("--vae_steps", type=int, default=3000)
-    parser.add_argument("--clip_steps", type=int, default=1500)
+    parser.add_argument("--clip_steps", type=int, default=1000)
     parser.add_argument("--unet_steps", type=int, default=9000)
     parser.add_argument("--unet_lr", type=float, default=8e-4)
     parser.add_argument("--seed", type=int, default=0)

@@ -86,7 +86,9 @@ def add_adapters(models: Mapping[str, nn.Module], configs: Mapping[str, EtherCon
 
 def trained_parameters(models: Mapping[str, nn.Module], configs: Mapping[str, EtherConfig]) -> list[nn.Parameter]:
     """The parameters of the adapters, in the order of the modules."""
-    return [parameter for component in configs for parameter in models[component].parameters() if parameter.requires_grad]
+    return [
+        parameter for component in configs for parameter in models[component].parameters() if parameter.requires_grad
+    ]
 
 
 def adapted_layers(model: nn.Module) -> list[EtherLayer]:

@@ -141,7 +141,9 @@ def denoising_loss(
         ValueError: an empty grid.
     """
     if timesteps < 1 or noises < 1 or batch_size < 1:
-        raise ValueError(f"timesteps={timesteps}, noises={noises}, batch_size={batch_size}: each needs to be at least 1")
+        raise ValueError(
+            f"timesteps={timesteps}, noises={noises}, batch_size={batch_size}: each needs to be at least 1"
+        )
     family = family_of(pipe)
     side = family.native_resolution if resolution is None else resolution
     latents = family.make_latents(family.encode_pixels(to_pixels(center_square(image, side))), None)  # (c, h, w)

@@ -251,7 +251,9 @@ def parse_options(
     made = {}
     for name, group in _groups(options).items():
         values = {each.name: parsed[each.name] for each in fields(group)}
-        made[name] = group(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        made[name] = group(
+            **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        )
     return options(**made)
 
 

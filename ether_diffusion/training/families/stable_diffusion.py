@@ -33,7 +33,11 @@ class StableDiffusion(Family):
     @classmethod
     def read_blueprint(cls, source: ModelSource) -> Blueprint:
         index = source.config()
-        for component, kind in {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}.items():
+        for component, kind in {
+            "unet": UNet2DConditionModel,
+            "vae": AutoencoderKL,
+            "text_encoder": CLIPTextModel,
+        }.items():
             arrived = (index.get(component) or [None, None])[1]
             if arrived != kind.__name__:
                 raise InputError(f"{source.given}: its {component} is a {arrived}, needs a {kind.__name__}")

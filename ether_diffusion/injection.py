@@ -1,0 +1,277 @@
+"""Adapters on a pipeline's components: check a checkpoint against them, put it on, collect it, take it off."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from peft import inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from .checkpoint import Checkpoint, canonical_path, expected_vectors
+from .config import EtherConfig
+from .layers import EtherLayer
+
+FINGERPRINT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def models_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The pipeline's components that are modules, by name."""
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+def ether_layers(model: nn.Module) -> Iterator[tuple[str, EtherLayer]]:
+    """Names and ETHER layers of a model."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, EtherLayer))
+
+
+def adapters_of(pipe: DiffusionPipeline) -> dict[str, list[str]]:
+    """ETHER adapters and the components that carry them: name -> components."""
+    found: dict[str, list[str]] = {}
+    for component, model in models_of(pipe).items():
+        for name in dict.fromkeys(name for _, layer in ether_layers(model) for name in layer.ether_u):
+            found.setdefault(name, []).append(component)
+    return found
+
+
+# Checks -------------------------------------------------------------------------------------------------------
+
+
+def _resolve(model: nn.Module, path: str) -> nn.Module | None:
+    """The module at a canonical path, in whichever release's naming the model has."""
+    modules = dict(model.named_modules())
+    for candidate in (path, path.removeprefix("text_model."), f"text_model.{path}"):
+        if candidate in modules:
+            return modules[candidate]
+    return None
+
+
+def _layers_for(where: str, model: nn.Module, config: EtherConfig, tensors: Mapping[str, Tensor]) -> dict[str, dict]:
+    """Check one component's vectors against a model: module path in this model -> vectors by name.
+
+    Raises:
+        ValueError: names the first module that does not fit, what the file has for it and what it would need.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        path, _, vector = key.rpartition(".")
+        module = _resolve(model, path)
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if base is None:
+            raise ValueError(
+                f"{where}: {path} does not exist in this {type(model).__name__}; the adapter was made for another "
+                "architecture"
+            )
+        width = _width(base, vector)
+        if width is None:
+            raise ValueError(f"{where}: {path} is a {type(base).__name__} here, not a Linear or Conv2d to adapt")
+        if vector not in expected_vectors(config):
+            raise ValueError(f"{where}: {key} does not belong to {config.method} with sides={config.sides!r}")
+        n = config.num_blocks
+        if width % n or tuple(tensor.shape) != (n, width // n):
+            side = "outputs" if vector.endswith("_out") else "inputs"
+            fits = f"({n}, {width // n})" if width % n == 0 else f"num_blocks that divide {width}"
+            raise ValueError(
+                f"{where}: {key} has shape {tuple(tensor.shape)}, but the layer here has {width} {side} and needs "
+                f"{fits}; the adapter was made for another architecture"
+            )
+        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            raise ValueError(f"{where}: {key} is not made of finite floating-point numbers")
+        found.setdefault(names[id(module)], {})[vector] = tensor
+    for path, vectors in found.items():
+        if missing := set(expected_vectors(config)) - set(vectors):
+            raise ValueError(f"{where}: {path} lacks {', '.join(sorted(missing))}")
+    return found
+
+
+def _width(base: nn.Module, vector: str) -> int | None:
+    out = vector.endswith("_out")
+    if isinstance(base, nn.Conv2d):
+        return base.out_channels if out else base.in_channels
+    return getattr(base, "out_features" if out else "in_features", None)
+
+
+def _name_component(checkpoint: Checkpoint, models: Mapping[str, nn.Module]) -> Checkpoint:
+    """Find the component of a checkpoint that does not name it, as the only one that it fits."""
+    config, tensors = checkpoint.configs[None], checkpoint.tensors[None]
+    fitting, reasons = [], []
+    for component, model in models.items():
+        try:
+            _layers_for(component, model, config, tensors)
+            fitting.append(component)
+        except ValueError as error:
+            reasons.append(str(error))
+    if len(fitting) != 1:
+        what = f"fits several components ({', '.join(fitting)})" if fitting else "fits no component of this pipeline"
+        raise ValueError("; ".join([f"{checkpoint.source} {what}", *([] if fitting else reasons)]))
+    component = fitting[0]
+    return Checkpoint({component: config}, {component: tensors}, checkpoint.metadata, checkpoint.source)
+
+
+def plan(pipe: DiffusionPipeline, checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, dict[str, dict]]]:
+    """Check a checkpoint against a pipeline without changing it: component -> module path -> vectors.
+
+    Raises:
+        ValueError: whatever does not fit.
+    """
+    models = models_of(pipe)
+    if None in checkpoint.configs:
+        checkpoint = _name_component(checkpoint, models)
+    if unknown := sorted(set(checkpoint.tensors) - set(models)):
+        raise ValueError(
+            f"{checkpoint.source} adapts {', '.join(unknown)}, which this {type(pipe).__name__} does not have; it has "
+            f"{', '.join(models)}"
+        )
+    found = {
+        component: _layers_for(component, models[component], checkpoint.configs[component], tensors)
+        for component, tensors in checkpoint.tensors.items()
+    }
+    return checkpoint, found
+
+
+# Putting on and taking off ------------------------------------------------------------------------------------
+
+
+def free_name(pipe: DiffusionPipeline) -> str:
+    taken = {name for model in models_of(pipe).values() for name in getattr(model, "peft_config", {})}
+    return next(name for k in range(len(taken) + 1) if (name := f"default_{k}") not in taken)
+
+
+def put_on(pipe: DiffusionPipeline, checkpoint: Checkpoint, adapter_name: str) -> None:
+    """Check everything, then add the adapter to every component it has vectors for, and make it the active one.
+
+    Raises:
+        ValueError: the name is taken, or the checkpoint does not fit. Nothing has changed then.
+    """
+    models = models_of(pipe)
+    for component, model in models.items():
+        if adapter_name in getattr(model, "peft_config", {}):
+            raise ValueError(f"an adapter called {adapter_name!r} is already on {component}: choose another name")
+        if any(layer.merged for _, layer in ether_layers(model)):
+            raise ValueError(f"{component} has a fused ETHER adapter: call unfuse_ether before loading another")
+    checkpoint, found = plan(pipe, checkpoint)
+    try:
+        for component, layers in found.items():
+            _inject(models[component], checkpoint.configs[component], layers, adapter_name)
+    except BaseException:
+        for component in found:
+            take_off(models[component], adapter_name)
+        raise
+
+
+def _inject(model: nn.Module, config: EtherConfig, layers: Mapping[str, dict], adapter_name: str) -> None:
+    fields = {name: getattr(config, name) for name in ("method", "num_blocks", "sides")}
+    exact = EtherConfig(**fields, target_modules=list(layers), inference_mode=True)
+    inject_adapter_in_model(exact, model, adapter_name, low_cpu_mem_usage=True)  # draws no random start
+    if config.target_modules is not None:
+        exact.target_modules = config.target_modules
+    modules = dict(model.named_modules())
+    for path, vectors in layers.items():
+        layer = modules[path]
+        for name, tensor in vectors.items():
+            # A copy: the caller's tensors, and a memory-mapped file, stay apart from the model.
+            getattr(layer, name)[adapter_name] = nn.Parameter(tensor.detach().clone(), requires_grad=False)
+        layer._move_adapter_to_device_of_base_layer(adapter_name)
+    if hasattr(type(model), "_hf_peft_config_loaded"):
+        model._hf_peft_config_loaded = True
+
+
+def take_off(model: nn.Module, adapter_name: str | None = None) -> None:
+    """Remove one ETHER adapter, or all; a layer without any becomes what it wrapped, unmerged.
+
+    Where no adapter of any method is left, the model's own attributes are as they were before the first.
+    """
+    for path, layer in list(ether_layers(model)):
+        if layer.merged:
+            layer.unmerge()
+        for name in [adapter_name] if adapter_name else list(layer.ether_u):
+            if name in layer.ether_u:
+                layer.delete_adapter(name)
+        if not layer.ether_u:
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.base_layer)
+    configs = getattr(model, "peft_config", {})
+    for name in [name for name, config in configs.items() if isinstance(config, EtherConfig)]:
+        if adapter_name in (None, name):
+            del configs[name]
+    if not configs:
+        for attribute in ("peft_config", "_hf_peft_config_loaded"):
+            model.__dict__.pop(attribute, None)
+
+
+# Collecting ---------------------------------------------------------------------------------------------------
+
+
+def collect(pipe: DiffusionPipeline, adapter_name: str) -> Checkpoint:
+    """The named adapter as it is on the pipeline, with what identifies its base model."""
+    configs: dict[str | None, EtherConfig] = {}
+    tensors: dict[str | None, dict[str, Tensor]] = {}
+    fingerprints: dict[str, dict[str, str]] = {}
+    models = models_of(pipe)
+    for component in adapters_of(pipe)[adapter_name]:
+        model = models[component]
+        layers = {
+            canonical_path(component, path): layer
+            for path, layer in ether_layers(model)
+            if adapter_name in layer.ether_u
+        }
+        configs[component] = model.peft_config[adapter_name]
+        tensors[component] = {
+            f"{path}.ether_{name}": vector.detach()
+            for path, layer in layers.items()
+            for name, vector in layer.vectors(adapter_name).items()
+        }
+        fingerprints[component] = fingerprint(layers)
+    metadata = {"base_model": base_model_name(pipe), "base_fingerprint": fingerprints}
+    return Checkpoint(configs, tensors, metadata)
+
+
+def fingerprint(layers: Mapping[str, EtherLayer]) -> dict[str, str]:
+    """SHA-256 over the base weights of adapted layers (path, shape, values), by the dtype they are rounded to.
+
+    A float32 model has one for each half precision, so that its own half-precision copies are recognised; a model in
+    half precision has its own alone, a quantised or offloaded one none.
+    """
+    weights = {path: layer._pristine_weight() for path, layer in sorted(layers.items())}
+    if any(w.device.type == "meta" or not w.is_floating_point() for w in weights.values()):
+        return {}
+    prints = {}
+    for name, dtype in FINGERPRINT_DTYPES.items():
+        if all(w.dtype in (dtype, torch.float32, torch.float64) for w in weights.values()):
+            total = hashlib.sha256()
+            for path, weight in weights.items():
+                total.update(f"\0{path}\0{tuple(weight.shape)}\0".encode())
+                total.update(weight.detach().to("cpu", dtype).contiguous().view(torch.uint8).numpy().data)
+            prints[name] = total.hexdigest()
+    return prints
+
+
+def other_base(pipe: DiffusionPipeline, adapter_name: str, metadata: Mapping[str, Any]) -> list[str]:
+    """Components whose base weights are not those that the adapter was made on, as far as can be told."""
+    recorded = metadata.get("base_fingerprint")
+    if not isinstance(recorded, dict):
+        return []
+    differing = []
+    for component, model in models_of(pipe).items():
+        layers = {canonical_path(component, p): la for p, la in ether_layers(model) if adapter_name in la.ether_u}
+        then = recorded.get(component)
+        if layers and isinstance(then, dict):
+            now = fingerprint(layers)
+            shared = set(now) & set(then)
+            if shared and all(now[name] != then[name] for name in shared):
+                differing.append(component)
+    return differing
+
+
+def base_model_name(pipe: DiffusionPipeline) -> str | None:
+    """Hub id of the base model, or the name of its folder: a path says nothing on another machine."""
+    name = getattr(pipe.config, "_name_or_path", None)
+    if not name:
+        return None
+    return Path(name).name if Path(name).is_dir() else str(name)
