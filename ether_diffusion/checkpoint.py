@@ -181,7 +181,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     tensors, header = _open(path)
     if "ether" not in header:
         raise ValueError(f"{path} is a safetensors file, but holds no ETHER adapter (no 'ether' in its metadata)")
-    if header.get("sha256") != digest(tensors, header["ether"]):
+    signed = {"format": "pt", "ether": header["ether"], "sha256": digest(tensors, header["ether"])}
+    if header != signed:
         raise ValueError(f"{path} is damaged: its content does not match the SHA-256 in its metadata")
     try:
         document = json.loads(header["ether"])

@@ -28,9 +28,9 @@ def normalize(raw: Tensor) -> Tensor:
     """
     raw = raw.to(_accurate(raw.dtype))
     largest = raw.detach().abs().amax(dim=-1, keepdim=True)  # û does not depend on it, so neither does the gradient
-    scaled = raw / torch.where(largest > SMALLEST_LENGTH, largest, torch.ones_like(largest))
+    has_direction = ~(largest <= SMALLEST_LENGTH)  # NaN goes on, to be seen
+    scaled = raw / torch.where(has_direction, largest, 1)
     length = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
-    has_direction = largest > SMALLEST_LENGTH
     return torch.where(has_direction, scaled / torch.where(has_direction, length, 1), torch.zeros_like(scaled))
 
 

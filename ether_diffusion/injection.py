@@ -168,7 +168,8 @@ def put_on(pipe: DiffusionPipeline, checkpoint: Checkpoint, adapter_name: str) -
 def _inject(model: nn.Module, config: EtherConfig, layers: Mapping[str, dict], adapter_name: str) -> None:
     fields = {name: getattr(config, name) for name in ("method", "num_blocks", "sides")}
     exact = EtherConfig(**fields, target_modules=list(layers), inference_mode=True)
-    inject_adapter_in_model(exact, model, adapter_name, low_cpu_mem_usage=True)  # draws no random start
+    with torch.random.fork_rng():  # the start that PEFT draws is not the one that is kept
+        inject_adapter_in_model(exact, model, adapter_name, low_cpu_mem_usage=True)
     if config.target_modules is not None:
         exact.target_modules = config.target_modules
     modules = dict(model.named_modules())

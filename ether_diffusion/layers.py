@@ -1,4 +1,4 @@
-"""Layers that carry ETHER adapters: one implementation, in which Linear and Conv2d differ by the channel axis alone."""
+"""Layers that carry ETHER adapters: one implementation, for Linear and Conv2d alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`pipe.*_ether_*`: the methods that every `DiffusionPipeline` gets. Thin; the work is in `injection` and `sources`."""
+"""`pipe.*_ether_*`: the methods that every `DiffusionPipeline` gets; the work is in `injection` and `sources`."""
 
 from __future__ import annotations
 

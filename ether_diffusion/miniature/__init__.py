@@ -20,9 +20,9 @@ FOLDER = Path(__file__).parent / "weights"
 """A folder that `StableDiffusionPipeline.from_pretrained` loads as it is; `clip/` in it holds the metric model."""
 
 
-def load_pipeline(torch_dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
-    """The miniature as a stock pipeline, every part in `torch_dtype`."""
-    return StableDiffusionPipeline.from_pretrained(FOLDER, torch_dtype=torch_dtype)
+def load_pipeline(dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
+    """The miniature as a stock pipeline, every part in `dtype`."""
+    return StableDiffusionPipeline.from_pretrained(FOLDER, dtype=dtype)
 
 
 class ClipScore:

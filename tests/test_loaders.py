@@ -1,0 +1,306 @@
+"""The pipeline's methods: what they paint, what they refuse, and what they leave behind."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from peft import LoraConfig, get_peft_model
+
+from ether_diffusion import EtherConfig, EtherLayer
+from ether_diffusion.checkpoint import WEIGHTS_NAME
+
+ONE_GREY_LEVEL = 1 / 255
+
+
+def paint(pipe, **options) -> np.ndarray:
+    generator = torch.Generator().manual_seed(0)
+    return pipe("a dog", num_inference_steps=3, generator=generator, output_type="np", **options).images[0]
+
+
+def open_pipeline(folder) -> StableDiffusionPipeline:
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def adapt(pipe, method="ether", seed=1, name="default", **fields):
+    torch.manual_seed(seed)
+    for model in (pipe.unet, pipe.text_encoder):
+        model.add_adapter(EtherConfig(method=method, init_weights=False, **fields), adapter_name=name)
+    return pipe
+
+
+@pytest.fixture(params=["ether", "ether_plus"])
+def trained(request, tiny_pipeline):
+    return adapt(tiny_pipeline, request.param, num_blocks=2)
+
+
+def test_a_saved_adapter_paints_the_same_picture_on_a_fresh_pipeline(trained, tiny_pipeline_folder, tmp_path):
+    base = paint(open_pipeline(tiny_pipeline_folder))
+    picture = paint(trained)
+    assert np.abs(picture - base).max() > 10 * ONE_GREY_LEVEL
+    trained.save_ether_weights(tmp_path)
+    fresh = open_pipeline(tiny_pipeline_folder)
+    fresh.load_ether_weights(tmp_path)
+    assert np.abs(paint(fresh) - picture).max() <= ONE_GREY_LEVEL
+
+
+def test_a_saved_adapter_paints_the_same_picture_in_a_new_process(trained, tiny_pipeline_folder, tmp_path):
+    trained.save_ether_weights(tmp_path)
+    np.save(tmp_path / "here.npy", paint(trained))
+    code = f"""
+import numpy as np, torch, ether_diffusion
+from diffusers import StableDiffusionPipeline
+pipe = StableDiffusionPipeline.from_pretrained({str(tiny_pipeline_folder)!r})
+pipe.load_ether_weights({str(tmp_path)!r})
+picture = pipe("a dog", num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="np").images[0]
+print(np.abs(picture - np.load({str(tmp_path / "here.npy")!r})).max())
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(result.stdout.split()[-1]) <= ONE_GREY_LEVEL
+
+
+def test_a_fused_pipeline_paints_the_same_picture_and_unfusing_restores_every_bit(trained):
+    picture = paint(trained)
+    weights = {k: v.clone() for k, v in trained.unet.state_dict().items()}
+    trained.fuse_ether(safe_fusing=True)
+    assert any(not torch.equal(v, weights[k]) for k, v in trained.unet.state_dict().items())
+    assert np.abs(paint(trained) - picture).max() <= ONE_GREY_LEVEL
+    trained.unfuse_ether()
+    assert all(torch.equal(v, weights[k]) for k, v in trained.unet.state_dict().items())
+    assert np.array_equal(paint(trained), picture)
+
+
+def test_fusing_at_a_scale_is_fusing_at_that_strength(trained):
+    trained.set_adapters(["default"], [0.4])
+    picture = paint(trained)
+    trained.set_adapters(["default"], [0.8])
+    trained.fuse_ether(ether_scale=0.5)
+    assert np.abs(paint(trained) - picture).max() <= ONE_GREY_LEVEL
+
+
+def test_fusing_one_component_leaves_the_others(trained):
+    picture = paint(trained)
+    trained.fuse_ether(components=["text_encoder"])
+    assert not any(m.merged for m in trained.unet.modules() if isinstance(m, EtherLayer))
+    assert all(m.merged for m in trained.text_encoder.modules() if isinstance(m, EtherLayer))
+    assert np.abs(paint(trained) - picture).max() <= ONE_GREY_LEVEL
+
+
+def test_a_broken_adapter_is_not_fused_and_nothing_stays_fused(trained):
+    last = [m for m in trained.text_encoder.modules() if isinstance(m, EtherLayer)][-1]
+    with torch.no_grad():
+        last.ether_u["default"].fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaN or infinity in the merged weight"):
+        trained.fuse_ether(safe_fusing=True)
+    assert not any(m.merged for m in trained.unet.modules() if isinstance(m, EtherLayer))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_unloaded_pipeline_is_the_base_pipeline_again(trained, tiny_pipeline_folder, fused):
+    fresh = open_pipeline(tiny_pipeline_folder)
+    if fused:
+        trained.fuse_ether()
+    trained.unload_ether_weights()
+    for name in ("unet", "text_encoder"):
+        model, original = getattr(trained, name), getattr(fresh, name)
+        assert [(n, type(m)) for n, m in model.named_modules()] == [(n, type(m)) for n, m in original.named_modules()]
+        assert model.state_dict().keys() == original.state_dict().keys()
+        assert all(torch.equal(v, original.state_dict()[k]) for k, v in model.state_dict().items())
+        assert model.__dict__.keys() == original.__dict__.keys()
+    assert np.array_equal(paint(trained), paint(fresh))
+
+
+def test_weights_of_set_adapters_are_strengths(trained, tiny_pipeline_folder):
+    base, full = paint(open_pipeline(tiny_pipeline_folder)), paint(trained)
+    trained.set_adapters(["default"], [0.0])
+    assert np.array_equal(paint(trained), base)
+    trained.set_adapters(["default"], [0.5])
+    half = paint(trained)
+    assert not np.array_equal(half, base) and not np.array_equal(half, full)
+    trained.set_adapters(["default"], [1.0])
+    assert np.array_equal(paint(trained), full)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.3, 1.0])
+def test_the_scale_of_one_call_leaves_the_strength_as_it_was(trained, scale):
+    trained.set_adapters(["default"], [0.7])
+    before = paint(trained)
+    scaled = paint(trained, cross_attention_kwargs={"scale": scale})
+    assert np.array_equal(scaled, before) == (scale == 1.0)
+    assert np.array_equal(paint(trained), before)
+
+
+def test_a_call_with_scale_zero_paints_with_the_base_model(trained, tiny_pipeline_folder):
+    base = paint(open_pipeline(tiny_pipeline_folder))
+    assert np.array_equal(paint(trained, cross_attention_kwargs={"scale": 0.0}), base)
+
+
+def test_several_adapters_are_listed_combined_and_deleted(trained, tmp_path):
+    alone = paint(trained)
+    trained.load_ether_weights(trained.ether_state_dict(), "second")
+    assert trained.get_active_adapters() == ["second"]
+    assert trained.get_list_adapters() == {"unet": ["default", "second"], "text_encoder": ["default", "second"]}
+    trained.set_adapters(["default", "second"], [1.0, 0.5])
+    assert not np.array_equal(paint(trained), alone)
+    with pytest.raises(ValueError, match="pass adapter_name, one of default, second"):
+        trained.save_ether_weights(tmp_path)
+    trained.save_ether_weights(tmp_path, "second")
+    trained.delete_adapters("second")
+    trained.set_adapters(["default"])
+    assert np.array_equal(paint(trained), alone)
+
+
+def test_default_names_are_the_next_free_ones(trained):
+    vectors = trained.ether_state_dict()
+    trained.load_ether_weights(vectors)
+    trained.load_ether_weights(vectors)
+    assert trained.get_list_adapters()["unet"] == ["default", "default_0", "default_1"]
+    with pytest.raises(ValueError, match="'default_1' is already on"):
+        trained.load_ether_weights(vectors, "default_1")
+
+
+def test_a_folder_of_peft_loads_onto_the_component_it_fits(tiny_pipeline, tiny_pipeline_folder, tmp_path):
+    model = get_peft_model(open_pipeline(tiny_pipeline_folder).unet, EtherConfig(init_weights=False))
+    model.save_pretrained(tmp_path)
+    tiny_pipeline.load_ether_weights(tmp_path)
+    assert tiny_pipeline.get_list_adapters() == {"unet": ["default_0"]}
+    with torch.no_grad():
+        inputs = (torch.randn(1, 4, 8, 8), 3, torch.randn(1, 16, 16))
+        assert torch.allclose(tiny_pipeline.unet(*inputs).sample, model(*inputs).sample, atol=1e-5)
+
+
+def test_a_text_encoder_adapter_of_an_older_transformers_loads(trained, tiny_pipeline_folder):
+    vectors = {k: v for k, v in trained.ether_state_dict().items() if k.startswith("text_encoder.")}
+    assert all(key.startswith("text_encoder.text_model.encoder.") for key in vectors)
+    bare = {key.replace("text_encoder.text_model.", "text_encoder."): tensor for key, tensor in vectors.items()}
+    first, second = open_pipeline(tiny_pipeline_folder), open_pipeline(tiny_pipeline_folder)
+    first.load_ether_weights(vectors)
+    second.load_ether_weights(bare)
+    assert np.array_equal(paint(first), paint(second))
+
+
+def snapshot(pipe) -> dict:
+    return {
+        name: ([(n, type(m)) for n, m in model.named_modules()], set(model.__dict__), model.state_dict())
+        for name, model in (("unet", pipe.unet), ("text_encoder", pipe.text_encoder))
+    }
+
+
+def assert_unchanged(pipe, before: dict) -> None:
+    for name, (modules, attributes, weights) in snapshot(pipe).items():
+        assert (modules, attributes) == before[name][:2]
+        assert weights.keys() == before[name][2].keys()
+        assert all(torch.equal(v, before[name][2][k]) for k, v in weights.items())
+
+
+def shorten(vectors):
+    key = next(key for key in vectors if key.endswith("attn1.to_q.ether_u"))
+    return {**vectors, key: vectors[key][:, :-1]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (shorten, r"to_q.ether_u has shape \(2, 7\), but the layer here has 16 inputs and needs \(2, 8\)"),
+        (lambda v: {k.replace("to_q", "to_query"): t for k, t in v.items()}, "to_query does not exist in this UNet2D"),
+        (lambda v: {k.replace("unet.", "transformer."): t for k, t in v.items()}, "adapts transformer, which this"),
+        (lambda v: {k: t * float("inf") for k, t in v.items()}, "finite floating-point numbers"),
+        (lambda v: {k: t.int() for k, t in v.items()}, "finite floating-point numbers"),
+        (lambda v: {k.replace("attn1.to_q", "norm1"): t for k, t in v.items()}, "is a LayerNorm here"),
+        (lambda v: {}, "holds no vectors"),
+        (lambda v: {k.rpartition(".")[0]: t for k, t in v.items()}, "not of the form"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_explained_and_changes_nothing(tiny_pipeline, change, message):
+    vectors = adapt(tiny_pipeline, num_blocks=2).ether_state_dict()
+    tiny_pipeline.unload_ether_weights()
+    before = snapshot(tiny_pipeline)
+    with pytest.raises(ValueError, match=message):
+        tiny_pipeline.load_ether_weights(change(vectors))
+    assert_unchanged(tiny_pipeline, before)
+
+
+def test_an_adapter_of_another_architecture_names_module_and_shape(tiny_pipeline, wider_pipeline_folder, tmp_path):
+    adapt(open_pipeline(wider_pipeline_folder)).save_ether_weights(tmp_path)
+    before = snapshot(tiny_pipeline)
+    with pytest.raises(ValueError, match=r"unet: .*ether_u has shape \(1, 24\), but the layer here has 16"):
+        tiny_pipeline.load_ether_weights(tmp_path)
+    assert_unchanged(tiny_pipeline, before)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04abc", b"PK\x03\x04", b"\xff" * 100])
+def test_a_bad_file_changes_nothing(tiny_pipeline, tmp_path, content):
+    (tmp_path / WEIGHTS_NAME).write_bytes(content)
+    before = snapshot(tiny_pipeline)
+    with pytest.raises(ValueError, match=WEIGHTS_NAME):
+        tiny_pipeline.load_ether_weights(tmp_path)
+    assert_unchanged(tiny_pipeline, before)
+
+
+def test_a_failed_second_load_leaves_the_first_adapter_painting(trained):
+    picture = paint(trained)
+    with pytest.raises(ValueError, match="needs"):
+        trained.load_ether_weights(shorten(trained.ether_state_dict()), "second")
+    assert np.array_equal(paint(trained), picture)
+    assert trained.get_list_adapters() == {"unet": ["default"], "text_encoder": ["default"]}
+
+
+def test_another_base_model_is_a_warning(trained, tiny_pipeline_folder, tmp_path, caplog):
+    trained.save_ether_weights(tmp_path)
+    same = open_pipeline(tiny_pipeline_folder)
+    same.load_ether_weights(tmp_path)
+    assert not caplog.records
+    half = StableDiffusionPipeline.from_pretrained(tiny_pipeline_folder, dtype=torch.bfloat16)
+    half.load_ether_weights(tmp_path)
+    assert not caplog.records
+    other = open_pipeline(tiny_pipeline_folder)
+    with torch.no_grad():
+        other.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight.add_(0.1)
+    other.load_ether_weights(tmp_path)
+    assert "trained on other base weights than those of unet" in caplog.text
+
+
+def test_loading_draws_no_random_numbers_and_trains_nothing(trained, tiny_pipeline_folder):
+    vectors = trained.ether_state_dict()
+    fresh = open_pipeline(tiny_pipeline_folder)
+    state = torch.get_rng_state()
+    fresh.load_ether_weights(vectors)
+    assert torch.equal(torch.get_rng_state(), state)
+    layers = [m for m in fresh.unet.modules() if isinstance(m, EtherLayer)]
+    assert not any(p.requires_grad for layer in layers for p in layer.ether_u.values())
+
+
+def test_half_precision_keeps_the_vectors_in_float32(trained, tiny_pipeline_folder):
+    half = StableDiffusionPipeline.from_pretrained(tiny_pipeline_folder, dtype=torch.bfloat16)
+    half.load_ether_weights(trained.ether_state_dict())
+    layers = [m for m in half.unet.modules() if isinstance(m, EtherLayer)]
+    assert layers and all(p.dtype == torch.float32 for layer in layers for p in layer.ether_u.values())
+
+
+def test_nothing_to_save_fuse_or_name_is_an_error(tiny_pipeline, tmp_path):
+    with pytest.raises(ValueError, match="holds no ETHER adapter"):
+        tiny_pipeline.save_ether_weights(tmp_path)
+    with pytest.raises(ValueError, match="components that carry ETHER are none"):
+        tiny_pipeline.fuse_ether()
+    adapt(tiny_pipeline)
+    with pytest.raises(ValueError, match="vae: components that carry ETHER are unet, text_encoder|text_encoder, unet"):
+        tiny_pipeline.fuse_ether(components=["vae"])
+    with pytest.raises(ValueError, match="there is no adapter cat"):
+        tiny_pipeline.fuse_ether(adapter_names=["cat"])
+    with pytest.raises(ValueError, match="weight_name='adapter.bin' is a pickle"):
+        tiny_pipeline.save_ether_weights(tmp_path, weight_name="adapter.bin")
+
+
+def test_stock_lora_calls_work_beside_ether(trained, tmp_path):
+    trained.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "lora")
+    trained.set_adapters(["default", "lora"], [1.0, 0.5])
+    paint(trained)
+    trained.set_lora_device(["default", "lora"], "cpu")
+    trained.disable_lora()
+    trained.enable_lora()
+    trained.unload_lora_weights()
+    assert not any(isinstance(m, EtherLayer) for m in trained.unet.modules())
