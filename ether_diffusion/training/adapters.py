@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from ether_diffusion.config import EtherConfig
-from ether_diffusion.layers import EtherLayer
 from ether_diffusion.training.families import Family
 from ether_diffusion.training.options import AdapterOptions, InputError
 from ether_diffusion.training.seeds import derive
@@ -89,8 +88,3 @@ def trained_parameters(models: Mapping[str, nn.Module], configs: Mapping[str, Et
     return [
         parameter for component in configs for parameter in models[component].parameters() if parameter.requires_grad
     ]
-
-
-def adapted_layers(model: nn.Module) -> list[EtherLayer]:
-    """The ETHER layers of a model."""
-    return [module for module in model.modules() if isinstance(module, EtherLayer)]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import ConfigMixin, DiffusionPipeline
+from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from ether_diffusion import miniature
@@ -42,6 +42,10 @@ class ModelSource:
         if self.is_miniature:
             return MINIATURE_NAME
         return Path(self.path).resolve().name if Path(self.path).exists() else self.path
+
+    @property
+    def on_hub(self) -> bool:
+        return not self.is_miniature and not Path(self.path).exists()
 
     @property
     def given(self) -> str:
@@ -173,3 +177,19 @@ class Family(ABC):
 
     def component(self, name: str) -> nn.Module:
         return getattr(self.pipe, name)
+
+    def freeze(self, device: torch.device) -> None:
+        """All components to the device, in evaluation mode and without gradients."""
+        self.pipe.to(device)
+        for component in self.pipe.components.values():
+            if isinstance(component, nn.Module):
+                component.eval().requires_grad_(False)
+
+    def enable_gradient_checkpointing(self, components: Sequence[str]) -> None:
+        """Recompute activations of these components in the backward pass."""
+        for name in components:
+            model = self.component(name)
+            if isinstance(model, ModelMixin):
+                model.enable_gradient_checkpointing()
+            else:
+                model.activation_checkpointing_enable()  # transformers' name for it

@@ -57,8 +57,8 @@ class StableDiffusion(Family):
             vae = AutoencoderKL.from_config(vae_config)
         if models["unet"].config.in_channels != vae.config.latent_channels:
             raise InputError(
-                f"{source.given}: the UNet takes {models['unet'].config.in_channels} channels and the autoencoder makes "
-                f"{vae.config.latent_channels}; training needs the two to agree"
+                f"{source.given}: the UNet takes {models['unet'].config.in_channels} channels and the autoencoder "
+                f"makes {vae.config.latent_channels}; training needs the two to agree"
             )
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         return Blueprint(models, models["unet"].config.sample_size * factor, factor)
@@ -69,7 +69,7 @@ class StableDiffusion(Family):
         with source.reading():
             # The safety checker is left out: it costs 1.2 GB and has no part in training.
             pipe = StableDiffusionPipeline.from_pretrained(
-                source.path, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False, **arguments
+                source.path, dtype=dtype, safety_checker=None, requires_safety_checker=False, **arguments
             )
         return cls(pipe)
 

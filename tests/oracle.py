@@ -1,0 +1,35 @@
+"""The dense definition of ETHER and ETHER+, in float64: what every structured form is held to.
+
+Source: arXiv:2405.20271, equations 1 and 3, with block-diagonal matrices written out.
+"""
+
+import torch
+from torch import Tensor
+
+
+def unit(raw: Tensor) -> Tensor:
+    return raw.double() / raw.double().norm(dim=-1, keepdim=True)
+
+
+def dense(u: Tensor, v: Tensor | None = None) -> Tensor:
+    """The (d, d) matrix H of `u` (n, d/n), or H⁺ of `u` and `v`."""
+    blocks = []
+    for k in range(u.shape[0]):
+        block = torch.eye(u.shape[1], dtype=torch.float64)
+        uk = unit(u)[k]
+        if v is None:
+            block = block - 2 * torch.outer(uk, uk)
+        else:
+            vk = unit(v)[k]
+            block = block - torch.outer(uk, uk) + torch.outer(vk, vk)
+        blocks.append(block)
+    return torch.block_diag(*blocks)
+
+
+def dense_weight(weight, u, v=None, u_out=None, v_out=None, strength=1.0) -> Tensor:
+    """W + α (H̃ W H − W) in float64; a convolution's weight (o, i, *k) is transformed at each kernel position."""
+    w = weight.double()
+    full = torch.einsum("oi...,ij->oj...", w, dense(u, v))
+    if u_out is not None:
+        full = torch.einsum("po,oi...->pi...", dense(u_out, v_out), full)
+    return w + strength * (full - w)
