@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SMALLEST_LENGTH = 1e-30
-"""A raw vector with no entry above this has no direction: its block is left as it is."""
+SMALLEST_ENTRY = 1e-30
+"""A raw vector whose entries are all smaller, or denormal, has no direction: its block is left as it is. The gradient
+grows with 1/|r|, and would overflow below."""
 
 
 def _accurate(dtype: torch.dtype) -> torch.dtype:
@@ -23,12 +24,13 @@ def normalize(raw: Tensor) -> Tensor:
     """Unit vectors û_k = r_k / |r_k|, one per block.
 
     raw: (n, b) of any floating dtype. Returns (n, b) in float32 (float64 for float64). Divides by the largest entry
-    first, so neither tiny nor huge vectors lose their direction; a zero vector (see SMALLEST_LENGTH) gives û = 0 and
+    first, so neither tiny nor huge vectors lose their direction; a zero vector (see SMALLEST_ENTRY) gives û = 0 and
     finite gradients.
     """
+    smallest = max(SMALLEST_ENTRY, torch.finfo(raw.dtype).smallest_normal)
     raw = raw.to(_accurate(raw.dtype))
     largest = raw.detach().abs().amax(dim=-1, keepdim=True)  # û does not depend on it, so neither does the gradient
-    has_direction = ~(largest <= SMALLEST_LENGTH)  # NaN goes on, to be seen
+    has_direction = ~(largest < smallest)  # NaN goes on, to be seen
     scaled = raw / torch.where(has_direction, largest, 1)
     length = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
     return torch.where(has_direction, scaled / torch.where(has_direction, length, 1), torch.zeros_like(scaled))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from diffusers import ModelMixin
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -51,15 +52,16 @@ class EtherModel(BaseTuner):
         return peft_config
 
     def _default_targets(self, model_config: dict) -> list[str]:
-        if class_name := model_config.get("_class_name"):  # a model of diffusers
-            targets = DENOISER_TARGETS.get(class_name, ATTENTION)
+        kind = model_config.get("model_type")
+        if isinstance(self.model, ModelMixin):  # a model of diffusers
+            kind = type(self.model).__name__
+            targets = DENOISER_TARGETS.get(kind, ATTENTION)
             if any(name == t or name.endswith(f".{t}") for name, _ in self.model.named_modules() for t in targets):
                 return targets
-        elif model_config.get("model_type") in self.target_module_mapping:
-            return self.target_module_mapping[model_config["model_type"]]
-        kind = class_name or model_config.get("model_type")
+        elif kind in self.target_module_mapping:
+            return self.target_module_mapping[kind]
         raise ValueError(
-            f"no default layers are known for {type(self.model).__name__} ({kind}): "
+            f"no default layers are known for {type(self.model).__name__} (model type {kind!r}): "
             "pass target_modules, e.g. target_modules=['to_q', 'to_v'] or 'all-linear'"
         )
 
