@@ -16,9 +16,11 @@ from .layers import EtherConv2d, EtherLayer, EtherLinear
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 CLIP_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
-DENOISER_TARGETS: dict[str, list[str]] = {
+DENOISER_TARGETS: dict[str, str] = {
     # Fused projections of the single-stream blocks: queries, keys, values and the MLP in one layer.
-    "Flux2Transformer2DModel": [*ATTENTION, "attn.to_qkv_mlp_proj", "attn.to_out"],
+    "Flux2Transformer2DModel": (
+        r".*\.(to_q|to_k|to_v|to_out\.0)|.*single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
+    ),
 }
 """Default targets of diffusers' models, by class name, where they differ from `ATTENTION`."""
 CLIP_MODELS = ("clip", "clip_text_model", "clip_vision_model")
@@ -48,16 +50,18 @@ class EtherModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: EtherConfig, model_config: dict) -> EtherConfig:
         if peft_config.target_modules is None:
-            peft_config.target_modules = set(self._default_targets(model_config))
+            targets = self._default_targets(model_config)
+            peft_config.target_modules = targets if isinstance(targets, str) else set(targets)
         return peft_config
 
-    def _default_targets(self, model_config: dict) -> list[str]:
+    def _default_targets(self, model_config: dict) -> list[str] | str:
         kind = model_config.get("model_type")
         if isinstance(self.model, ModelMixin):  # a model of diffusers
             kind = type(self.model).__name__
-            targets = DENOISER_TARGETS.get(kind, ATTENTION)
-            if any(name == t or name.endswith(f".{t}") for name, _ in self.model.named_modules() for t in targets):
-                return targets
+            if kind in DENOISER_TARGETS:
+                return DENOISER_TARGETS[kind]
+            if any(name.endswith(f".{t}") for name, _ in self.model.named_modules() for t in ATTENTION):
+                return ATTENTION
         elif kind in self.target_module_mapping:
             return self.target_module_mapping[kind]
         raise ValueError(
