@@ -77,7 +77,10 @@ def run(options: Options, command: str) -> TrainingResult:
         family.enable_gradient_checkpointing(list(configs))
     rate = options.optimization.learning_rate_of(options.adapter.method)
     if accelerator.is_main_process:
-        logger.info("%s: %d parameters on %s, %d pictures", options.adapter.method, count, source.name, len(images))
+        where = f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)}"
+        logger.info(
+            "%s: %d parameters on %s, %d pictures, %s", options.adapter.method, count, source.name, len(images), where
+        )
     result = train(
         accelerator,
         DreamBoothObjective(family, images, trained=list(configs), seed=options.run.seed),
