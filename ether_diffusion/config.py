@@ -77,5 +77,5 @@ class EtherConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError("layers_to_transform needs a list of target_modules, not a regular expression")
-        if self.layers_pattern and not self.layers_to_transform:
+        if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern has a meaning only together with layers_to_transform")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 
 from .config import EtherConfig
 from .functional import adapt_weight, displacement, low_rank_delta
+
+PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Weights that can be read and written as they are."""
 
 
 def divisors(number: int) -> list[int]:
@@ -45,7 +49,7 @@ class EtherLayer(BaseTunerLayer):
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True
         self._unmerged_weight: Tensor | None = None
-        self._merged_scaling: dict[str, float] = {}
+        self._merged_arguments: dict[str, dict[str, Any]] = {}  # of `adapt_weight`, as they were when merged
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, layer_name=layer_name)
 
@@ -145,16 +149,24 @@ class EtherLayer(BaseTunerLayer):
 
     # The adapted weight ---------------------------------------------------------------------------------------
 
-    def adapted_weight(self, adapter_names: list[str], strengths: dict[str, float] | None = None) -> Tensor:
-        """The base weight as it is unmerged, under the named adapters, one after the other.
+    def adapted_weight(self, adapter_names: list[str]) -> Tensor:
+        """The base weight as it is unmerged, under the named adapters, one after the other, at their present strength.
 
-        Shape and dtype of the weight; rounded once, at the end. Strengths default to what applies now.
+        Shape and dtype of the weight; rounded once, at the end.
         """
+        return self._adapted([self._arguments(name) for name in self._own(adapter_names)])
+
+    def _arguments(self, adapter_name: str) -> dict[str, Any]:
+        """Arguments of `functional.adapt_weight` for an adapter: copies, on the device of the unmerged weight."""
+        device = self._pristine_weight().device
+        vectors = {name: vector.to(device, copy=True) for name, vector in self.vectors(adapter_name).items()}
+        return vectors | {"strength": self.scaling[adapter_name]}
+
+    def _adapted(self, adapters: Iterable[dict[str, Any]]) -> Tensor:
         base = self._pristine_weight()
         accurate = base if base.dtype == torch.float64 else base.float()
-        for name in self._own(adapter_names):
-            strength = (strengths or self.scaling)[name]
-            accurate = adapt_weight(accurate, **self.vectors(name), strength=strength)
+        for arguments in adapters:
+            accurate = adapt_weight(accurate, **arguments)
         return base if accurate is base else accurate.to(base.dtype)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
@@ -165,26 +177,40 @@ class EtherLayer(BaseTunerLayer):
 
     def low_rank_delta(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """Factors (A, B) of `get_delta_weight`, flattened to (o, i·k): see `functional.low_rank_delta`."""
-        return low_rank_delta(
-            self._pristine_weight(), **self.vectors(adapter_name), strength=self.scaling[adapter_name]
-        )
+        return low_rank_delta(self._pristine_weight(), **self._arguments(adapter_name))
 
     def _pristine_weight(self) -> Tensor:
-        return self.get_base_layer().weight.data if self._unmerged_weight is None else self._unmerged_weight
+        """The weight below, as it is without ETHER.
+
+        Raises:
+            ValueError: the base layer is quantised, or has no plain weight for another reason.
+        """
+        if self._unmerged_weight is not None:
+            return self._unmerged_weight
+        base = self.get_base_layer()
+        weight = getattr(base, "weight", None)
+        if weight is None or type(weight.data) is not Tensor or weight.dtype not in PLAIN_DTYPES:
+            found = "none" if weight is None else f"{type(weight).__name__} of {weight.dtype}"
+            raise ValueError(
+                f"{type(base).__name__} has no plain floating-point weight ({found}): ETHER runs over it, but cannot "
+                "be merged into it or exported from it; load the base model unquantised for that"
+            )
+        return weight.data
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the adapted weight into the base layer; keeps the old weight, so that `unmerge` is exact.
 
-        Costs one more copy of the weight while merged.
+        Costs one more copy of the weight while merged. A LoRA over this layer has to be merged after it: merged
+        before, it becomes a part of what is reflected.
 
         Args:
             safe_merge: check the result for NaN and infinity before anything changes.
             adapter_names: default: the active ones.
 
         Raises:
-            ValueError: the result is not finite (`safe_merge`), or another method's adapter lies between this one and
-                the weight and is not merged.
+            ValueError: the result is not finite (`safe_merge`), the weight is quantised, or another method's adapter
+                lies between this one and the weight and is not merged.
         """
         names = self._own(check_adapters_to_merge(self, adapter_names))
         if not names:
@@ -195,27 +221,45 @@ class EtherLayer(BaseTunerLayer):
                 f"a {type(inner).__name__} with unmerged adapters lies below this ETHER layer: merging into the "
                 "weight would drop it; merge or delete it first"
             )
-        base = self.get_base_layer()
-        strengths = self._merged_scaling | {name: self.scaling[name] for name in names}
-        merged = self.adapted_weight(self.merged_adapters + names, strengths)
+        weight, pristine = self.get_base_layer().weight, self._pristine_weight()
+        arguments = self._merged_arguments | {name: self._arguments(name) for name in names}
+        merged = self._adapted(arguments.values()).to(weight.device, weight.dtype)
+        if self.merged and (added := self._added_since_merging()) is not None:
+            merged = (merged + added).to(weight.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"NaN or infinity in the merged weight: adapter {', '.join(names)} seems to be broken")
-        if self._unmerged_weight is None:
-            self._unmerged_weight = base.weight.data
-        base.weight.data = merged.contiguous() if merged is not self._unmerged_weight else merged.clone()
+        self._unmerged_weight, self._merged_arguments = pristine, arguments
+        weight.data = merged.contiguous() if merged is not pristine else merged.clone()
         self.merged_adapters.extend(names)
-        self._merged_scaling = strengths
 
+    @torch.no_grad()
     def unmerge(self) -> None:
-        """Put the weight back as it was before the first merge, bit for bit."""
+        """Put the weight back as it was before the first merge, bit for bit.
+
+        What another method has merged into the weight since, a LoRA over this layer, stays in it (to rounding).
+        """
         if not self.merged:
             warnings.warn("nothing is merged, so there is nothing to unmerge", stacklevel=2)
             return
-        weight = self.get_base_layer().weight
-        weight.data = self._unmerged_weight.to(weight.device, weight.dtype)
+        self.get_base_layer().weight.data = self._weight_without_merged()
         self._unmerged_weight = None
         self.merged_adapters.clear()
-        self._merged_scaling = {}
+        self._merged_arguments = {}
+
+    def _weight_without_merged(self) -> Tensor:
+        weight = self.get_base_layer().weight
+        pristine, added = self._unmerged_weight.to(weight.device, weight.dtype), self._added_since_merging()
+        return pristine if added is None else (pristine + added).to(weight.dtype)
+
+    def _added_since_merging(self) -> Tensor | None:
+        """What the weight has besides that which `merge` wrote, if anything; float32 (float64)."""
+        weight = self.get_base_layer().weight.data
+        written = self._adapted(self._merged_arguments.values()).to(weight.device, weight.dtype)
+        same = (weight == written) | ~torch.isfinite(written)
+        if same.all():
+            return None
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return torch.where(same, 0, weight.to(dtype) - written.to(dtype))
 
     # Forward --------------------------------------------------------------------------------------------------
 
@@ -229,9 +273,8 @@ class EtherLayer(BaseTunerLayer):
             raise ValueError("ETHER does not mix adapters within a batch (adapter_names): set one with set_adapter")
         if self.merged:
             if self.disable_adapters:
-                return torch.func.functional_call(
-                    self.get_base_layer(), {"weight": self._unmerged_weight}, (x, *args), kwargs
-                )
+                weight = self._weight_without_merged()
+                return torch.func.functional_call(self.get_base_layer(), {"weight": weight}, (x, *args), kwargs)
             return self.base_layer(x, *args, **kwargs)
         names = [] if self.disable_adapters else [n for n in self._own(self.active_adapters) if self.scaling[n] != 0]
         return self._activation_side(x, names, args, kwargs)
@@ -246,7 +289,7 @@ class EtherLayer(BaseTunerLayer):
         if "u_out" not in vectors:
             return self._activation_side((x + strength * moved).to(x.dtype), earlier, args, kwargs)
         y = self._activation_side((x + moved).to(x.dtype), earlier, args, kwargs)
-        bias = self.get_base_layer().bias
+        bias = getattr(self.get_base_layer(), "bias", None)
         product = y if bias is None else y - self._as_channels(bias.to(y.dtype))
         full = y + self._displaced(product, vectors["u_out"], vectors.get("v_out"))
         if strength == 1:

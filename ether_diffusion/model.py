@@ -37,7 +37,7 @@ class EtherModel(BaseTuner):
 
     Raises:
         ValueError: no targets known for the architecture, no layer found, or blocks that do not fit (named).
-        TypeError: a target that is neither.
+        TypeError: a target that is neither, or whose forward is never called.
 
     Source: ETHER, arXiv:2405.20271.
     """
@@ -82,6 +82,10 @@ class EtherModel(BaseTuner):
         if isinstance(target, EtherLayer):
             target.update_layer(adapter_name, peft_config, layer_name=current_key)
             return
+        if isinstance(parent, nn.MultiheadAttention):
+            raise TypeError(
+                f"{current_key}: torch.nn.MultiheadAttention reads the weight past ETHER; exclude the layer"
+            )
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if isinstance(base, nn.Conv2d):
             layer_class = EtherConv2d
