@@ -3,7 +3,7 @@
     python benchmarks/held_out_photograph.py --data_dir photos_by_subject --output_dir out/held_out
 
 For every folder of photographs in --data_dir, trains on all but the last with `accelerate launch
-train_dreambooth_ether.py` (other flags are passed on to it) and compares the denoising loss on the last one, over fixed
+train_dreambooth_ether.py` (other flags go to it) and compares the denoising loss on the last one, over fixed
 noises and timesteps, between the base model and the tuned one. Prints a table and writes it as JSON.
 """
 
