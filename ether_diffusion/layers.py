@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -97,6 +97,17 @@ class EtherLayer(BaseTunerLayer):
                 old = vectors[adapter_name]
                 vectors[adapter_name] = nn.Parameter(old.detach().to(device, dtype), requires_grad=old.requires_grad)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EtherLayer:
+        """Moved and cast as any module, except that the vectors never become half precision (`model.half()`)."""
+        parameters = [p for name in self.adapter_layer_names for p in getattr(self, name).values()]
+        exact = [(p.data, None if p.grad is None else p.grad.data) for p in parameters]
+        super()._apply(fn, recurse)
+        for parameter, (data, grad) in zip(parameters, exact, strict=True):
+            if torch.finfo(parameter.dtype).bits < 32:
+                parameter.data = data.to(parameter.device)
+                parameter.grad = None if grad is None else grad.to(parameter.device)
+        return self
+
     def vectors(self, adapter_name: str) -> dict[str, Tensor]:
         """The raw vectors of an adapter, by the names of the arguments of `functional.adapt_weight`."""
         found = {name: getattr(self, name) for name in self.adapter_layer_names}
@@ -158,12 +169,12 @@ class EtherLayer(BaseTunerLayer):
 
     def _arguments(self, adapter_name: str) -> dict[str, Any]:
         """Arguments of `functional.adapt_weight` for an adapter: copies, on the device of the unmerged weight."""
-        device = self._pristine_weight().device
+        device = self._plain_weight().device
         vectors = {name: vector.to(device, copy=True) for name, vector in self.vectors(adapter_name).items()}
         return vectors | {"strength": self.scaling[adapter_name]}
 
     def _adapted(self, adapters: Iterable[dict[str, Any]]) -> Tensor:
-        base = self._pristine_weight()
+        base = self._plain_weight()
         accurate = base if base.dtype == torch.float64 else base.float()
         for arguments in adapters:
             accurate = adapt_weight(accurate, **arguments)
@@ -171,31 +182,31 @@ class EtherLayer(BaseTunerLayer):
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """W(α) − W of one adapter alone on the base weight, in the shape of the weight; float32 (float64)."""
-        base = self._pristine_weight()
+        base = self._plain_weight()
         down, up = self.low_rank_delta(adapter_name)
         return (up @ down).view(base.shape)
 
     def low_rank_delta(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """Factors (A, B) of `get_delta_weight`, flattened to (o, i·k): see `functional.low_rank_delta`."""
-        return low_rank_delta(self._pristine_weight(), **self._arguments(adapter_name))
+        return low_rank_delta(self._plain_weight(), **self._arguments(adapter_name))
 
     def _pristine_weight(self) -> Tensor:
-        """The weight below, as it is without ETHER.
+        return self.weight.data if self._unmerged_weight is None else self._unmerged_weight
+
+    def _plain_weight(self) -> Tensor:
+        """The weight below, as it is without ETHER, where it can be read and written as it is.
 
         Raises:
-            ValueError: the base layer is quantised, or has no plain weight for another reason.
+            ValueError: the weight is quantised, or elsewhere (on the meta device).
         """
-        if self._unmerged_weight is not None:
-            return self._unmerged_weight
-        base = self.get_base_layer()
-        weight = getattr(base, "weight", None)
-        if weight is None or type(weight.data) is not Tensor or weight.dtype not in PLAIN_DTYPES:
-            found = "none" if weight is None else f"{type(weight).__name__} of {weight.dtype}"
+        weight = self._pristine_weight()
+        if type(weight) is not Tensor or weight.dtype not in PLAIN_DTYPES or weight.device.type == "meta":
             raise ValueError(
-                f"{type(base).__name__} has no plain floating-point weight ({found}): ETHER runs over it, but cannot "
-                "be merged into it or exported from it; load the base model unquantised for that"
+                f"the weight of {type(self.get_base_layer()).__name__} is no plain floating-point tensor here "
+                f"({type(weight).__name__} of {weight.dtype} on {weight.device}): ETHER runs over such a layer, but "
+                "merging and export need a base model that is neither quantised nor offloaded"
             )
-        return weight.data
+        return weight
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -209,8 +220,8 @@ class EtherLayer(BaseTunerLayer):
             adapter_names: default: the active ones.
 
         Raises:
-            ValueError: the result is not finite (`safe_merge`), the weight is quantised, or another method's adapter
-                lies between this one and the weight and is not merged.
+            ValueError: the result is not finite (`safe_merge`), the weight is quantised or offloaded, or another
+                method's adapter lies between this one and the weight and is not merged.
         """
         names = self._own(check_adapters_to_merge(self, adapter_names))
         if not names:
@@ -221,7 +232,7 @@ class EtherLayer(BaseTunerLayer):
                 f"a {type(inner).__name__} with unmerged adapters lies below this ETHER layer: merging into the "
                 "weight would drop it; merge or delete it first"
             )
-        weight, pristine = self.get_base_layer().weight, self._pristine_weight()
+        weight, pristine = self.get_base_layer().weight, self._plain_weight()
         arguments = self._merged_arguments | {name: self._arguments(name) for name in names}
         merged = self._adapted(arguments.values()).to(weight.device, weight.dtype)
         if self.merged and (added := self._added_since_merging()) is not None:

@@ -3,7 +3,15 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import BertConfig, BertForSequenceClassification, DebertaV2Config, DebertaV2Model, LlamaConfig
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2Model,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+)
 from transformers import LlamaForCausalLM as Llama
 
 from ether_diffusion import EtherConfig, EtherLayer
@@ -70,3 +78,55 @@ def test_transformers_own_adapter_methods_work(tmp_path):
     assert torch.equal(other(IDS).logits, adapted)
     other.delete_adapter("dog")
     assert torch.equal(other(IDS).logits, base)
+
+
+def test_a_new_head_is_trained_and_saved_beside_the_adapter(tmp_path):
+    torch.manual_seed(0)
+    base = MODELS["bert"][0]().eval()
+    state = {name: value.clone() for name, value in base.state_dict().items()}
+    model = get_peft_model(base, EtherConfig(task_type="SEQ_CLS", init_weights=False)).eval()
+    trained = {n for n, p in model.named_parameters() if p.requires_grad and "ether_" not in n}
+    assert trained == {f"base_model.model.classifier.modules_to_save.default.{kind}" for kind in ("weight", "bias")}
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model(IDS, labels=torch.tensor([0, 1])).loss.backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path)
+    fresh = MODELS["bert"][0]().eval()
+    fresh.load_state_dict(state)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path).eval()
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits)
+
+
+def test_an_adapted_model_writes_text():
+    torch.manual_seed(0)
+    model = get_peft_model(MODELS["llama"][0]().eval(), EtherConfig(task_type="CAUSAL_LM", init_weights=False)).eval()
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    text = model.generate(input_ids=IDS, **options)
+    model.merge_adapter()
+    assert text.shape == (2, 10) and torch.equal(model.generate(input_ids=IDS, **options), text)
+
+
+def test_every_linear_layer_is_adapted_but_the_output_embedding():
+    model = get_peft_model(MODELS["llama"][0](), EtherConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    adapted = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, EtherLayer)}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    torch.manual_seed(0)
+    model = get_peft_model(MODELS["llama"][0](), EtherConfig(method="ether_plus", init_weights=False)).train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(IDS, labels=IDS).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    assert gradients[0] and all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+
+
+def test_layers_of_another_kind_are_named():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2))
+    with pytest.raises(TypeError, match="attn.c_attn: Conv1D cannot carry ETHER; only Linear and Conv2d can"):
+        get_peft_model(model, EtherConfig())

@@ -51,7 +51,7 @@ def cases():
             )  # fmt: skip
 
 
-@pytest.mark.parametrize(("build", "shape", "method", "sides"), cases())
+@pytest.mark.parametrize(("build", "shape", "method", "sides"), list(cases()))
 @pytest.mark.parametrize("strength", [1.0, 0.4])
 def test_forward_gradients_and_merge_follow_the_dense_definition(build, shape, method, sides, strength):
     layer = make(build().double(), method, sides)
@@ -189,6 +189,20 @@ def test_half_precision_layers_answer_in_half_precision_with_float32_vectors(dty
     assert F.cosine_similarity(answer.float().flatten(), exact.flatten(), dim=0) > 0.999
 
 
+@pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.bfloat16, lambda m: m.to("cpu", torch.float16)])
+def test_casting_a_model_to_half_precision_leaves_the_vectors_in_float32(cast):
+    model = nn.Sequential(make(nn.Linear(8, 8), "ether_plus", "both"))
+    model(torch.randn(2, 8)).sum().backward()
+    before = {name: (v.detach().clone(), v.grad.clone()) for name, v in model[0].vectors("default").items()}
+    parameters = list(model[0].ether_u.values())
+    cast(model)
+    assert model[0].weight.dtype in (torch.float16, torch.bfloat16)
+    for name, vector in model[0].vectors("default").items():
+        assert torch.equal(vector, before[name][0]) and torch.equal(vector.grad, before[name][1])
+    assert model[0].ether_u["default"] is parameters[0]  # an optimizer made before still trains it
+    assert model.double()[0].ether_u["default"].dtype == torch.float64
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_autocast_reflects_in_float32(method):
     layer = make(nn.Linear(64, 32), *method)
@@ -269,6 +283,17 @@ def test_batches_of_mixed_adapters_are_refused():
 def test_a_config_that_makes_no_sense_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         EtherConfig(**fields)
+
+
+def test_the_first_layer_alone_can_be_chosen():
+    assert EtherConfig(layers_to_transform=0, layers_pattern="layers").layers_to_transform == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layer_compiles_without_a_graph_break(method):
+    layer = make(nn.Linear(8, 12), *method)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
 
 
 def test_forward_keeps_no_state():

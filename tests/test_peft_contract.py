@@ -250,6 +250,40 @@ def test_state_dicts_go_out_and_in():
     assert torch.equal(other(inputs()), model(inputs()))
 
 
+def test_vectors_made_without_memory_are_filled_by_loading():
+    base, model = build("mlp-plus")
+    empty = get_peft_model(
+        copy.deepcopy(base), EtherConfig(method="ether_plus", target_modules=["lin0", "lin1"]), low_cpu_mem_usage=True
+    ).eval()
+    assert {p.device.type for n, p in empty.named_parameters() if ".ether_" in n} == {"meta"}
+    set_peft_model_state_dict(empty, get_peft_model_state_dict(model), low_cpu_mem_usage=True)
+    assert torch.equal(empty(inputs()), model(inputs()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", ["mlp-plus", "conv-plus-n2"])
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+def test_a_half_precision_model_trains_float32_vectors_and_loads_them_again(
+    case, dtype, autocast_adapter_dtype, tmp_path
+):
+    torch.manual_seed(0)
+    kind, config = CASES[case]
+    base = kind().to(dtype).eval()
+    model = get_peft_model(
+        copy.deepcopy(base), EtherConfig(init_weights=False, **config), autocast_adapter_dtype=autocast_adapter_dtype
+    ).eval()
+    answer = model(inputs())
+    assert answer.dtype == dtype
+    answer.float().square().mean().backward()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path, autocast_adapter_dtype=autocast_adapter_dtype).eval()
+    assert torch.equal(loaded(inputs()), answer)
+    for some in (model, loaded):
+        vectors = [p for n, p in some.named_parameters() if ".ether_" in n]
+        assert vectors and all(v.dtype == torch.float32 for v in vectors)
+    assert all(torch.isfinite(p.grad).all() for n, p in model.named_parameters() if ".ether_" in n)
+
+
 def test_injection_without_a_wrapper_works():
     model = inject_adapter_in_model(EtherConfig(target_modules=["lin0"]), MLP())
     assert isinstance(model, MLP) and isinstance(model.lin0, EtherLayer)

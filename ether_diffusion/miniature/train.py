@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from . import models
@@ -122,12 +123,20 @@ class Stage:
         self.module.eval().requires_grad_(False)
 
 
+def start(module: nn.Module, args: argparse.Namespace, name: str) -> nn.Module:
+    """On the device; with the weights of a part of `--init_dir` where that is given."""
+    if args.init_dir is not None:
+        (file,) = (args.init_dir / name).glob("*.safetensors")
+        module.load_state_dict({key: tensor.float() for key, tensor in load_file(file).items()})
+    return module.to(args.device)
+
+
 def channels_last(module: nn.Module, device: torch.device) -> nn.Module:
     return module.to(device, memory_format=torch.channels_last)
 
 
 def train_vae(args: argparse.Namespace, pictures: Pictures) -> AutoencoderKL:
-    vae = channels_last(models.build_vae(), args.device)
+    vae = channels_last(start(models.build_vae(), args, "vae"), args.device)
 
     def loss_of(indices: Tensor, generator: torch.Generator) -> Tensor:
         top, left = (
@@ -149,7 +158,7 @@ def train_vae(args: argparse.Namespace, pictures: Pictures) -> AutoencoderKL:
 
 
 def train_clip(args: argparse.Namespace, pictures: Pictures, tokens: Tensor, tokenizer) -> nn.Module:
-    clip = models.build_clip(tokenizer).to(args.device)
+    clip = start(models.build_clip(tokenizer), args, "clip")
 
     def loss_of(indices: Tensor, generator: torch.Generator) -> Tensor:
         with torch.autocast(args.device.type, torch.bfloat16):
@@ -185,8 +194,9 @@ def encode(args: argparse.Namespace, vae: AutoencoderKL, pictures: Pictures) -> 
 
 def train_unet(args: argparse.Namespace, latents: Tensor, scale: float, tokens: Tensor, tokenizer) -> tuple:
     """Trained together: the text encoder learns what the UNet needs to know of a caption."""
-    unet, text = models.build_unet(), models.build_text_encoder(tokenizer)
-    both = nn.ModuleDict({"unet": channels_last(unet, args.device), "text": text.to(args.device)})
+    unet = start(models.build_unet(), args, "unet")
+    text = start(models.build_text_encoder(tokenizer), args, "text_encoder")
+    both = nn.ModuleDict({"unet": channels_last(unet, args.device), "text": text})
     alphas = models.build_scheduler().alphas_cumprod
     empty = models.tokenize(tokenizer, [""])
 
@@ -234,6 +244,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--work_dir", type=Path, required=True, help="pictures and checkpoints")
     parser.add_argument("--output_dir", type=Path, help="where the pipeline goes; needed by the stage 'export'")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="which to run (earlier ones done)")
+    parser.add_argument("--init_dir", type=Path, help="a pipeline folder to start from, instead of from nothing")
     parser.add_argument("--pictures", type=int, default=80_000)
     parser.add_argument("--vae_steps", type=int, default=3000)
     parser.add_argument("--clip_steps", type=int, default=1000)
