@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .config import EtherConfig
+from .config import ETHER, EtherConfig
 from .layers import EtherLayer
 
 WEIGHTS_NAME = "pytorch_ether_weights.safetensors"
@@ -33,6 +33,8 @@ CONFIG_FIELDS = (
     "method", "num_blocks", "sides", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     "bias", "modules_to_save",
 )  # fmt: skip
+DOCUMENT_FIELDS = ("format_version", "configs", "versions", "base_model", "base_fingerprint")
+"""What a file says of itself, besides what its writer adds (the prompt)."""
 
 
 @dataclass
@@ -70,7 +72,7 @@ def digest(tensors: Mapping[str, Tensor], document: str) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         total.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        total.update(tensor.view(torch.uint8).numpy().data if tensor.numel() else b"")
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
     return total.hexdigest()
 
 
@@ -128,13 +130,17 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 # Reading ------------------------------------------------------------------------------------------------------
 
 
-def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors and the metadata of a safetensors file.
+def is_pickle_by_name(path: str | Path) -> bool:
+    return Path(path).suffix.lower() in PICKLE_SUFFIXES
+
+
+def _open(path: Path, needs: str | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors and the metadata of a safetensors file whose metadata has the key `needs`.
 
     Raises:
         ValueError: anything but a whole safetensors file; a pickle is named as such and never read.
     """
-    if path.suffix in PICKLE_SUFFIXES:
+    if is_pickle_by_name(path):
         raise ValueError(f"{path} is a pickle by its name, and pickles are not read: save it as .safetensors")
     with path.open("rb") as file:
         head = file.read(9)  # of a safetensors file: eight bytes of length, then a JSON object
@@ -142,14 +148,48 @@ def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{path} holds a pickle, whatever its name says, and pickles are not read")
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            header = file.metadata() or {}
+            readable = needs is None or needs in header  # a foreign file may be large: it is not read to be refused
+            tensors = {name: file.get_tensor(name) for name in file.keys()} if readable else {}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is not a whole safetensors file (cut short or damaged): {error}") from error
+    if not readable:
+        raise ValueError(f"{path} is a safetensors file, but holds no ETHER adapter (no {needs!r} in its metadata)")
+    return tensors, header
+
+
+def _parse(where: str | Path, text: str) -> dict[str, Any]:
+    try:
+        document = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"{where} is a JSON {type(document).__name__}, not an object")
+    return document
+
+
+def _check_names(where: str, values: Mapping[str, Any]) -> None:
+    """The types of a config's module names: EtherConfig takes whatever PEFT may make of them.
+
+    Raises:
+        ValueError: names that are neither text nor a list of texts, or layer indices that are no whole numbers.
+    """
+    for name, kind in {
+        "target_modules": str,
+        "exclude_modules": str,
+        "layers_pattern": str,
+        "layers_to_transform": int,
+    }.items():
+        value = values.get(name)
+        entries = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(entry, kind) for entry in entries):
+            raise ValueError(f"{where}: {name}={value!r} is neither {kind.__name__} nor a list of {kind.__name__}")
 
 
 def _build_config(where: str, values: Any) -> EtherConfig:
     if not isinstance(values, dict):
         raise ValueError(f"{where}: the config is a {type(values).__name__}, not an object")
+    _check_names(where, values)
     try:
         config = EtherConfig(**{name: values[name] for name in CONFIG_FIELDS if name in values})
     except (TypeError, ValueError) as error:
@@ -161,7 +201,7 @@ def _build_config(where: str, values: Any) -> EtherConfig:
 def _split_components(where: str, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        component, _, key = name.partition(".")
+        component, _, key = str(name).partition(".")
         if not component or key.rpartition(".")[2] not in VECTORS or not key.rpartition(".")[0]:
             raise ValueError(f"{where}: {name!r} is not of the form <component>.<module path>.{'|'.join(VECTORS)}")
         if not isinstance(tensor, Tensor):
@@ -178,26 +218,23 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         ValueError: not a safetensors file, damaged, not an ETHER adapter, or of a newer format; names the file.
     """
-    tensors, header = _open(path)
-    if "ether" not in header:
-        raise ValueError(f"{path} is a safetensors file, but holds no ETHER adapter (no 'ether' in its metadata)")
+    tensors, header = _open(path, needs="ether")
     signed = {"format": "pt", "ether": header["ether"], "sha256": digest(tensors, header["ether"])}
     if header != signed:
         raise ValueError(f"{path} is damaged: its content does not match the SHA-256 in its metadata")
-    try:
-        document = json.loads(header["ether"])
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: the metadata is not JSON: {error}") from error
-    if not isinstance(document, dict) or not isinstance(document.get("format_version"), int):
-        raise ValueError(f"{path}: the metadata has no format_version")
-    if document["format_version"] > FORMAT_VERSION:
+    document = _parse(f"{path}: the metadata", header["ether"])
+    number = document.get("format_version")
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise ValueError(f"{path}: the metadata has no format_version that is a whole number from 1 on: {number!r}")
+    if number > FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format version {document['format_version']}, this release reads up to {FORMAT_VERSION}: "
+            f"{path} was written by a newer release (format version {number}; this one reads up to {FORMAT_VERSION}): "
             "upgrade ether-diffusion"
         )
     parts, configs = _split_components(str(path), tensors), document.get("configs")
     if not isinstance(configs, dict) or set(configs) != set(parts):
-        raise ValueError(f"{path}: there are vectors for {sorted(parts)}, but configs for {sorted(configs or ())}")
+        held = sorted(configs) if isinstance(configs, dict) else f"no components ({configs!r})"
+        raise ValueError(f"{path}: there are vectors for {sorted(parts)}, but configs for {held}")
     built = {component: _build_config(f"{path}: {component}", values) for component, values in configs.items()}
     return Checkpoint(built, parts, document, str(path))
 
@@ -209,14 +246,16 @@ def read_peft_folder(folder: Path) -> Checkpoint:
         ValueError: another method's adapter, or a damaged file.
     """
     try:
-        values = json.loads((folder / PEFT_CONFIG_NAME).read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder / PEFT_CONFIG_NAME} is not JSON: {error}") from error
-    kind = values.get("peft_type") if isinstance(values, dict) else None
-    if kind != "ETHER":
-        raise ValueError(f"{folder} holds a PEFT adapter of type {kind!r}, not 'ETHER'")
+        text = (folder / PEFT_CONFIG_NAME).read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{folder / PEFT_CONFIG_NAME} is not text: {error}") from error
+    values = _parse(folder / PEFT_CONFIG_NAME, text)
+    if values.get("peft_type") != ETHER:
+        raise ValueError(f"{folder} holds a PEFT adapter of type {values.get('peft_type')!r}, not {ETHER.value!r}")
     config = _build_config(str(folder / PEFT_CONFIG_NAME), values)
     tensors, _ = _open(folder / PEFT_WEIGHTS_NAME)
+    if not tensors:
+        raise ValueError(f"{folder / PEFT_WEIGHTS_NAME} holds no vectors")
     prefix = "base_model.model."
     return Checkpoint(
         {None: config}, {None: {k.removeprefix(prefix): t for k, t in tensors.items()}}, source=str(folder)

@@ -9,11 +9,17 @@ from peft import PeftConfig
 
 
 class EtherType(str):
-    """PEFT's type tag of this method. PEFT's own tags are members of an enum of strings: callers ask for `.value`."""
+    """PEFT's type tag of this method, made like the members of PEFT's own enum of strings.
+
+    Callers ask for `.value`, or cut the name from `str`, which reads "PeftType.ETHER".
+    """
 
     @property
     def value(self) -> str:
-        return str(self)
+        return str.__str__(self)
+
+    def __str__(self) -> str:
+        return f"PeftType.{self.value}"
 
 
 ETHER = EtherType("ETHER")

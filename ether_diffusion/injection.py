@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ FINGERPRINT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def models_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
-    """The pipeline's components that are modules, by name."""
-    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    """The pipeline's components that are modules, by name; of a compiled component, the module that was compiled."""
+    modules = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    return {name: getattr(module, "_orig_mod", module) for name, module in modules.items()}
 
 
 def ether_layers(model: nn.Module) -> Iterator[tuple[str, EtherLayer]]:
@@ -42,13 +44,10 @@ def adapters_of(pipe: DiffusionPipeline) -> dict[str, list[str]]:
 # Checks -------------------------------------------------------------------------------------------------------
 
 
-def _resolve(model: nn.Module, path: str) -> nn.Module | None:
-    """The module at a canonical path, in whichever release's naming the model has."""
-    modules = dict(model.named_modules())
-    for candidate in (path, path.removeprefix("text_model."), f"text_model.{path}"):
-        if candidate in modules:
-            return modules[candidate]
-    return None
+def _resolve(modules: Mapping[str, nn.Module], path: str) -> str | None:
+    """The name in this model of the module at a canonical path, in whichever release's naming the model has."""
+    candidates = (path, path.removeprefix("text_model."), f"text_model.{path}")
+    return next((name for name in candidates if name in modules), None)
 
 
 def _layers_for(where: str, model: nn.Module, config: EtherConfig, tensors: Mapping[str, Tensor]) -> dict[str, dict]:
@@ -57,17 +56,17 @@ def _layers_for(where: str, model: nn.Module, config: EtherConfig, tensors: Mapp
     Raises:
         ValueError: names the first module that does not fit, what the file has for it and what it would need.
     """
-    names = {id(module): name for name, module in model.named_modules()}
+    modules = dict(model.named_modules())
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         path, _, vector = key.rpartition(".")
-        module = _resolve(model, path)
-        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if base is None:
+        name = _resolve(modules, path)
+        if name is None or "base_layer" in path.split("."):
             raise ValueError(
                 f"{where}: {path} does not exist in this {type(model).__name__}; the adapter was made for another "
                 "architecture"
             )
+        base = _base_of(modules[name])
         width = _width(base, vector)
         if width is None:
             raise ValueError(f"{where}: {path} is a {type(base).__name__} here, not a Linear or Conv2d to adapt")
@@ -81,13 +80,31 @@ def _layers_for(where: str, model: nn.Module, config: EtherConfig, tensors: Mapp
                 f"{where}: {key} has shape {tuple(tensor.shape)}, but the layer here has {width} {side} and needs "
                 f"{fits}; the adapter was made for another architecture"
             )
-        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+        if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
             raise ValueError(f"{where}: {key} is not made of finite floating-point numbers")
-        found.setdefault(names[id(module)], {})[vector] = tensor
+        if vector in found.setdefault(name, {}):
+            raise ValueError(f"{where}: {key} is there twice, under two names of the same layer")
+        found[name][vector] = tensor
     for path, vectors in found.items():
         if missing := set(expected_vectors(config)) - set(vectors):
             raise ValueError(f"{where}: {path} lacks {', '.join(sorted(missing))}")
     return found
+
+
+def _base_of(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _check_name(adapter_name: str) -> None:
+    """Refuse a name that `nn.ParameterDict` cannot hold: its keys are attributes of the module.
+
+    Raises:
+        ValueError: names what is wrong.
+    """
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
+        raise ValueError(f"adapter_name={adapter_name!r}: a name is a text without a dot")
+    if hasattr(nn.ParameterDict(), adapter_name):
+        raise ValueError(f"adapter_name={adapter_name!r} is taken by PyTorch's own attributes: choose another name")
 
 
 def _width(base: nn.Module, vector: str) -> int | None:
@@ -143,12 +160,15 @@ def free_name(pipe: DiffusionPipeline) -> str:
     return next(name for k in range(len(taken) + 1) if (name := f"default_{k}") not in taken)
 
 
-def put_on(pipe: DiffusionPipeline, checkpoint: Checkpoint, adapter_name: str) -> None:
+def put_on(
+    pipe: DiffusionPipeline, checkpoint: Checkpoint, adapter_name: str, *, low_cpu_mem_usage: bool = True
+) -> None:
     """Check everything, then add the adapter to every component it has vectors for, and make it the active one.
 
     Raises:
         ValueError: the name is taken, or the checkpoint does not fit. Nothing has changed then.
     """
+    _check_name(adapter_name)
     models = models_of(pipe)
     for component, model in models.items():
         if adapter_name in getattr(model, "peft_config", {}):
@@ -156,31 +176,68 @@ def put_on(pipe: DiffusionPipeline, checkpoint: Checkpoint, adapter_name: str) -
         if any(layer.merged for _, layer in ether_layers(model)):
             raise ValueError(f"{component} has a fused ETHER adapter: call unfuse_ether before loading another")
     checkpoint, found = plan(pipe, checkpoint)
+    active = {component: _activation(models[component]) for component in found}
     try:
         for component, layers in found.items():
-            _inject(models[component], checkpoint.configs[component], layers, adapter_name)
+            _inject(models[component], checkpoint.configs[component], layers, adapter_name, low_cpu_mem_usage)
     except BaseException:
         for component in found:
             take_off(models[component], adapter_name)
+            for layer, (names, trained) in active[component].items():
+                layer._active_adapter = names
+                for parameter, requires_grad in trained:
+                    parameter.requires_grad_(requires_grad)
         raise
 
 
-def _inject(model: nn.Module, config: EtherConfig, layers: Mapping[str, dict], adapter_name: str) -> None:
+def _activation(model: nn.Module) -> dict[BaseTunerLayer, tuple[Any, list[tuple[nn.Parameter, bool]]]]:
+    """Of every PEFT layer: what is active, and which of its parameters are trained."""
+    return {
+        layer: (layer._active_adapter, [(p, p.requires_grad) for p in layer.parameters()])
+        for layer in model.modules()
+        if isinstance(layer, BaseTunerLayer)
+    }
+
+
+def _inject(
+    model: nn.Module, config: EtherConfig, layers: Mapping[str, dict], adapter_name: str, low_cpu_mem_usage: bool
+) -> None:
     fields = {name: getattr(config, name) for name in ("method", "num_blocks", "sides")}
     exact = EtherConfig(**fields, target_modules=list(layers), inference_mode=True)
-    with torch.random.fork_rng():  # the start that PEFT draws is not the one that is kept
-        inject_adapter_in_model(exact, model, adapter_name, low_cpu_mem_usage=True)
+    # The start that PEFT draws, on the CPU, is not the one that is kept.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="Already found a `peft_config` attribute"
+        )  # a second adapter is fine
+        inject_adapter_in_model(exact, model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
     if config.target_modules is not None:
         exact.target_modules = config.target_modules
     modules = dict(model.named_modules())
     for path, vectors in layers.items():
         layer = modules[path]
+        device = _execution_device(path, layer.get_base_layer())
         for name, tensor in vectors.items():
             # A copy: the caller's tensors, and a memory-mapped file, stay apart from the model.
             getattr(layer, name)[adapter_name] = nn.Parameter(tensor.detach().clone(), requires_grad=False)
-        layer._move_adapter_to_device_of_base_layer(adapter_name)
+        layer._move_adapter_to_device_of_base_layer(adapter_name, device)
     if hasattr(type(model), "_hf_peft_config_loaded"):
         model._hf_peft_config_loaded = True
+
+
+def _execution_device(path: str, base: nn.Module) -> torch.device | None:
+    """Where an offloaded layer computes, whose weight waits on the meta device; None: where its weight is.
+
+    Raises:
+        ValueError: a weight on the meta device that nothing brings anywhere.
+    """
+    weight = getattr(base, "weight", None)
+    if not isinstance(weight, Tensor) or weight.device.type != "meta":
+        return None
+    hook = getattr(base, "_hf_hook", None)
+    devices = [getattr(h, "execution_device", None) for h in getattr(hook, "hooks", [hook])]
+    if not any(device is not None for device in devices):
+        raise ValueError(f"{path} has no weights (they are on the meta device): load the model's weights first")
+    return torch.device(next(device for device in devices if device is not None))
 
 
 def take_off(model: nn.Module, adapter_name: str | None = None) -> None:
@@ -188,7 +245,7 @@ def take_off(model: nn.Module, adapter_name: str | None = None) -> None:
 
     Where no adapter of any method is left, the model's own attributes are as they were before the first.
     """
-    for path, layer in list(ether_layers(model)):
+    for path, layer in reversed(list(ether_layers(model))):  # inner ones first: paths lead through the outer ones
         if layer.merged:
             layer.unmerge()
         for name in [adapter_name] if adapter_name else list(layer.ether_u):
@@ -233,7 +290,7 @@ def collect(pipe: DiffusionPipeline, adapter_name: str) -> Checkpoint:
     return Checkpoint(configs, tensors, metadata)
 
 
-def fingerprint(layers: Mapping[str, EtherLayer]) -> dict[str, str]:
+def fingerprint(layers: Mapping[str, EtherLayer], dtypes: Iterable[str] = tuple(FINGERPRINT_DTYPES)) -> dict[str, str]:
     """SHA-256 over the base weights of adapted layers (path, shape, values), by the dtype they are rounded to.
 
     A float32 model has one for each half precision, so that its own half-precision copies are recognised; a model in
@@ -243,7 +300,8 @@ def fingerprint(layers: Mapping[str, EtherLayer]) -> dict[str, str]:
     if any(w.device.type == "meta" or not w.is_floating_point() for w in weights.values()):
         return {}
     prints = {}
-    for name, dtype in FINGERPRINT_DTYPES.items():
+    for name in dtypes:
+        dtype = FINGERPRINT_DTYPES[name]
         if all(w.dtype in (dtype, torch.float32, torch.float64) for w in weights.values()):
             total = hashlib.sha256()
             for path, weight in weights.items():
@@ -263,10 +321,10 @@ def other_base(pipe: DiffusionPipeline, adapter_name: str, metadata: Mapping[str
         layers = {canonical_path(component, p): la for p, la in ether_layers(model) if adapter_name in la.ether_u}
         then = recorded.get(component)
         if layers and isinstance(then, dict):
-            now = fingerprint(layers)
-            shared = set(now) & set(then)
-            if shared and all(now[name] != then[name] for name in shared):
-                differing.append(component)
+            for name in (name for name in FINGERPRINT_DTYPES if name in then):
+                if now := fingerprint(layers, [name]):  # one that both have tells: the others need not be made
+                    differing += [component] if now[name] != then[name] else []
+                    break
     return differing
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from .checkpoint import PICKLE_SUFFIXES, WEIGHTS_NAME, from_state_dict, write_checkpoint
+from .checkpoint import DOCUMENT_FIELDS, WEIGHTS_NAME, from_state_dict, is_pickle_by_name, write_checkpoint
 from .injection import adapters_of, collect, ether_layers, free_name, models_of, other_base, put_on, take_off
 from .layers import EtherLayer
 from .sources import find_checkpoint
@@ -29,6 +29,7 @@ def load_ether_weights(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     force_download: bool = False,
+    low_cpu_mem_usage: bool = True,
 ) -> None:
     """Load an ETHER adapter onto the pipeline and make it the active one.
 
@@ -40,10 +41,12 @@ def load_ether_weights(
         adapter_name: default: "default_0", or the next number that is free.
         weight_name: name of the file in the folder or repository.
         subfolder, revision, token, cache_dir, local_files_only, force_download: as for `from_pretrained`.
+        low_cpu_mem_usage: False also allocates the vectors' starting values, which loading then replaces.
 
     Raises:
         FileNotFoundError, OSError: nothing there, or the Hub is out of reach.
-        ValueError: a damaged file, another format, or an adapter that does not fit this pipeline (names the module).
+        ValueError: a damaged file, another format, a name that is taken or cannot be one, or an adapter that does not
+            fit this pipeline (names the module).
     """
     if isinstance(pretrained_model_name_or_path_or_dict, Mapping):
         checkpoint = from_state_dict(pretrained_model_name_or_path_or_dict)
@@ -58,8 +61,8 @@ def load_ether_weights(
             local_files_only=local_files_only,
             force_download=force_download,
         )
-    name = adapter_name or free_name(self)
-    put_on(self, checkpoint, name)
+    name = free_name(self) if adapter_name is None else adapter_name
+    put_on(self, checkpoint, name, low_cpu_mem_usage=low_cpu_mem_usage)
     if differing := other_base(self, name, checkpoint.metadata):
         logger.warning(
             "%s was trained on other base weights than those of %s here (its base model: %s); results will differ",
@@ -108,11 +111,14 @@ def save_ether_weights(
         metadata: more to record, e.g. {"prompt": "a photo of sks dog"}.
 
     Raises:
-        ValueError: no adapter, several and no name, or a config that a pipeline file cannot hold.
+        ValueError: no adapter, several and no name, a config that a pipeline file cannot hold, or metadata under a
+            name that the file itself uses.
     """
     if Path(weight_name).name != weight_name or Path(weight_name).suffix != ".safetensors":
-        kind = "a pickle" if Path(weight_name).suffix in PICKLE_SUFFIXES else "not the name of a .safetensors file"
+        kind = "a pickle" if is_pickle_by_name(weight_name) else "not the name of a .safetensors file"
         raise ValueError(f"weight_name={weight_name!r} is {kind}; e.g. {WEIGHTS_NAME}")
+    if reserved := sorted(set(metadata or ()) & set(DOCUMENT_FIELDS)):
+        raise ValueError(f"metadata: the file itself says what {', '.join(reserved)} is; choose another name")
     checkpoint = collect(self, _which(self, adapter_name))
     checkpoint.metadata |= dict(metadata or {})
     path = Path(save_directory) / weight_name
@@ -141,7 +147,7 @@ def fuse_ether(
     Args:
         components: default: all that carry ETHER.
         ether_scale: multiplies the adapters' strengths.
-        safe_fusing: check every weight for NaN and infinity first; nothing stays fused if one fails.
+        safe_fusing: check every weight for NaN and infinity; if one fails, all are as they were before the call.
         adapter_names: default: the active ones.
 
     Raises:
@@ -150,23 +156,35 @@ def fuse_ether(
     known = adapters_of(self)
     if unknown := sorted(set(adapter_names or ()) - set(known)):
         raise ValueError(f"there is no adapter {', '.join(unknown)}; loaded are {', '.join(known) or 'none'}")
-    fused: list[EtherLayer] = []
+    chosen = [
+        (layer, names)
+        for layer in _chosen_layers(self, components)
+        if (names := [n for n in adapter_names or layer.active_adapters if n in layer.ether_u])
+    ]
+    if not chosen:
+        raise ValueError(f"nothing to fuse: no layer of {components} carries {adapter_names or 'an active adapter'}")
+    touched: list[tuple[EtherLayer, dict[str, float]]] = []
     try:
-        for layer in _chosen_layers(self, components):
-            names = [n for n in adapter_names or layer.active_adapters if n in layer.ether_u]
-            now = dict(layer.scaling)
-            layer.scaling |= {name: ether_scale * now[name] for name in names}
-            was_merged = layer.merged
-            try:
-                layer.merge(safe_merge=safe_fusing, adapter_names=names)
-            finally:
-                layer.scaling |= now
-            if not was_merged and layer.merged:
-                fused.append(layer)
+        for layer, names in chosen:
+            earlier = {name: layer._merged_arguments[name]["strength"] for name in layer.merged_adapters}
+            _merge_at(layer, {name: ether_scale * layer.scaling[name] for name in names}, safe_fusing)
+            touched.append((layer, earlier))
     except BaseException:
-        for layer in fused:
+        for layer, earlier in touched:
             layer.unmerge()
+            if earlier:
+                _merge_at(layer, earlier)
         raise
+
+
+def _merge_at(layer: EtherLayer, strengths: Mapping[str, float], safe: bool = False) -> None:
+    """Merge adapters at the given strengths, whatever the layer's own are."""
+    now = dict(layer.scaling)
+    layer.scaling |= strengths
+    try:
+        layer.merge(safe_merge=safe, adapter_names=list(strengths))
+    finally:
+        layer.scaling |= now
 
 
 def unfuse_ether(self: DiffusionPipeline, components: list[str] | None = None) -> None:

@@ -11,9 +11,9 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 from .checkpoint import (
     PEFT_CONFIG_NAME,
     PEFT_WEIGHTS_NAME,
-    PICKLE_SUFFIXES,
     WEIGHTS_NAME,
     Checkpoint,
+    is_pickle_by_name,
     read_checkpoint,
     read_peft_folder,
 )
@@ -68,7 +68,7 @@ def _from_folder(folder: Path, weight_name: str | None) -> Checkpoint:
         return read_checkpoint(path)
     if weight_name is None and (folder / PEFT_CONFIG_NAME).is_file() and (folder / PEFT_WEIGHTS_NAME).is_file():
         return read_peft_folder(folder)
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLE_SUFFIXES)
+    pickles = sorted(p.name for p in folder.iterdir() if is_pickle_by_name(p))
     if pickles:
         raise ValueError(f"{folder} has no {path.name}, only {', '.join(pickles)}: pickles are not read")
     others = sorted(p.name for p in folder.glob("*.safetensors"))
@@ -78,7 +78,7 @@ def _from_folder(folder: Path, weight_name: str | None) -> Checkpoint:
 
 def _from_hub(repo_id: str, weight_name: str | None, options: dict) -> Checkpoint:
     wanted = weight_name or WEIGHTS_NAME
-    if Path(wanted).suffix in PICKLE_SUFFIXES:
+    if is_pickle_by_name(wanted):
         raise ValueError(f"{wanted} is a pickle by its name, and pickles are not read")
     try:
         return read_checkpoint(Path(hf_hub_download(repo_id, wanted, **options)))

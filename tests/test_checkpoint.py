@@ -100,7 +100,7 @@ def test_a_truncated_file_is_named(tmp_path, share):
         read_checkpoint(path)
 
 
-@pytest.mark.parametrize("name", ["adapter.bin", "adapter.pt", "adapter.ckpt", "adapter.pkl"])
+@pytest.mark.parametrize("name", ["adapter.bin", "adapter.pt", "adapter.ckpt", "adapter.pkl", "ADAPTER.PTH"])
 def test_a_pickle_is_refused_by_its_name(tmp_path, name):
     (tmp_path / name).write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(ValueError, match=f"{name} is a pickle by its name"):
@@ -136,7 +136,7 @@ def test_another_safetensors_file_is_not_taken_for_an_adapter(tmp_path):
 
 def test_a_newer_format_asks_for_an_upgrade(file):
     rewrite(file, lambda document, tensors: document.update(format_version=FORMAT_VERSION + 1))
-    with pytest.raises(ValueError, match="upgrade ether-diffusion"):
+    with pytest.raises(ValueError, match="newer release .* upgrade ether-diffusion"):
         read_checkpoint(file)
 
 
@@ -145,7 +145,13 @@ def test_a_newer_format_asks_for_an_upgrade(file):
     [
         (lambda d, t: d.pop("format_version"), "no format_version"),
         (lambda d, t: d.update(configs={}), "but configs for"),
+        (lambda d, t: d.update(format_version=0), "no format_version that is"),
+        (lambda d, t: d.update(format_version=True), "no format_version that is"),
         (lambda d, t: d.update(configs=[]), "but configs for"),
+        (lambda d, t: d.update(configs=3), "but configs for no components"),
+        (lambda d, t: d["configs"]["unet"].update(target_modules=5), "target_modules=5 is neither str"),
+        (lambda d, t: d["configs"]["unet"].update(exclude_modules=[["a"]]), "exclude_modules="),
+        (lambda d, t: d["configs"]["unet"].update(layers_to_transform="all"), "layers_to_transform='all'"),
         (lambda d, t: d["configs"].update(unet=3), "not an object"),
         (lambda d, t: d["configs"]["unet"].update(method="lora"), "method='lora'"),
         (lambda d, t: d["configs"]["unet"].update(num_blocks=0), "num_blocks=0"),
@@ -158,6 +164,41 @@ def test_a_document_that_makes_no_sense_is_refused(file, change, message):
     rewrite(file, change)
     with pytest.raises(ValueError, match=message):
         read_checkpoint(file)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "7", "[" * 100_000])
+def test_metadata_that_is_no_json_object_is_refused(file, text):
+    vectors = {"unet.mid.to_q.ether_u": torch.ones(1, 4)}
+    save_file(vectors, file, {"format": "pt", "ether": text, "sha256": digest(vectors, text)})
+    with pytest.raises(ValueError, match="the metadata is (not JSON|a JSON)"):
+        read_checkpoint(file)
+
+
+def test_a_signed_scalar_is_read_without_harm(file):
+    rewrite(file, lambda document, tensors: tensors.update({"unet.mid.0.to_q.ether_u": torch.tensor(1.0)}))
+    assert read_checkpoint(file).tensors["unet"]["mid.0.to_q.ether_u"].shape == ()
+
+
+def write_peft_folder(folder: Path, config: str, tensors: dict) -> None:
+    (folder / "adapter_config.json").write_text(config)
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "message"),
+    [
+        ('{"peft_type": "LORA"}', {"a.ether_u": torch.ones(1, 4)}, "adapter of type 'LORA', not 'ETHER'"),
+        ("{}", {"a.ether_u": torch.ones(1, 4)}, "adapter of type None"),
+        ("{", {"a.ether_u": torch.ones(1, 4)}, "adapter_config.json is not JSON"),
+        ("[]", {"a.ether_u": torch.ones(1, 4)}, "adapter_config.json is a JSON list"),
+        ('{"peft_type": "ETHER", "num_blocks": "two"}', {"a.ether_u": torch.ones(1, 4)}, "num_blocks='two'"),
+        ('{"peft_type": "ETHER"}', {}, "adapter_model.safetensors holds no vectors"),
+    ],
+)
+def test_a_bad_folder_of_peft_is_explained(tmp_path, config, tensors, message):
+    write_peft_folder(tmp_path, config, tensors)
+    with pytest.raises(ValueError, match=message):
+        find_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("field", [{"bias": "all"}, {"modules_to_save": ["conv_out"]}])
@@ -192,12 +233,25 @@ def test_a_missing_source_says_what_was_looked_for(tmp_path, file):
         find_checkpoint(tmp_path, weight_name="other.safetensors")
 
 
-def test_an_adapter_in_the_hub_cache_loads_offline_and_a_missing_one_says_what_is_missing(tmp_path, file):
-    repo = tmp_path / "cache" / "models--someone--dog"
+def make_cached_repository(cache: Path, name: str) -> Path:
+    """The folder of a repository's files in a cache laid out as huggingface_hub lays it out."""
+    repo = cache / f"models--someone--{name}"
     snapshot = repo / "snapshots" / "0123456789012345678901234567890123456789"
     snapshot.mkdir(parents=True)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(snapshot.name)
+    return snapshot
+
+
+def test_a_folder_of_peft_in_the_hub_cache_loads_offline(tmp_path):
+    snapshot = make_cached_repository(tmp_path, "dog")
+    write_peft_folder(snapshot, '{"peft_type": "ETHER"}', {"base_model.model.mid.to_q.ether_u": torch.ones(1, 4)})
+    found = find_checkpoint("someone/dog", cache_dir=tmp_path, local_files_only=True)
+    assert list(found.tensors[None]) == ["mid.to_q.ether_u"]
+
+
+def test_an_adapter_in_the_hub_cache_loads_offline_and_a_missing_one_says_what_is_missing(tmp_path, file):
+    snapshot = make_cached_repository(tmp_path / "cache", "dog")
     (snapshot / WEIGHTS_NAME).write_bytes(file.read_bytes())
     found = find_checkpoint("someone/dog", cache_dir=tmp_path / "cache", local_files_only=True)
     assert set(found.tensors["unet"]) == set(read_checkpoint(file).tensors["unet"])

@@ -106,12 +106,35 @@ def test_diffusers_adapter_methods_work(name, method):
         assert torch.equal(model(**inputs, return_dict=False)[0], dog)
 
 
-@pytest.mark.parametrize("name", ["flux", "flux2"])
-def test_single_stream_blocks_are_adapted_too(name):
+@pytest.mark.parametrize(
+    ("name", "single"),
+    [("flux", {"attn.to_q", "attn.to_k", "attn.to_v"}), ("flux2", {"attn.to_qkv_mlp_proj", "attn.to_out"})],
+)
+def test_single_stream_blocks_are_adapted_too(name, single):
     model, _ = MODELS[name]()
     model.add_adapter(EtherConfig())
-    names = [n for n, m in model.named_modules() if isinstance(m, EtherLayer)]
-    assert any("single_transformer_blocks" in n for n in names)
+    names = {n for n, m in model.named_modules() if isinstance(m, EtherLayer)}
+    double = {"attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"}
+    assert names == {f"transformer_blocks.0.{n}" for n in double} | {
+        f"single_transformer_blocks.0.{n}" for n in single
+    }
+
+
+def test_convolutions_of_a_unet_are_adapted_and_fused():
+    torch.manual_seed(0)
+    model, inputs = unet()
+    model = model.eval()
+    targets = ["conv1", "conv2", "conv_shortcut", "conv_in"]
+    with torch.no_grad():
+        base = model(**inputs).sample
+        model.add_adapter(EtherConfig(method="ether_plus", num_blocks=2, target_modules=targets, init_weights=False))
+        adapted = model(**inputs).sample
+        assert not torch.allclose(adapted, base, atol=1e-4)
+        model.fuse_lora(safe_fusing=True)
+        torch.testing.assert_close(model(**inputs).sample, adapted, rtol=1e-4, atol=1e-4)
+        model.unfuse_lora()
+        model.disable_adapters()
+        assert torch.equal(model(**inputs).sample, base)
 
 
 def test_training_with_gradient_checkpointing_gives_the_same_gradients():

@@ -1,13 +1,16 @@
 """The pipeline's methods: what they paint, what they refuse, and what they leave behind."""
 
+import copy
 import subprocess
 import sys
 
+import accelerate
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from ether_diffusion import EtherConfig, EtherLayer
 from ether_diffusion.checkpoint import WEIGHTS_NAME
@@ -99,6 +102,20 @@ def test_a_broken_adapter_is_not_fused_and_nothing_stays_fused(trained):
     assert not any(m.merged for m in trained.unet.modules() if isinstance(m, EtherLayer))
 
 
+def test_a_second_fuse_that_fails_leaves_the_first_as_it_was(trained):
+    trained.load_ether_weights(trained.ether_state_dict(), "broken")
+    last = [m for m in trained.text_encoder.modules() if isinstance(m, EtherLayer)][-1]
+    with torch.no_grad():
+        last.ether_u["broken"].fill_(float("nan"))
+    trained.set_adapters(["default"], [0.8])
+    trained.fuse_ether(ether_scale=0.5)
+    weights = {k: v.clone() for k, v in trained.unet.state_dict().items()}
+    with pytest.raises(ValueError, match="NaN or infinity in the merged weight"):
+        trained.fuse_ether(adapter_names=["broken"], safe_fusing=True)
+    assert all(torch.equal(v, weights[k]) for k, v in trained.unet.state_dict().items())
+    assert {tuple(m.merged_adapters) for m in trained.unet.modules() if isinstance(m, EtherLayer)} == {("default",)}
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_an_unloaded_pipeline_is_the_base_pipeline_again(trained, tiny_pipeline_folder, fused):
     fresh = open_pipeline(tiny_pipeline_folder)
@@ -163,6 +180,16 @@ def test_default_names_are_the_next_free_ones(trained):
         trained.load_ether_weights(vectors, "default_1")
 
 
+@pytest.mark.parametrize("name", ["", "dog.v2", "keys", "training"])
+def test_a_name_that_cannot_be_one_is_refused_before_anything_changes(tiny_pipeline, name):
+    vectors = adapt(tiny_pipeline).ether_state_dict()
+    tiny_pipeline.unload_ether_weights()
+    before = snapshot(tiny_pipeline)
+    with pytest.raises(ValueError, match=f"adapter_name={name!r}"):
+        tiny_pipeline.load_ether_weights(vectors, name)
+    assert_unchanged(tiny_pipeline, before)
+
+
 def test_a_folder_of_peft_loads_onto_the_component_it_fits(tiny_pipeline, tiny_pipeline_folder, tmp_path):
     model = get_peft_model(open_pipeline(tiny_pipeline_folder).unet, EtherConfig(init_weights=False))
     model.save_pretrained(tmp_path)
@@ -171,6 +198,34 @@ def test_a_folder_of_peft_loads_onto_the_component_it_fits(tiny_pipeline, tiny_p
     with torch.no_grad():
         inputs = (torch.randn(1, 4, 8, 8), 3, torch.randn(1, 16, 16))
         assert torch.allclose(tiny_pipeline.unet(*inputs).sample, model(*inputs).sample, atol=1e-5)
+
+
+class TwinPipeline(DiffusionPipeline):
+    """A pipeline without diffusers' LoRA methods, with two components of one architecture."""
+
+    def __init__(self, unet, unet_2):
+        super().__init__()
+        self.register_modules(unet=unet, unet_2=unet_2)
+
+
+def test_a_folder_of_peft_that_fits_two_components_is_refused(tiny_pipeline, tmp_path):
+    twins = TwinPipeline(tiny_pipeline.unet, copy.deepcopy(tiny_pipeline.unet))
+    get_peft_model(copy.deepcopy(tiny_pipeline.unet), EtherConfig(init_weights=False)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"fits several components \(unet, unet_2\)"):
+        twins.load_ether_weights(tmp_path)
+
+
+def test_pipelines_without_lora_methods_load_fuse_save_and_unload(tiny_pipeline, tmp_path):
+    twins = TwinPipeline(tiny_pipeline.unet, copy.deepcopy(tiny_pipeline.unet))
+    twins.unet_2.add_adapter(EtherConfig(init_weights=False), adapter_name="dog")
+    twins.save_ether_weights(tmp_path)
+    twins.unload_ether_weights()
+    twins.load_ether_weights(tmp_path, "dog")
+    assert not hasattr(twins.unet, "peft_config") and list(twins.unet_2.peft_config) == ["dog"]
+    twins.fuse_ether()
+    twins.unfuse_ether()
+    twins.unload_ether_weights()
+    assert all(torch.equal(v, twins.unet.state_dict()[k]) for k, v in twins.unet_2.state_dict().items())
 
 
 def test_a_text_encoder_adapter_of_an_older_transformers_loads(trained, tiny_pipeline_folder):
@@ -211,6 +266,10 @@ def shorten(vectors):
         (lambda v: {k: t * float("inf") for k, t in v.items()}, "finite floating-point numbers"),
         (lambda v: {k: t.int() for k, t in v.items()}, "finite floating-point numbers"),
         (lambda v: {k.replace("attn1.to_q", "norm1"): t for k, t in v.items()}, "is a LayerNorm here"),
+        (lambda v: v | {k.replace("text_model.", ""): t for k, t in v.items()}, "is there twice, under two names"),
+        (lambda v: {k.replace("to_q.", "to_q.base_layer."): t for k, t in v.items()}, "base_layer does not exist"),
+        (lambda v: {3: next(iter(v.values()))}, "3 is not of the form"),
+        (lambda v: {k: 3 for k in v}, "is a int, not a tensor"),
         (lambda v: {}, "holds no vectors"),
         (lambda v: {k.rpartition(".")[0]: t for k, t in v.items()}, "not of the form"),
     ],
@@ -249,6 +308,24 @@ def test_a_failed_second_load_leaves_the_first_adapter_painting(trained):
     assert trained.get_list_adapters() == {"unet": ["default"], "text_encoder": ["default"]}
 
 
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+def test_an_injection_that_fails_midway_is_undone(trained, component):
+    vectors = trained.ether_state_dict()
+    trained.load_ether_weights(vectors, "second")
+    trained.set_adapters(["second", "default"], [0.5, 1.0])
+    getattr(trained, component).extra = nn.Conv2d(4, 4, 1, groups=2)  # fits by shape, but cannot be reflected
+    extra = {key.rpartition(".")[2]: t.new_ones(2, 2) for key, t in vectors.items() if key.startswith(component)}
+    picture, before = paint(trained), snapshot(trained)
+    wanted = [p.requires_grad for p in trained.unet.parameters()]
+    with pytest.raises(ValueError, match="grouped convolutions"):
+        trained.load_ether_weights(vectors | {f"{component}.extra.{k}": t for k, t in extra.items()}, "third")
+    assert_unchanged(trained, before)
+    assert trained.get_active_adapters() == ["second", "default"]
+    assert trained.get_list_adapters() == {"unet": ["default", "second"], "text_encoder": ["default", "second"]}
+    assert [p.requires_grad for p in trained.unet.parameters()] == wanted
+    assert np.array_equal(paint(trained), picture)
+
+
 def test_another_base_model_is_a_warning(trained, tiny_pipeline_folder, tmp_path, caplog):
     trained.save_ether_weights(tmp_path)
     same = open_pipeline(tiny_pipeline_folder)
@@ -281,6 +358,51 @@ def test_half_precision_keeps_the_vectors_in_float32(trained, tiny_pipeline_fold
     assert layers and all(p.dtype == torch.float32 for layer in layers for p in layer.ether_u.values())
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_vectors_of_any_precision_load_as_float32(trained, tiny_pipeline_folder, low_cpu_mem_usage):
+    fresh = open_pipeline(tiny_pipeline_folder)
+    stored = {key: tensor.half() for key, tensor in trained.ether_state_dict().items()}
+    fresh.load_ether_weights(stored, low_cpu_mem_usage=low_cpu_mem_usage)
+    loaded = fresh.ether_state_dict()
+    assert all(torch.equal(loaded[key], tensor.float()) for key, tensor in stored.items())
+    assert {tensor.dtype for tensor in loaded.values()} == {torch.float32}
+
+
+def test_an_offloaded_component_is_adapted_as_one_in_memory(trained, tiny_pipeline_folder, tmp_path):
+    fresh, picture = open_pipeline(tiny_pipeline_folder), paint(trained)
+    accelerate.cpu_offload(fresh.unet, execution_device=torch.device("cpu"))
+    assert fresh.unet.mid_block.attentions[0].proj_in.weight.device.type == "meta"
+    fresh.load_ether_weights(trained.ether_state_dict())
+    assert np.abs(paint(fresh) - picture).max() <= ONE_GREY_LEVEL
+    fresh.save_ether_weights(tmp_path)
+    fresh.unload_ether_weights()
+    assert not any(isinstance(m, EtherLayer) for m in fresh.unet.modules())
+
+
+def test_a_component_without_weights_is_refused(trained, tiny_pipeline):
+    vectors = trained.ether_state_dict()
+    trained.unload_ether_weights()
+    trained.unet.to("meta")
+    with pytest.raises(ValueError, match="to_q has no weights"):
+        trained.load_ether_weights(vectors)
+    assert not any(isinstance(m, EtherLayer) for part in (trained.unet, trained.text_encoder) for m in part.modules())
+
+
+def test_a_compiled_component_is_adapted_below_its_wrapper(trained, tiny_pipeline_folder):
+    fresh = open_pipeline(tiny_pipeline_folder)
+    fresh.unet = torch.compile(fresh.unet, backend="eager")
+    fresh.load_ether_weights(trained.ether_state_dict(), "dog")
+    assert fresh.ether_state_dict("dog").keys() == trained.ether_state_dict().keys()
+    fresh.unload_ether_weights()
+    assert not any(isinstance(m, EtherLayer) for m in fresh.unet.modules())
+
+
+def test_metadata_does_not_speak_over_the_file(trained, tmp_path):
+    with pytest.raises(ValueError, match="the file itself says what base_model is"):
+        trained.save_ether_weights(tmp_path, metadata={"prompt": "a dog", "base_model": "mine"})
+    assert not list(tmp_path.iterdir())
+
+
 def test_nothing_to_save_fuse_or_name_is_an_error(tiny_pipeline, tmp_path):
     with pytest.raises(ValueError, match="holds no ETHER adapter"):
         tiny_pipeline.save_ether_weights(tmp_path)
@@ -291,8 +413,25 @@ def test_nothing_to_save_fuse_or_name_is_an_error(tiny_pipeline, tmp_path):
         tiny_pipeline.fuse_ether(components=["vae"])
     with pytest.raises(ValueError, match="there is no adapter cat"):
         tiny_pipeline.fuse_ether(adapter_names=["cat"])
+    tiny_pipeline.load_ether_weights({k: v for k, v in tiny_pipeline.ether_state_dict().items() if "unet" in k}, "dog")
+    with pytest.raises(ValueError, match="nothing to fuse"):
+        tiny_pipeline.fuse_ether(["text_encoder"], adapter_names=["dog"])
+    tiny_pipeline.delete_adapters("dog")
     with pytest.raises(ValueError, match="weight_name='adapter.bin' is a pickle"):
         tiny_pipeline.save_ether_weights(tmp_path, weight_name="adapter.bin")
+
+
+def test_adapters_below_and_above_a_lora_are_unloaded_without_it(trained, tiny_pipeline_folder):
+    vectors = trained.ether_state_dict()
+    trained.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "lora")
+    trained.load_ether_weights(vectors, "second")
+    trained.set_adapters(["default", "lora", "second"])
+    paint(trained)
+    trained.unload_ether_weights()
+    assert not any(isinstance(m, EtherLayer) for m in trained.unet.modules())
+    assert trained.get_list_adapters() == {"unet": ["lora"]}
+    trained.unload_lora_weights()
+    assert np.array_equal(paint(trained), paint(open_pipeline(tiny_pipeline_folder)))
 
 
 def test_stock_lora_calls_work_beside_ether(trained, tmp_path):

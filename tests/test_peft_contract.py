@@ -1,6 +1,7 @@
 """ETHER held to what PEFT asks of every method: behaviours × models × configs, through PEFT's own entry points."""
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -348,6 +349,60 @@ def test_registration_is_idempotent_and_known_to_peft():
     register()
     assert PEFT_TYPE_TO_CONFIG_MAPPING["ETHER"] is EtherConfig
     assert ETHER.value == "ETHER" and EtherModel.prefix == "ether_"
+
+
+def test_peft_reports_the_state_of_model_and_layers():
+    _, model = build("mlp-both-layers-n4")
+    model.merge_adapter()
+    status = model.get_model_status()
+    assert status.peft_types == {"default": "ETHER"} and status.adapter_model_type == "EtherModel"
+    assert (status.trainable_params, status.num_adapter_layers, status.merged_adapters) == (24, 2, ["default"])
+    assert [layer.requires_grad for layer in model.get_layer_status()] == [{"default": True}] * 2
+    assert "ether.EtherLinear" in repr(model)
+
+
+def test_copied_and_pickled_models_are_on_their_own():
+    _, model = build("mlp-plus")
+    answer = model(inputs())
+    model.merge_adapter()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        twin.unmerge_adapter()
+        assert torch.equal(twin(inputs()), answer)
+        with torch.no_grad():
+            twin.base_model.model.lin0.ether_u["default"].normal_()
+        assert not torch.allclose(twin(inputs()), answer)
+    model.unmerge_adapter()
+    assert torch.equal(model(inputs()), answer)
+
+
+def test_a_merged_adapter_is_not_deleted():
+    _, model = build("mlp")
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="while they are merged"):
+        model.delete_adapter("default")
+
+
+def test_merging_chosen_adapters_and_unloading_keeps_those_alone():
+    base, model = build("mlp")
+    model.add_adapter("other", EtherConfig(target_modules=["lin0", "lin1"], init_weights=False))
+    model.set_adapter("other")
+    other = model(inputs())
+    model.set_adapter("default")
+    alone = model.merge_and_unload(adapter_names=["other"])
+    torch.testing.assert_close(alone(inputs()), other, rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_on_different_layers_work_side_by_side():
+    _, model = build("mlp")
+    model.add_adapter("other", EtherConfig(target_modules=["lin1"], init_weights=False))
+    model.base_model.set_adapter(["default", "other"])
+    both = model(inputs())
+    model.set_adapter("default")
+    first = model(inputs())
+    assert not torch.allclose(both, first, atol=1e-5)
+    model.base_model.set_adapter(["default", "other"])
+    model.merge_adapter(["other"])
+    torch.testing.assert_close(model(inputs()), both, rtol=1e-5, atol=1e-5)
 
 
 def test_auto_model_finds_the_base_of_a_saved_adapter(tmp_path):
