@@ -300,13 +300,21 @@ class EtherLayer(BaseTunerLayer):
         if "u_out" not in vectors:
             return self._activation_side((x + strength * moved).to(x.dtype), earlier, args, kwargs)
         y = self._activation_side((x + moved).to(x.dtype), earlier, args, kwargs)
-        bias = getattr(self.get_base_layer(), "bias", None)
-        product = y if bias is None else y - self._as_channels(bias.to(y.dtype))
+        product = y - self._bias_under(x, y, args, kwargs)
         full = y + self._displaced(product, vectors["u_out"], vectors.get("v_out"))
         if strength == 1:
             return full.to(y.dtype)
         unchanged = self._activation_side(x, earlier, args, kwargs)
         return (unchanged + strength * (full - unchanged)).to(y.dtype)
+
+    def _bias_under(self, x: Tensor, y: Tensor, args: tuple, kwargs: dict) -> Tensor | float:
+        """What the base layer adds to its product, broadcastable to y."""
+        bias = getattr(self.get_base_layer(), "bias", None)
+        if bias is None:
+            return 0.0
+        if bias.device.type == "meta":  # offloaded: there only while the layer itself runs
+            return self.base_layer(torch.zeros_like(x[:1] if x.ndim > 1 else x), *args, **kwargs)
+        return self._as_channels(bias.to(y.dtype))
 
     def _displaced(self, x: Tensor, u: Tensor, v: Tensor | None) -> Tensor:
         axis = self.channel_axis

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from pipelines import adapt
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -109,3 +110,9 @@ def tiny_pipeline(tiny_pipeline_folder) -> StableDiffusionPipeline:
     pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline_folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture(params=["ether", "ether_plus"])
+def trained(request, tiny_pipeline) -> StableDiffusionPipeline:
+    """The tiny pipeline with an adapter of each method, called "default", on its denoiser and its text encoder."""
+    return adapt(tiny_pipeline, request.param, num_blocks=2)
