@@ -40,42 +40,34 @@ def measure(pipe, subject: Subject) -> tuple[float, float]:
 
 
 def learn(subject: Subject, method: str, rate: float, checkpoints: list[int], seed: int) -> list[tuple[float, float]]:
-    """Losses after each of the given numbers of steps, in one run."""
+    """Losses after each of the given numbers of steps; at a constant rate, a short run is the start of a long one."""
     pipe = load_pipeline()
     family = family_of(pipe)
     family.freeze(torch.device("cpu"))
     configs = {"unet": EtherConfig(method=method)}
     models = {"unet": pipe.unet}
     add_adapters(models, configs, seed=seed)
-    parameters = trained_parameters(models, configs)
     measured = []
     with tempfile.TemporaryDirectory() as folder:
         for k in range(VIEWS - 1):
             subject.view(k).render().image.save(Path(folder, f"{k}.png"))
         prompt = f"a photo of sks {subject.class_name}"
-        images = InstanceImages(find_images(folder), prompt=prompt, resolution=64, seed=seed)
-        for steps in checkpoints:  # each from the start: a shorter run is not the beginning of a longer one's schedule
-            with torch.no_grad():
-                starts = [p.clone() for p in parameters]
-            objective = DreamBoothObjective(family, images, trained=["unet"], seed=seed)
-            train(
-                Accelerator(cpu=True),
-                objective,
-                parameters,
-                OptimizationOptions(max_train_steps=steps),
-                learning_rate=rate,
-            )
-            measured.append(measure(pipe, subject))
-            with torch.no_grad():
-                for parameter, start in zip(parameters, starts, strict=True):
-                    parameter.copy_(start)
+        images = InstanceImages(find_images(folder), prompt=prompt, resolution=family.native_resolution, seed=seed)
+        train(
+            Accelerator(cpu=True),
+            DreamBoothObjective(family, images, trained=["unet"], seed=seed),
+            trained_parameters(models, configs),
+            OptimizationOptions(max_train_steps=max(checkpoints)),
+            learning_rate=rate,
+            after_step=lambda step: measured.append(measure(pipe, subject)) if step in checkpoints else None,
+        )
     return measured
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2, 3e-2, 1e-1])
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-3, 1e-2, 1e-1, 1.0])
     parser.add_argument("--steps", type=int, nargs="+", default=[100, 200, 400])
     parser.add_argument("--subjects", type=int, default=3, help="how many of the world's subjects")
     parser.add_argument("--seed", type=int, default=0)
@@ -88,7 +80,7 @@ def main() -> None:
     for method in ("ether", "ether_plus"):
         for rate in args.learning_rates:
             runs = [learn(subject, method, rate, args.steps, args.seed) for subject in chosen]
-            for k, steps in enumerate(args.steps):
+            for k, steps in enumerate(sorted(args.steps)):
                 own, prior = (sum(run[k][j] for run in runs) / len(runs) for j in (0, 1))
                 rows.append({"method": method, "learning_rate": rate, "steps": steps, "held_out": own, "prior": prior})
                 print(f"{method:12}{rate:>8.0e}{steps:>6}{own:>10.4f}{prior:>10.4f}", flush=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model
-from pipelines import ONE_GREY_LEVEL, TwinPipeline, adapt, open_pipeline, paint
+from pipelines import ONE_GREY_LEVEL, TwinPipeline, open_pipeline, paint
 
 from ether_diffusion import EtherConfig, EtherLayer
 

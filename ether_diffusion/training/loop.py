@@ -7,7 +7,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,7 @@ def train(
     *,
     learning_rate: float,
     tracked: dict[str, Any] | None = None,
+    after_step: Callable[[int], None] | None = None,
 ) -> TrainingResult:
     """Minimise an objective with AdamW.
 
@@ -88,6 +89,7 @@ def train(
         options: steps, batch, schedule, AdamW.
         learning_rate: of the schedule's plateau.
         tracked: options to log with the run.
+        after_step: called with the number of steps done, after each, on every process.
 
     Raises:
         FloatingPointError: a loss that is not finite; names the step. Nothing is saved then.
@@ -132,6 +134,8 @@ def train(
         accelerator.log({"train/loss": mean, "train/learning_rate": rate}, step=step + 1)
         bar.update()
         bar.set_postfix(loss=f"{mean:.4f}", lr=f"{rate:.2e}")
+        if after_step is not None:
+            after_step(step + 1)
     bar.close()
     accelerator.wait_for_everyone()
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False).eval()
