@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from accelerate.hooks import AlignDevicesHook
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
@@ -15,6 +17,7 @@ from .functional import adapt_weight, displacement, low_rank_delta
 
 PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Weights that can be read and written as they are."""
+NO_MIXED_BATCHES = "ETHER does not mix adapters within a batch (adapter_names): set one with set_adapter"
 
 
 def divisors(number: int) -> list[int]:
@@ -44,7 +47,7 @@ class EtherLayer(BaseTunerLayer):
         self.num_blocks: dict[str, int] = {}
         self.strength: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
-        self.in_features, self.out_features = self._features(self.get_base_layer())
+        self.in_features, self.out_features = self._features(self.get_base_layer(), layer_name)
         self._disable_adapters = False
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True
@@ -54,7 +57,7 @@ class EtherLayer(BaseTunerLayer):
         self.update_layer(adapter_name, config, layer_name=layer_name)
 
     @staticmethod
-    def _features(base: nn.Module) -> tuple[int, int]:
+    def _features(base: nn.Module, layer_name: str) -> tuple[int, int]:
         raise NotImplementedError
 
     # Adapters -------------------------------------------------------------------------------------------------
@@ -86,10 +89,19 @@ class EtherLayer(BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter's vectors; PEFT activates another where it was active."""
+        super().delete_adapter(adapter_name)
+        for name in self.adapter_layer_names:
+            if (hook := _offload_hook(getattr(self, name))) is not None:
+                hook.original_devices.pop(adapter_name, None)  # else it looks for the vector when it is taken off
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """To the device of the base layer, but in float32: vectors and norms lose too much in half precision."""
         base_device, base_dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        device = base_device if device is None else device
+        if device is None:
+            hook = _offload_hook(self.get_base_layer())  # the base layer is on the meta device between its calls
+            device = base_device if hook is None else torch.device(hook.execution_device)
         dtype = torch.float64 if base_dtype == torch.float64 else torch.float32
         for name in self.adapter_layer_names:
             vectors = getattr(self, name)
@@ -109,10 +121,13 @@ class EtherLayer(BaseTunerLayer):
         return self
 
     def vectors(self, adapter_name: str) -> dict[str, Tensor]:
-        """The raw vectors of an adapter, by the names of the arguments of `functional.adapt_weight`."""
+        """The raw vectors of an adapter, by the names of the arguments of `functional.adapt_weight`.
+
+        Offloaded ones come as copies, on the device where the layer computes.
+        """
         found = {name: getattr(self, name) for name in self.adapter_layer_names}
         return {
-            name.removeprefix("ether_"): vectors[adapter_name]
+            name.removeprefix("ether_"): _present(vectors, adapter_name)
             for name, vectors in found.items()
             if adapter_name in vectors
         }
@@ -142,7 +157,10 @@ class EtherLayer(BaseTunerLayer):
     def unscale_layer(self, scale: float | None = None) -> None:
         """Undo `scale_layer(scale)`; without a number, all of them."""
         for name in self._own(self.active_adapters):
-            self.scaling[name] = self.strength[name] if not scale else self.scaling[name] / scale
+            restored = self.scaling[name] / scale if scale else self.strength[name]
+            # Pipelines scale and unscale at every step; rounding must not add up.
+            unscaled = math.isclose(restored, self.strength[name], rel_tol=1e-12)
+            self.scaling[name] = self.strength[name] if unscaled else restored
 
     # What stock LoRA calls look for on every PEFT layer: an ETHER layer holds no LoRA factors.
 
@@ -281,7 +299,7 @@ class EtherLayer(BaseTunerLayer):
             ValueError: `adapter_names`, PEFT's batches of mixed adapters, which this method does not have.
         """
         if "adapter_names" in kwargs:
-            raise ValueError("ETHER does not mix adapters within a batch (adapter_names): set one with set_adapter")
+            raise ValueError(NO_MIXED_BATCHES)
         if self.merged:
             if self.disable_adapters:
                 weight = self._weight_without_merged()
@@ -328,6 +346,21 @@ class EtherLayer(BaseTunerLayer):
         return f"ether.{super().__repr__()}"
 
 
+def _offload_hook(module: nn.Module) -> AlignDevicesHook | None:
+    """The hook by which Accelerate keeps a module's parameters elsewhere between calls, if one does."""
+    hook = getattr(module, "_hf_hook", None)
+    return next((h for h in getattr(hook, "hooks", [hook]) if isinstance(h, AlignDevicesHook) and h.offload), None)
+
+
+def _present(vectors: nn.ParameterDict, adapter_name: str) -> Tensor:
+    """A vector, fetched if it is offloaded: hooks fetch for a module's forward, which a ParameterDict has not."""
+    vector = vectors[adapter_name]
+    hook = _offload_hook(vectors)
+    if vector.device.type != "meta" or hook is None:
+        return vector
+    return hook.weights_map[adapter_name].to(hook.execution_device)
+
+
 def _random_directions(n: int, width: int) -> Tensor:
     """Directions drawn uniformly, of length 1: (n, width), from PyTorch's generator."""
     return nn.functional.normalize(torch.randn(n, width, dtype=torch.float32), dim=-1)
@@ -339,7 +372,7 @@ class EtherLinear(EtherLayer, nn.Module):
     channel_axis = -1
 
     @staticmethod
-    def _features(base: nn.Module) -> tuple[int, int]:
+    def _features(base: nn.Module, layer_name: str) -> tuple[int, int]:
         return base.in_features, base.out_features
 
 
@@ -353,9 +386,12 @@ class EtherConv2d(EtherLayer, nn.Module):
     channel_axis = -3
 
     @staticmethod
-    def _features(base: nn.Module) -> tuple[int, int]:
+    def _features(base: nn.Module, layer_name: str) -> tuple[int, int]:
         if base.groups != 1:
-            raise ValueError(f"ETHER does not reflect grouped convolutions (groups={base.groups}): exclude the layer")
+            raise ValueError(
+                f"{layer_name or 'Conv2d'}: ETHER does not reflect grouped convolutions (groups={base.groups}); only "
+                "groups=1 fits: exclude the layer"
+            )
         return base.in_channels, base.out_channels
 
     @staticmethod

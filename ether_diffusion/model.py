@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from diffusers import ModelMixin
@@ -12,7 +14,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import nn
 
 from .config import ETHER, EtherConfig
-from .layers import EtherConv2d, EtherLayer, EtherLinear
+from .layers import NO_MIXED_BATCHES, EtherConv2d, EtherLayer, EtherLinear
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 CLIP_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -97,6 +99,13 @@ class EtherModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT drops `adapter_names` on the way to the layers, which would answer with the active adapter alone."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(NO_MIXED_BATCHES)
+        yield
 
 
 def register() -> None:

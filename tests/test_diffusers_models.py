@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_module
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from diffusers.models import Flux2Transformer2DModel
+from peft import get_peft_model
 
 from ether_diffusion import EtherConfig, EtherLayer
 
@@ -151,3 +154,36 @@ def test_training_with_gradient_checkpointing_gives_the_same_gradients():
         model(**inputs).sample.square().mean().backward()
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
     assert gradients[0] and all(torch.allclose(g, gradients[1][n], atol=1e-6) for n, g in gradients[0].items())
+
+
+@pytest.mark.parametrize("method", ["ether", "ether_plus"])
+@torch.no_grad()
+def test_a_model_that_is_offloaded_after_adapters_were_added_answers_the_same(method):
+    torch.manual_seed(0)
+    model, inputs = unet()
+    model = model.eval()
+    config = EtherConfig(method=method, init_weights=False)
+    for name in ("cat", "dog"):
+        model.add_adapter(config, adapter_name=name)
+    dog = model(**inputs).sample
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert torch.equal(model(**inputs).sample, dog)
+    model.add_adapter(config, adapter_name="fox")
+    fox = model(**inputs).sample
+    assert not torch.allclose(fox, dog, atol=1e-6)
+    model.delete_adapters("cat")
+    remove_hook_from_module(model, recurse=True)
+    assert torch.equal(model(**inputs).sample, fox)
+    model.set_adapter("dog")
+    assert torch.equal(model(**inputs).sample, dog)
+
+
+@torch.no_grad()
+def test_an_offloaded_model_merges():
+    torch.manual_seed(0)
+    base, inputs = unet()
+    model = get_peft_model(base.eval(), EtherConfig(method="ether_plus", init_weights=False))
+    answer = model(**inputs).sample
+    cpu_offload(base, execution_device=torch.device("cpu"))
+    torch.testing.assert_close(model.merge_and_unload()(**inputs).sample, answer, rtol=1e-4, atol=1e-5)

@@ -176,6 +176,16 @@ def test_call_factors_multiply_and_are_undone():
     assert set(layer.scaling) == {"default"}
 
 
+def test_a_factor_of_every_step_leaves_no_rounding_behind():
+    layer = make(nn.Linear(8, 8))
+    for strength in torch.rand(50, dtype=torch.float64).tolist():
+        layer.set_scale("default", strength)
+        for factor in (0.1, 0.3, 0.7):
+            layer.scale_layer(factor)
+            layer.unscale_layer(factor)
+            assert layer.scaling["default"] == strength
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("method", METHODS)
 def test_half_precision_layers_answer_in_half_precision_with_float32_vectors(dtype, method):
@@ -258,8 +268,9 @@ def test_blocks_that_do_not_fit_are_named_with_those_that_do(base, config, messa
 
 
 def test_grouped_convolutions_are_refused():
-    with pytest.raises(ValueError, match="groups=2"):
-        make(nn.Conv2d(4, 4, 3, groups=2))
+    base = nn.Conv2d(4, 4, 3, groups=2)
+    with pytest.raises(ValueError, match=r"mid.conv: .*grouped convolutions \(groups=2\).*exclude the layer"):
+        EtherConv2d(base, "default", EtherConfig(), layer_name="mid.conv")
 
 
 def test_batches_of_mixed_adapters_are_refused():
