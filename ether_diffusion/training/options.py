@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 # Starting points per method; a learning rate given by the user takes their place.
-LEARNING_RATES = {"ether": 1e-2, "ether_plus": 1e-2}
+LEARNING_RATES = {"ether": 2e-3, "ether_plus": 2e-3}
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
@@ -118,7 +118,7 @@ class AdapterOptions(OptionGroup):
 class OptimizationOptions(OptionGroup):
     """optimisation"""
 
-    max_train_steps: int = option("Optimiser steps in all.", 400, fits=POSITIVE)
+    max_train_steps: int = option("Optimiser steps in all.", 200, fits=POSITIVE)
     train_batch_size: int = option("Pictures per process and forward pass.", 4, fits=POSITIVE)
     gradient_accumulation_steps: int = option("Forward passes per optimiser step.", 1, fits=POSITIVE)
     gradient_checkpointing: bool = option("Recompute activations in the backward pass: less memory, slower.", False)
