@@ -8,6 +8,8 @@ Source: ETHER, arXiv:2405.20271, sections 3.2 (ETHER), 3.3 (ETHER+) and 3.4 (blo
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,8 @@ SMALLEST_ENTRY = 1e-30
 grows with 1/|r|, and would overflow below."""
 
 
-def _accurate(dtype: torch.dtype) -> torch.dtype:
+def accurate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a reflection is computed in: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -27,18 +30,81 @@ def normalize(raw: Tensor) -> Tensor:
     first, so neither tiny nor huge vectors lose their direction; a zero vector (see SMALLEST_ENTRY) gives û = 0 and
     finite gradients.
     """
+    return _unit_and_length(raw)[0]
+
+
+def normalize_backward(raw: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of `normalize`, dL/dr = (dL/dû − (û·dL/dû) û) / |r|; 0 where r has no direction.
+
+    raw, grad: (n, b). Returns (n, b) in raw's dtype.
+    """
+    unit, length = _unit_and_length(raw)
+    tangential = grad - (unit * grad).sum(dim=-1, keepdim=True) * unit
+    return torch.where(length == 0, 0, tangential / torch.where(length == 0, 1, length)).to(raw.dtype)
+
+
+def _unit_and_length(raw: Tensor) -> tuple[Tensor, Tensor]:
+    """û (n, b) and |r| (n, 1), both zero where r has no direction."""
     smallest = max(SMALLEST_ENTRY, torch.finfo(raw.dtype).smallest_normal)
-    raw = raw.to(_accurate(raw.dtype))
+    raw = raw.to(accurate_dtype(raw.dtype))
     largest = raw.detach().abs().amax(dim=-1, keepdim=True)  # û does not depend on it, so neither does the gradient
     has_direction = ~(largest < smallest)  # NaN goes on, to be seen
     scaled = raw / torch.where(has_direction, largest, 1)
     length = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
-    return torch.where(has_direction, scaled / torch.where(has_direction, length, 1), torch.zeros_like(scaled))
+    unit = torch.where(has_direction, scaled / torch.where(has_direction, length, 1), torch.zeros_like(scaled))
+    return unit, torch.where(has_direction, length * largest, 0)
 
 
-def _along(blocks: Tensor, unit: Tensor) -> Tensor:
-    """The part of every block that lies along its unit vector: (x·û)û; blocks (..., n, b), unit (n, b)."""
-    return (blocks * unit).sum(dim=-1, keepdim=True) * unit
+def project(x: Tensor, unit: Tensor) -> Tensor:
+    """x·û of every block: x (..., d) and unit (n, d/n) of one dtype to (..., n)."""
+    if len(unit) == 1:
+        return (x @ unit[0]).unsqueeze(-1)
+    return torch.einsum("...nb,nb->...n", x.unflatten(-1, unit.shape), unit)
+
+
+def add_along(x: Tensor, coefficients: Tensor, unit: Tensor, factor: float) -> Tensor:
+    """x + factor · Σ_k c_k û_k: x (..., d), coefficients (..., n), unit (n, d/n), of one dtype."""
+    blocks = x.unflatten(-1, unit.shape)
+    return torch.addcmul(blocks, coefficients.unsqueeze(-1), unit, value=factor).flatten(-2)
+
+
+def gather(x: Tensor, coefficients: Tensor, blocks: int) -> Tensor:
+    """The transpose of `project`, Σ over rows of c_k x_k: x (N, d) and coefficients (N, n) to (n, d/n)."""
+    if blocks == 1:
+        return (x.T @ coefficients[:, 0]).unsqueeze(0)
+    return torch.einsum("rnb,rn->nb", x.unflatten(-1, (blocks, -1)), coefficients)
+
+
+class Transform(NamedTuple):
+    """One side's matrix T, known by its unit vectors: T = I + Σ_j f_j blockdiag_k(û_jk û_jkᵀ), symmetric.
+
+    ETHER's has one vector with f = −2, ETHER+'s two with f = −1 and 1.
+    """
+
+    units: tuple[Tensor, ...]  # (n, d/n) each, float32 or float64
+    factors: tuple[float, ...]
+
+    @classmethod
+    def of(cls, u: Tensor, v: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Transform:
+        """The transform of raw vectors: ETHER's without `v`. Computes in `dtype`, if that is more accurate."""
+        raws, factors = ((u,), (-2.0,)) if v is None else ((u, v), (-1.0, 1.0))
+        return cls(
+            tuple(normalize(raw).to(torch.promote_types(accurate_dtype(raw.dtype), dtype)) for raw in raws), factors
+        )
+
+    def displace(self, x: Tensor) -> Tensor:
+        """(T − I)x on the last axis of x: (..., d), of the dtype of the units."""
+        moved = torch.zeros_like(x)
+        for unit, factor in zip(self.units, self.factors, strict=True):
+            moved = add_along(moved, project(x, unit), unit, factor)
+        return moved
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Tx on the last axis of x: (..., d), of the dtype of the units."""
+        coefficients = [project(x, unit) for unit in self.units]
+        for coefficient, unit, factor in zip(coefficients, self.units, self.factors, strict=True):
+            x = add_along(x, coefficient, unit, factor)
+        return x
 
 
 def displacement(x: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:
@@ -48,12 +114,8 @@ def displacement(x: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:
     x: (..., d); u, v: (n, d/n). Returns (..., d) in float32 (float64 where x or u is), also under autocast.
     """
     with torch.autocast(x.device.type, enabled=False):
-        unit = normalize(u)
-        dtype = torch.promote_types(_accurate(x.dtype), unit.dtype)
-        blocks = x.to(dtype).unflatten(-1, u.shape)  # (..., n, b)
-        moved = _along(blocks, unit.to(dtype))
-        moved = -2 * moved if v is None else _along(blocks, normalize(v).to(dtype)) - moved
-        return moved.flatten(-2)
+        transform = Transform.of(u, v, accurate_dtype(x.dtype))
+        return transform.displace(x.to(transform.units[0].dtype))
 
 
 def reflect(x: Tensor, u: Tensor, strength: float = 1.0) -> Tensor:
@@ -99,7 +161,7 @@ def adapt_weight(
     """
     if strength == 0:
         return weight
-    base = weight.to(_accurate(weight.dtype))
+    base = weight.to(accurate_dtype(weight.dtype))
     full = base + displacement(base.movedim(1, -1), u, v).movedim(-1, 1)
     if u_out is not None:
         full = full + displacement(full.movedim(0, -1), u_out, v_out).movedim(-1, 0)
@@ -131,7 +193,7 @@ def low_rank_delta(
     Returns:
         A (r, i·k) and B (o, r), in float32 (float64 for float64).
     """
-    dtype = _accurate(weight.dtype)
+    dtype = accurate_dtype(weight.dtype)
     base = weight.to(dtype).flatten(2) if weight.ndim > 2 else weight.to(dtype).unsqueeze(-1)  # (o, i, k)
     kernel = torch.eye(base.shape[2], dtype=dtype, device=weight.device)
     flat = base.flatten(1)  # (o, i·k)

@@ -8,15 +8,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from accelerate.hooks import AlignDevicesHook
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from .bases import PLAIN_DTYPES, computes_as_written, offload_hook
 from .config import EtherConfig
-from .functional import adapt_weight, displacement, low_rank_delta
+from .functional import adapt_weight, low_rank_delta
+from .operators import adapted_linear, moved
 
-PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""Weights that can be read and written as they are."""
 NO_MIXED_BATCHES = "ETHER does not mix adapters within a batch (adapter_names): set one with set_adapter"
 
 
@@ -93,14 +92,14 @@ class EtherLayer(BaseTunerLayer):
         """Remove an adapter's vectors; PEFT activates another where it was active."""
         super().delete_adapter(adapter_name)
         for name in self.adapter_layer_names:
-            if (hook := _offload_hook(getattr(self, name))) is not None:
+            if (hook := offload_hook(getattr(self, name))) is not None:
                 hook.original_devices.pop(adapter_name, None)  # else it looks for the vector when it is taken off
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """To the device of the base layer, but in float32: vectors and norms lose too much in half precision."""
         base_device, base_dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         if device is None:
-            hook = _offload_hook(self.get_base_layer())  # the base layer is on the meta device between its calls
+            hook = offload_hook(self.get_base_layer())  # the base layer is on the meta device between its calls
             device = base_device if hook is None else torch.device(hook.execution_device)
         dtype = torch.float64 if base_dtype == torch.float64 else torch.float32
         for name in self.adapter_layer_names:
@@ -306,23 +305,25 @@ class EtherLayer(BaseTunerLayer):
                 return torch.func.functional_call(self.get_base_layer(), {"weight": weight}, (x, *args), kwargs)
             return self.base_layer(x, *args, **kwargs)
         names = [] if self.disable_adapters else [n for n in self._own(self.active_adapters) if self.scaling[n] != 0]
-        return self._activation_side(x, names, args, kwargs)
+        return self._adapted_output(x, names, args, kwargs)
 
-    def _activation_side(self, x: Tensor, names: list[str], args: tuple, kwargs: dict) -> Tensor:
-        """f_j(x): reflect what goes into the base layer and what comes out of it; works over any base layer."""
+    def _adapted_output(self, x: Tensor, names: list[str], args: tuple, kwargs: dict) -> Tensor:
+        """f_j(x): one operator over a plain linear layer; else, what goes in and what comes out is reflected."""
         if not names:
             return self.base_layer(x, *args, **kwargs)
         *earlier, name = names
         vectors, strength = self.vectors(name), self.scaling[name]
-        moved = self._displaced(x, vectors["u"], vectors.get("v"))
+        if not earlier and not args and not kwargs and computes_as_written(self.base_layer, x):
+            return adapted_linear(x, self.base_layer.weight, self.base_layer.bias, **vectors, strength=strength)
+        displaced = self._displaced(x, vectors["u"], vectors.get("v"))
         if "u_out" not in vectors:
-            return self._activation_side((x + strength * moved).to(x.dtype), earlier, args, kwargs)
-        y = self._activation_side((x + moved).to(x.dtype), earlier, args, kwargs)
+            return self._adapted_output((x + strength * displaced).to(x.dtype), earlier, args, kwargs)
+        y = self._adapted_output((x + displaced).to(x.dtype), earlier, args, kwargs)
         product = y - self._bias_under(x, y, args, kwargs)
         full = y + self._displaced(product, vectors["u_out"], vectors.get("v_out"))
         if strength == 1:
             return full.to(y.dtype)
-        unchanged = self._activation_side(x, earlier, args, kwargs)
+        unchanged = self._adapted_output(x, earlier, args, kwargs)
         return (unchanged + strength * (full - unchanged)).to(y.dtype)
 
     def _bias_under(self, x: Tensor, y: Tensor, args: tuple, kwargs: dict) -> Tensor | float:
@@ -336,7 +337,7 @@ class EtherLayer(BaseTunerLayer):
 
     def _displaced(self, x: Tensor, u: Tensor, v: Tensor | None) -> Tensor:
         axis = self.channel_axis
-        return displacement(x.movedim(axis, -1), u, v).movedim(-1, axis)
+        return moved(x.movedim(axis, -1), u, v).movedim(-1, axis)
 
     @staticmethod
     def _as_channels(bias: Tensor) -> Tensor:
@@ -346,16 +347,10 @@ class EtherLayer(BaseTunerLayer):
         return f"ether.{super().__repr__()}"
 
 
-def _offload_hook(module: nn.Module) -> AlignDevicesHook | None:
-    """The hook by which Accelerate keeps a module's parameters elsewhere between calls, if one does."""
-    hook = getattr(module, "_hf_hook", None)
-    return next((h for h in getattr(hook, "hooks", [hook]) if isinstance(h, AlignDevicesHook) and h.offload), None)
-
-
 def _present(vectors: nn.ParameterDict, adapter_name: str) -> Tensor:
     """A vector, fetched if it is offloaded: hooks fetch for a module's forward, which a ParameterDict has not."""
     vector = vectors[adapter_name]
-    hook = _offload_hook(vectors)
+    hook = offload_hook(vectors)
     if vector.device.type != "meta" or hook is None:
         return vector
     return hook.weights_map[adapter_name].to(hook.execution_device)

@@ -53,8 +53,9 @@ def cases():
 
 @pytest.mark.parametrize(("build", "shape", "method", "sides"), list(cases()))
 @pytest.mark.parametrize("strength", [1.0, 0.4])
-def test_forward_gradients_and_merge_follow_the_dense_definition(build, shape, method, sides, strength):
-    layer = make(build().double(), method, sides)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_forward_gradients_and_merge_follow_the_dense_definition(build, shape, method, sides, strength, frozen):
+    layer = make(build().double().requires_grad_(not frozen), method, sides)
     layer.set_scale("default", strength)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     expected = oracle(layer, x, ["default"])

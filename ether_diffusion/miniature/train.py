@@ -2,9 +2,9 @@
 
     python -m ether_diffusion.miniature.train --work_dir work --output_dir ether_diffusion/miniature/weights
 
-Stages: pictures, vae, clip, unet (with its text encoder), export. Each writes checkpoints to `--work_dir` and goes on
-from the last one when the command is given again. Batches and noise are derived from the seed and the step, so a run
-that was stopped continues as if it had not been.
+Stages: pictures, vae, decoder (the autoencoder's once more, on latents with noise), clip, unet (with its text
+encoder), export. Each writes checkpoints to `--work_dir` and goes on from the last one when the command is given
+again. Batches and noise are derived from the seed and the step: a run that was stopped ends as if it had not been.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from . import models
 from .render import SIZE
 from .world import draw_scene
 
-STAGES = ("pictures", "vae", "clip", "unet", "export")
+STAGES = ("pictures", "vae", "decoder", "clip", "unet", "export")
 CHECKPOINT_SECONDS = 120
 
 
@@ -135,6 +135,12 @@ def channels_last(module: nn.Module, device: torch.device) -> nn.Module:
     return module.to(device, memory_format=torch.channels_last)
 
 
+def reconstruction_loss(x: Tensor, y: Tensor) -> Tensor:
+    """Differences of neighbours weigh as much as the pixels: the world is flat colours and sharp edges."""
+    edges = sum((x.diff(dim=d) - y.diff(dim=d)).abs().mean() for d in (2, 3))
+    return (x - y).abs().mean() + edges + 0.5 * F.mse_loss(y, x)
+
+
 def train_vae(args: argparse.Namespace, pictures: Pictures) -> AutoencoderKL:
     vae = channels_last(start(models.build_vae(), args, "vae"), args.device)
 
@@ -149,9 +155,7 @@ def train_vae(args: argparse.Namespace, pictures: Pictures) -> AutoencoderKL:
             posterior = vae.encode(x).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator).to(args.device)
             y = vae.decode(posterior.mean + posterior.std * noise).sample.float()
-        # Differences of neighbours weigh as much as the pixels: the world is flat colours and sharp edges.
-        edges = sum((x.diff(dim=d) - y.diff(dim=d)).abs().mean() for d in (2, 3))
-        return (x - y).abs().mean() + edges + 0.5 * F.mse_loss(y, x) + 1e-4 * posterior.kl().mean() / 1024
+        return reconstruction_loss(x, y) + 1e-4 * posterior.kl().mean() / 1024
 
     Stage("vae", args, vae, args.vae_steps, 2e-3, 32).run(len(pictures.captions), loss_of)
     return vae
@@ -190,6 +194,22 @@ def encode(args: argparse.Namespace, vae: AutoencoderKL, pictures: Pictures) -> 
     latents = torch.load(path, weights_only=True)
     vae.register_to_config(scaling_factor=round(1 / latents[:4096].float().std().item(), 4))
     return latents
+
+
+def train_decoder(args: argparse.Namespace, vae: AutoencoderKL, pictures: Pictures, latents: Tensor) -> None:
+    """The decoder alone, on whole pictures: latents stay as they are, with the small errors that a UNet makes."""
+    decoder = nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True).train()
+
+    def loss_of(indices: Tensor, generator: torch.Generator) -> Tensor:
+        z = latents[indices].float()
+        level = 0.15 * torch.rand(len(indices), 1, 1, 1, generator=generator) / vae.config.scaling_factor
+        z = (z + level * torch.randn(z.shape, generator=generator)).to(args.device, memory_format=torch.channels_last)
+        x = pictures.batch(indices).to(args.device, memory_format=torch.channels_last)
+        with torch.autocast(args.device.type, torch.bfloat16):
+            y = vae.decode(z).sample.float()
+        return reconstruction_loss(x, y)
+
+    Stage("decoder", args, decoder, args.decoder_steps, 1e-3, 16).run(len(latents), loss_of)
 
 
 def train_unet(args: argparse.Namespace, latents: Tensor, scale: float, tokens: Tensor, tokenizer) -> tuple:
@@ -243,10 +263,13 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, required=True, help="pictures and checkpoints")
     parser.add_argument("--output_dir", type=Path, help="where the pipeline goes; needed by the stage 'export'")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="which to run (earlier ones done)")
+    parser.add_argument(
+        "--stages", nargs="+", choices=STAGES, default=STAGES, help="which to run, with what they need"
+    )
     parser.add_argument("--init_dir", type=Path, help="a pipeline folder to start from, instead of from nothing")
     parser.add_argument("--pictures", type=int, default=80_000)
     parser.add_argument("--vae_steps", type=int, default=3000)
+    parser.add_argument("--decoder_steps", type=int, default=2000)
     parser.add_argument("--clip_steps", type=int, default=1000)
     parser.add_argument("--unet_steps", type=int, default=9000)
     parser.add_argument("--unet_lr", type=float, default=8e-4)
@@ -273,10 +296,13 @@ def main() -> None:
     clip = vae = None
     if {"clip", "export"} & set(done):
         clip = train_clip(args, pictures, tokens, tokenizer)
-    if {"vae", "unet", "export"} & set(done):
+    if {"vae", "decoder", "unet", "export"} & set(done):
         vae = train_vae(args, pictures)
-    if {"unet", "export"} & set(done):
+    if {"decoder", "unet", "export"} & set(done):
         latents = encode(args, vae, pictures)
+    if {"decoder", "export"} & set(done):
+        train_decoder(args, vae, pictures, latents)
+    if {"unet", "export"} & set(done):
         unet, text = train_unet(args, latents, vae.config.scaling_factor, tokens, tokenizer)
         if "export" in done:
             export(args, models.assemble(vae, text, tokenizer, unet), clip)

@@ -1,0 +1,36 @@
+"""What an adapted layer needs to know of the layer below it: plain, quantised, offloaded or hooked."""
+
+from __future__ import annotations
+
+import torch
+from accelerate.hooks import AlignDevicesHook
+from torch import Tensor, nn
+
+PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Weights that can be read and written as they are."""
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def offload_hook(module: nn.Module) -> AlignDevicesHook | None:
+    """The hook by which Accelerate keeps a module's parameters elsewhere between calls, if one does."""
+    hook = getattr(module, "_hf_hook", None)
+    return next((h for h in getattr(hook, "hooks", [hook]) if isinstance(h, AlignDevicesHook) and h.offload), None)
+
+
+def computes_as_written(base: nn.Module, x: Tensor) -> bool:
+    """Whether `base(x)` is nothing but torch.nn.functional.linear of x and a frozen, plain weight.
+
+    Else the layer has to be called, because something happens in the call: hooks (offloading, layerwise casting, a
+    profiler), quantised or sharded weights, another adapter, a weight that is trained.
+    """
+    if type(base) is not nn.Linear or "forward" in base.__dict__ or any(getattr(base, hooks) for hooks in HOOKS):
+        return False
+    weight = base.weight
+    return (
+        type(weight) is nn.Parameter
+        and not weight.requires_grad
+        and weight.dtype in PLAIN_DTYPES
+        and weight.device == x.device
+        and weight.device.type != "meta"
+        and (weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type))
+    )
