@@ -8,14 +8,15 @@ Source: ETHER, arXiv:2405.20271, sections 3.2 (ETHER), 3.3 (ETHER+) and 3.4 (blo
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-SMALLEST_ENTRY = 1e-30
-"""A raw vector whose entries are all smaller, or denormal, has no direction: its block is left as it is. The gradient
-grows with 1/|r|, and would overflow below."""
+SMALLEST_LENGTH = 1e-30
+"""A raw vector that is shorter, or denormal, has no direction: its block is left as it is. The gradient grows with
+1/|r|, and would overflow below."""
 
 
 def accurate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -26,33 +27,29 @@ def accurate_dtype(dtype: torch.dtype) -> torch.dtype:
 def normalize(raw: Tensor) -> Tensor:
     """Unit vectors û_k = r_k / |r_k|, one per block.
 
-    raw: (n, b) of any floating dtype. Returns (n, b) in float32 (float64 for float64). Divides by the largest entry
-    first, so neither tiny nor huge vectors lose their direction; a zero vector (see SMALLEST_ENTRY) gives û = 0 and
-    finite gradients.
+    raw: (..., n, b) of any floating dtype. Returns (..., n, b) in float32 (float64 for float64). Neither tiny nor huge
+    vectors lose their direction; a zero vector (see SMALLEST_LENGTH) gives û = 0 and finite gradients.
     """
-    return _unit_and_length(raw)[0]
+    return unit_and_length(raw)[0]
 
 
-def normalize_backward(raw: Tensor, grad: Tensor) -> Tensor:
+def unit_and_length(raw: Tensor) -> tuple[Tensor, Tensor]:
+    """û as `normalize` gives it, and |r|: (..., n, b) and (..., n, 1). Where r has no direction, û = 0 and |r| = ∞."""
+    smallest = max(SMALLEST_LENGTH, torch.finfo(raw.dtype).smallest_normal)
+    raw = raw.to(accurate_dtype(raw.dtype))
+    # Squares of float32 neither overflow nor vanish in float64.
+    length = torch.linalg.vector_norm(raw, dim=-1, keepdim=True, dtype=torch.float64).to(raw.dtype)
+    length = torch.nn.functional.threshold(length, smallest, math.inf)
+    return raw / length, length
+
+
+def normalize_backward(unit: Tensor, length: Tensor, grad: Tensor) -> Tensor:
     """The gradient of `normalize`, dL/dr = (dL/dû − (û·dL/dû) û) / |r|; 0 where r has no direction.
 
-    raw, grad: (n, b). Returns (n, b) in raw's dtype.
+    unit (..., n, b) and length (..., n, 1) as from `unit_and_length`; grad: (..., n, b).
     """
-    unit, length = _unit_and_length(raw)
-    tangential = grad - (unit * grad).sum(dim=-1, keepdim=True) * unit
-    return torch.where(length == 0, 0, tangential / torch.where(length == 0, 1, length)).to(raw.dtype)
-
-
-def _unit_and_length(raw: Tensor) -> tuple[Tensor, Tensor]:
-    """û (n, b) and |r| (n, 1), both zero where r has no direction."""
-    smallest = max(SMALLEST_ENTRY, torch.finfo(raw.dtype).smallest_normal)
-    raw = raw.to(accurate_dtype(raw.dtype))
-    largest = raw.detach().abs().amax(dim=-1, keepdim=True)  # û does not depend on it, so neither does the gradient
-    has_direction = ~(largest < smallest)  # NaN goes on, to be seen
-    scaled = raw / torch.where(has_direction, largest, 1)
-    length = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
-    unit = torch.where(has_direction, scaled / torch.where(has_direction, length, 1), torch.zeros_like(scaled))
-    return unit, torch.where(has_direction, length * largest, 0)
+    along = (unit * grad).sum(dim=-1, keepdim=True)
+    return torch.addcmul(grad, along, unit, value=-1).div_(length)
 
 
 def project(x: Tensor, unit: Tensor) -> Tensor:

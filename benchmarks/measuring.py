@@ -1,0 +1,80 @@
+"""Paired timing, memory and the description of the machine, shared by the speed benchmarks."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import diffusers
+import peft
+import torch
+
+
+def machine() -> dict[str, str | int]:
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    described: dict[str, str | int] = {"cpu": name, "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        described["gpu"] = torch.cuda.get_device_name()
+    return described | {"torch": torch.__version__, "diffusers": diffusers.__version__, "peft": peft.__version__}
+
+
+def seconds(function: Callable[[], object], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def paired(reference: Callable[[], object], others: dict[str, Callable[[], object]], rounds: int, device: str) -> dict:
+    """Every round times the reference, then each of the others with the reference again after it.
+
+    Returns, by name: the median time, the median of the ratios to the mean of the two references around it, and
+    their quartiles. What slows the machine for longer than two calls takes cancels out.
+    """
+    for function in (reference, *others.values()):
+        function()  # warm
+    times: dict[str, list[float]] = {name: [] for name in others}
+    ratios: dict[str, list[float]] = {name: [] for name in others}
+    for _ in range(rounds):
+        before = seconds(reference, device)
+        for name, function in others.items():
+            own, after = seconds(function, device), seconds(reference, device)
+            times[name].append(own)
+            ratios[name].append(2 * own / (before + after))
+            before = after
+    return {name: {"seconds": statistics.median(times[name])} | spread(ratios[name]) for name in others}
+
+
+def spread(ratios: list[float]) -> dict[str, float]:
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return {"ratio": middle, "ratio_low": low, "ratio_high": high}
+
+
+@contextlib.contextmanager
+def bytes_saved(model: torch.nn.Module) -> Iterator[list[int]]:
+    """The bytes of all storages kept for the backward pass that are not the model's own; a list of one number."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+    held: list[torch.Tensor] = []  # a storage that is freed could come back under the same address
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+            held.append(tensor)
+        return tensor
+
+    result: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield result
+    result.append(sum(kept.values()))

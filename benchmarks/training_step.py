@@ -1,0 +1,99 @@
+"""What a training step costs with each method, against the frozen model's own step.
+
+    python benchmarks/training_step.py --output_dir out/benchmarks                     # a small UNet, any CPU
+    python benchmarks/training_step.py --output_dir out/benchmarks --workloads sd15-512 sdxl-1024 flux2-klein-512
+
+Whole steps of the optimiser: forward, backward, AdamW. The limit is a step in which gradients flow through the whole
+frozen model to one bias at its entrance. Every method's step is timed between two steps of the limit; reported are
+the median of those ratios and their quartiles. Memory: on a CPU the bytes kept for the backward pass, on a GPU the
+peak. Weights are random: neither time nor memory depends on them. Prints a table and writes JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from measuring import bytes_saved, machine, paired
+from torch import nn
+from workloads import METHODS, WORKLOADS, adapted, build
+
+LIMIT, DENSE = "frozen limit", "paper's dense ETHER"
+
+
+def make_step(model: nn.Module, inputs: dict, checkpointing: bool) -> Callable[[], None]:
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+
+    def step() -> None:
+        model(**inputs, return_dict=False)[0].float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def memory(step: Callable[[], None], model: nn.Module, inputs: dict, device: str) -> int:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated()
+    with bytes_saved(model) as kept:
+        model(**inputs, return_dict=False)
+    return kept[0]
+
+
+def run(name: str, methods: list[str], rounds: int) -> dict:
+    workload = WORKLOADS[name]
+    base, inputs = build(workload)
+    models = {method: adapted(base, method, workload.targets) for method in (LIMIT, *methods)}
+    steps = {m: make_step(model, inputs, workload.gradient_checkpointing) for m, model in models.items()}
+    rows = {}
+    for method, model in models.items():
+        rows[method] = {"parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+        rows[method]["memory"] = memory(steps[method], model, inputs, workload.device)
+    reference = steps.pop(LIMIT)
+    # The limit against itself shows what the machine's noise leaves of a ratio of 1.
+    for method, timing in paired(reference, {LIMIT: reference, **steps}, rounds, workload.device).items():
+        rows[method] |= timing
+    return rows
+
+
+def show(name: str, rows: dict) -> None:
+    print(f"\n{name:22}{'parameters':>12}{'step':>10}{'ratio':>8}{'quartiles':>16}{'memory':>12}{'ratio':>8}")
+    for method, row in rows.items():
+        print(
+            f"{method:22}{row['parameters']:>12,}{row['seconds'] * 1e3:>7.0f} ms{row['ratio']:>8.3f}"
+            f"{row['ratio_low']:>9.3f}–{row['ratio_high']:.3f}{row['memory'] / 2**20:>9.1f} MB"
+            f"{row['memory'] / rows[LIMIT]['memory']:>8.3f}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=["cpu-small"])
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, DENSE], default=[*METHODS, DENSE])
+    parser.add_argument("--rounds", type=int, default=20)
+    args = parser.parse_args()
+    if any(WORKLOADS[name].device == "cuda" for name in args.workloads) and not torch.cuda.is_available():
+        parser.error("this workload needs a CUDA device; cpu-small runs anywhere")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    for name in args.workloads:
+        rows = run(name, args.methods, args.rounds)
+        show(name, rows)
+        report = {"workload": name, "machine": machine(), "rounds": args.rounds, "rows": rows}
+        (args.output_dir / f"training_step_{name}.json").write_text(json.dumps(report, indent=2) + "\n")
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""The operator of `operators.adapted_linear` for one block: every term is of rank 1, and all are handled together.
+
+With the terms' rows stacked, W(α) = W + Σ_k f_k g_k x_kᵀ: X (r, i) = û, v̂, then H Wᵀũ, H Wᵀṽ; G (r, o) = Wû, Wv̂,
+then ũ, ṽ. r is 1 for ETHER, 4 for two-sided ETHER+. On a CPU a product of few rows with xᵀ is up to three times faster
+than the same product of x with few columns, so everything of N entries is kept as (r, N).
+
+Axes: N rows of x, i inputs, o outputs, m vectors of a side (1 for ETHER, 2 for ETHER+).
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .functional import accurate_dtype, normalize_backward, unit_and_length
+
+
+class AdaptedWhole(torch.autograd.Function):
+    """(x, weight, bias, u, v, u_out, v_out, strength, low_rank) -> y; x is (N, i), raw vectors are (1, ·)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, u, v, u_out, v_out, strength: float, low_rank: bool) -> Tensor:
+        with without_autocast(x.device.type):
+            accurate = weight.to(torch.promote_types(accurate_dtype(weight.dtype), u.dtype))
+            units, lengths = unit_and_length(u if v is None else torch.cat((u, v)))
+            rows_x, rows_g, lengths_out = units, _dot(units, accurate.T), None
+            if u_out is not None:
+                units_out, lengths_out = unit_and_length(u_out if v_out is None else torch.cat((u_out, v_out)))
+                rows_x = torch.cat((units, _transform(_dot(units_out, accurate), units)))
+                rows_g = torch.cat((rows_g, units_out))
+            factors = _factors(len(units), strength)
+            products = None
+            bias = None if bias is None else bias.to(x.dtype)
+            if low_rank:
+                products = _dot_any(rows_x, x)  # (r, N)
+                y = _add_terms_(F.linear(x, weight.to(x.dtype), bias), products, rows_g, factors)
+            else:
+                y = F.linear(x, _add_terms(accurate, rows_g, rows_x, factors).to(x.dtype), bias)
+        ctx.save_for_backward(x, weight, rows_x, rows_g, lengths, lengths_out, products)
+        ctx.factors = factors
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, rows_x, rows_g, lengths, lengths_out, products = ctx.saved_tensors
+        factors, m, low_rank = ctx.factors, len(ctx.factors), products is not None
+        trained = any(ctx.needs_input_grad[3:7])
+        gx = grad_bias = None
+        grads: list[Tensor | None] = [None] * 4
+        with without_autocast(x.device.type):
+            products_g = _dot_any(rows_g, g) if trained or low_rank else None  # (r, N)
+            if ctx.needs_input_grad[0]:
+                if low_rank:
+                    gx = _add_terms_(g @ weight.to(g.dtype), products_g, rows_x, factors)
+                else:
+                    gx = g @ _add_terms(weight.to(rows_x.dtype), rows_g, rows_x, factors).to(g.dtype)
+            if ctx.needs_input_grad[2]:
+                grad_bias = g.sum(0)
+            if trained:
+                products = _dot_any(rows_x, x) if products is None else products
+                sums_x, sums_g = _sum_any(products_g, x), _sum_any(products, g)  # (r, i), (r, o)
+                accurate = weight.to(rows_x.dtype)
+                if lengths_out is None:
+                    grads_u = sums_x + _dot(sums_g, accurate)
+                else:
+                    units, units_out = rows_x[:m], rows_g[m:]
+                    # x(g·H̃Wû) from x(g·Wû) and x(g·ũ)
+                    own = _add_dot(sums_x[:m], rows_g[:m], units_out, sums_x[m:])
+                    grads_u = own + _dot(_transform(sums_g[:m], units_out), accurate)
+                    outer = sums_g[m:] + _dot(_transform(sums_x[m:], units), accurate.T)
+                    grads[2:] = _raw_gradients(units_out, lengths_out, outer, factors)
+                grads[:2] = _raw_gradients(rows_x[:m], lengths, grads_u, factors)
+        return gx, None, grad_bias, *grads, None, None
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """Entering autocast's own context costs as much as a small product, so only where there is need."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
+def _factors(m: int, strength: float) -> tuple[float, ...]:
+    """α f of a side's terms."""
+    return (-2 * strength,) if m == 1 else (-strength, strength)
+
+
+def _scaled(rows: Tensor, factors: tuple[float, ...]) -> Tensor:
+    """Rows times their α f, those of a side after those of the other: (r, ·)."""
+    scaled = rows * factors[-1]
+    if len(factors) == 2:
+        scaled[::2].neg_()
+    return scaled
+
+
+def _add_terms(base: Tensor, left: Tensor, right: Tensor, factors: tuple[float, ...]) -> Tensor:
+    """base + Σ_k α f_k left_k ⊗ right_k: base (a, b), left (r, a), right (r, b)."""
+    if len(left) == 1:
+        return torch.addr(base, left[0], right[0], alpha=factors[0])
+    return torch.addmm(base, left.T, _scaled(right, factors))
+
+
+def _add_terms_(base: Tensor, left: Tensor, right: Tensor, factors: tuple[float, ...]) -> Tensor:
+    """`_add_terms` in place, in the dtype of the base."""
+    if len(left) == 1:
+        return base.addr_(left[0].to(base.dtype), right[0].to(base.dtype), alpha=factors[0])
+    return base.addmm_(left.T.to(base.dtype), _scaled(right, factors).to(base.dtype))
+
+
+def _dot(rows: Tensor, columns: Tensor) -> Tensor:
+    """(m, d) @ (d, e), one row at a time where that is a matrix-vector product."""
+    return (columns.T @ rows[0]).unsqueeze(0) if len(rows) == 1 else rows @ columns
+
+
+def _dot_any(rows: Tensor, a: Tensor) -> Tensor:
+    """rows · aᵀ, (r, N), in the dtype of the rows; a (N, d) of any dtype."""
+    if a.dtype != rows.dtype and a.is_cuda:
+        return torch.mm(rows.to(a.dtype), a.T, out_dtype=rows.dtype)
+    return _dot(rows, a.to(rows.dtype).T)
+
+
+def _sum_any(products: Tensor, a: Tensor) -> Tensor:
+    """products · a, (r, d), in the dtype of the products; a (N, d) of any dtype."""
+    if a.dtype != products.dtype and a.is_cuda:
+        return torch.mm(products.to(a.dtype), a, out_dtype=products.dtype)
+    return _dot(products, a.to(products.dtype))
+
+
+def _add_dot(rows: Tensor, left: Tensor, units: Tensor, right: Tensor) -> Tensor:
+    """rows + Σ_j f_j (left·û_j) right_j: (m, ·)."""
+    return _add_terms(rows, units @ left.T, right, _factors(len(units), 1.0))
+
+
+def _transform(rows: Tensor, units: Tensor) -> Tensor:
+    """rows T, T = I + Σ_j f_j û_j û_jᵀ: (m, d)."""
+    return _add_dot(rows, rows, units, units)
+
+
+def _raw_gradients(units: Tensor, lengths: Tensor, grads: Tensor, factors: tuple[float, ...]) -> list[Tensor | None]:
+    """dL/dr of a side's one or two raw vectors, (1, d) each."""
+    raw = normalize_backward(units, lengths, grads)
+    return [raw[k : k + 1].mul_(factors[k]) if k < len(units) else None for k in range(2)]
