@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ether_diffusion.attention import enable_ether_attention
 from ether_diffusion.training.adapters import adapter_configs, add_adapters, rehearse, trained_parameters
 from ether_diffusion.training.card import GRID_NAME, launch_command, write_card
 from ether_diffusion.training.data import InstanceImages, find_images
@@ -73,6 +74,8 @@ def run(options: Options, command: str) -> TrainingResult:
     family.freeze(accelerator.device)
     models = {name: family.component(name) for name in configs}
     add_adapters(models, configs, seed=options.run.seed)
+    if options.optimization.attention:
+        enable_ether_attention(models[family.denoiser], options.optimization.attention)
     if options.optimization.gradient_checkpointing:
         family.enable_gradient_checkpointing(list(configs))
     rate = options.optimization.learning_rate_of(options.adapter.method)

@@ -4,6 +4,7 @@ Importing this package registers ETHER with PEFT and gives every `DiffusionPipel
 """
 
 from . import loaders
+from .attention import EtherAttnProcessor, disable_ether_attention, enable_ether_attention
 from .config import EtherConfig
 from .layers import EtherConv2d, EtherLayer, EtherLinear
 from .model import EtherModel, register
@@ -11,5 +12,14 @@ from .model import EtherModel, register
 register()
 loaders.install()
 
-__all__ = ["EtherConfig", "EtherConv2d", "EtherLayer", "EtherLinear", "EtherModel"]
+__all__ = [
+    "EtherAttnProcessor",
+    "EtherConfig",
+    "EtherConv2d",
+    "EtherLayer",
+    "EtherLinear",
+    "EtherModel",
+    "disable_ether_attention",
+    "enable_ether_attention",
+]
 __version__ = "0.1.0"

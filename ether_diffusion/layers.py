@@ -134,6 +134,11 @@ class EtherLayer(BaseTunerLayer):
     def _own(self, adapter_names: list[str]) -> list[str]:
         return [name for name in adapter_names if name in self.ether_u]
 
+    @property
+    def acting_adapters(self) -> list[str]:
+        """The adapters that change the output, in the order in which they do."""
+        return [] if self.disable_adapters else [n for n in self._own(self.active_adapters) if self.scaling[n] != 0]
+
     # Strength -------------------------------------------------------------------------------------------------
 
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -304,8 +309,7 @@ class EtherLayer(BaseTunerLayer):
                 weight = self._weight_without_merged()
                 return torch.func.functional_call(self.get_base_layer(), {"weight": weight}, (x, *args), kwargs)
             return self.base_layer(x, *args, **kwargs)
-        names = [] if self.disable_adapters else [n for n in self._own(self.active_adapters) if self.scaling[n] != 0]
-        return self._adapted_output(x, names, args, kwargs)
+        return self._adapted_output(x, self.acting_adapters, args, kwargs)
 
     def _adapted_output(self, x: Tensor, names: list[str], args: tuple, kwargs: dict) -> Tensor:
         """f_j(x): one operator over a plain linear layer; else, what goes in and what comes out is reflected."""

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from ether_diffusion.attention import EtherAttnProcessor
 from ether_diffusion.checkpoint import WEIGHTS_NAME
 from ether_diffusion.miniature.world import subjects
 
@@ -190,9 +191,23 @@ def test_gradient_checkpointing_changes_memory_and_not_the_result(train):
     torch.testing.assert_close(flat(train("--gradient_checkpointing", output="less")[1]), plain, rtol=1e-4, atol=1e-5)
 
 
+def test_the_attention_backend_changes_the_processor_and_not_the_result(train, monkeypatch):
+    plain, used = flat(train(output="plain")[1]), []
+    call = EtherAttnProcessor.__call__
+    monkeypatch.setattr(EtherAttnProcessor, "__call__", lambda *a, **k: (used.append(a[0].backend), call(*a, **k))[1])
+    torch.testing.assert_close(flat(train("--attention_backend", "sdpa", output="own")[1]), plain)
+    assert set(used) == {"sdpa"}
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--attention_backend", "sdpa", "--enable_xformers_memory_efficient_attention"], "contradicts"),
+        pytest.param(
+            ["--enable_xformers_memory_efficient_attention"],
+            r"--attention_backend xformers: .* pip install 'ether-diffusion\[xformers\]'",
+            marks=pytest.mark.skipif(importlib.util.find_spec("xformers") is not None, reason="xformers is installed"),
+        ),
         (["--instance_data_dir", "nowhere"], "nowhere: there is no such folder"),
         (["--pretrained_model_name_or_path", "./nowhere"], "nowhere: there is no such folder"),
         (["--resolution", "15"], "--resolution: got 15, needs a multiple of 2"),

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
+from ether_diffusion.attention import BACKENDS, check_backend
+
 # Starting points per method; a learning rate given by the user takes their place.
 LEARNING_RATES = {"ether": 2e-3, "ether_plus": 2e-3}
 
@@ -121,6 +123,12 @@ class OptimizationOptions(OptionGroup):
     max_train_steps: int = option("Optimiser steps in all.", 200, fits=POSITIVE)
     train_batch_size: int = option("Pictures per process and forward pass.", 4, fits=POSITIVE)
     gradient_accumulation_steps: int = option("Forward passes per optimiser step.", 1, fits=POSITIVE)
+    attention_backend: str | None = option(
+        "What computes the denoiser's attention, through EtherAttnProcessor. Default: diffusers' own processor.",
+        None,
+        choices=BACKENDS,
+    )
+    enable_xformers_memory_efficient_attention: bool = option("The same as --attention_backend xformers.", False)
     gradient_checkpointing: bool = option("Recompute activations in the backward pass: less memory, slower.", False)
     learning_rate: float | None = option(
         "Step size of AdamW. Default by method: "
@@ -153,6 +161,24 @@ class OptimizationOptions(OptionGroup):
                 f"--lr_warmup_steps: got {self.lr_warmup_steps}, has no effect with --lr_scheduler constant; "
                 "use constant_with_warmup"
             )
+
+        backend = self.attention
+        if self.enable_xformers_memory_efficient_attention and backend != "xformers":
+            raise InputError(
+                f"--attention_backend {backend}: contradicts --enable_xformers_memory_efficient_attention; drop one"
+            )
+        if backend is not None:
+            try:
+                check_backend(backend)
+            except ImportError as error:
+                raise InputError(f"--attention_backend xformers: {error}") from error
+
+    @property
+    def attention(self) -> str | None:
+        """The attention backend asked for by either flag."""
+        if self.attention_backend is None and self.enable_xformers_memory_efficient_attention:
+            return "xformers"
+        return self.attention_backend
 
     def learning_rate_of(self, method: str) -> float:
         """The learning rate asked for, else the default of the method."""
