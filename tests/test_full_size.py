@@ -59,7 +59,7 @@ from ether_diffusion.layers import EtherLayer
 pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1], dtype=torch.float32)
 pipe.load_ether_weights(sys.argv[2])
 layers = [module for module in pipe.unet.modules() if isinstance(module, EtherLayer)]
-print(len(layers), sum(layer.ether_u["default"].numel() for layer in layers))
+print(len(layers), sum(vector.numel() for layer in layers for vector in layer.ether_u.values()))
 """
 
 
