@@ -124,12 +124,12 @@ class EtherLayer(BaseTunerLayer):
 
         Offloaded ones come as copies, on the device where the layer computes.
         """
-        found = {name: getattr(self, name) for name in self.adapter_layer_names}
-        return {
-            name.removeprefix("ether_"): _present(vectors, adapter_name)
-            for name, vectors in found.items()
-            if adapter_name in vectors
-        }
+        found = {}
+        for name in self.adapter_layer_names:
+            vectors = self._modules[name]  # past nn.Module's slow attribute access: this runs at every call
+            if adapter_name in vectors:
+                found[name.removeprefix("ether_")] = _present(vectors, adapter_name)
+        return found
 
     def _own(self, adapter_names: list[str]) -> list[str]:
         return [name for name in adapter_names if name in self.ether_u]
@@ -354,8 +354,7 @@ class EtherLayer(BaseTunerLayer):
 def _present(vectors: nn.ParameterDict, adapter_name: str) -> Tensor:
     """A vector, fetched if it is offloaded: hooks fetch for a module's forward, which a ParameterDict has not."""
     vector = vectors[adapter_name]
-    hook = offload_hook(vectors)
-    if vector.device.type != "meta" or hook is None:
+    if not vector.is_meta or (hook := offload_hook(vectors)) is None:
         return vector
     return hook.weights_map[adapter_name].to(hook.execution_device)
 

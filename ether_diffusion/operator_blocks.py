@@ -76,22 +76,36 @@ def _updated(weight: Tensor, terms: list[_Term], dtype: torch.dtype) -> Tensor:
     return accurate.to(dtype)
 
 
+def adapted_by_blocks(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    u: Tensor,
+    v: Tensor | None,
+    u_out: Tensor | None,
+    v_out: Tensor | None,
+    strength: float,
+    low_rank: bool,
+) -> tuple[Tensor, list[_Term], list[Tensor]]:
+    """y, and what its gradient needs: the terms, and on the low-rank side the products x Xᵀ."""
+    with torch.autocast(x.device.type, enabled=False):
+        terms = _terms(weight, (u, v, u_out, v_out), strength)
+        bias = None if bias is None else bias.to(x.dtype)
+        if not low_rank:
+            return F.linear(x, _updated(weight, terms, x.dtype), bias), terms, []
+        on_input = [term.on_input for term in terms]
+        products = _products(x, [term.x for term in terms], on_input)
+        y = F.linear(x, weight.to(x.dtype), bias)
+        y = _add(y, products, [t.g for t in terms], [not b for b in on_input], [t.factor for t in terms])
+        return y, terms, products
+
+
 class AdaptedByBlocks(torch.autograd.Function):
     """(x, weight, bias, u, v, u_out, v_out, strength, low_rank) -> y; x is (N, i), raw vectors are (n, ·)."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, u, v, u_out, v_out, strength: float, low_rank: bool) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            terms = _terms(weight, (u, v, u_out, v_out), strength)
-            bias = None if bias is None else bias.to(x.dtype)
-            products: list[Tensor] = []
-            if low_rank:
-                on_input = [term.on_input for term in terms]
-                products = _products(x, [term.x for term in terms], on_input)
-                y = F.linear(x, weight.to(x.dtype), bias)
-                y = _add(y, products, [t.g for t in terms], [not b for b in on_input], [t.factor for t in terms])
-            else:
-                y = F.linear(x, _updated(weight, terms, x.dtype), bias)
+        y, terms, products = adapted_by_blocks(x, weight, bias, u, v, u_out, v_out, strength, low_rank)
         ctx.save_for_backward(x, weight, *(tensor for term in terms for tensor in term[:3]), *products)
         ctx.kinds, ctx.low_rank, ctx.strength = [term[3:] for term in terms], low_rank, strength
         return y

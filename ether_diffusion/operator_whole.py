@@ -24,24 +24,9 @@ class AdaptedWhole(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, u, v, u_out, v_out, strength: float, low_rank: bool) -> Tensor:
-        with without_autocast(x.device.type):
-            accurate = weight.to(torch.promote_types(accurate_dtype(weight.dtype), u.dtype))
-            units, lengths = unit_and_length(u if v is None else torch.cat((u, v)))
-            rows_x, rows_g, lengths_out = units, _dot(units, accurate.T), None
-            if u_out is not None:
-                units_out, lengths_out = unit_and_length(u_out if v_out is None else torch.cat((u_out, v_out)))
-                rows_x = torch.cat((units, _transform(_dot(units_out, accurate), units)))
-                rows_g = torch.cat((rows_g, units_out))
-            factors = _factors(len(units), strength)
-            products = None
-            bias = None if bias is None else bias.to(x.dtype)
-            if low_rank:
-                products = _dot_any(rows_x, x)  # (r, N)
-                y = _add_terms_(F.linear(x, weight.to(x.dtype), bias), products, rows_g, factors)
-            else:
-                y = F.linear(x, _add_terms(accurate, rows_g, rows_x, factors).to(x.dtype), bias)
-        ctx.save_for_backward(x, weight, rows_x, rows_g, lengths, lengths_out, products)
-        ctx.factors = factors
+        y, *saved = adapted_whole(x, weight, bias, u, v, u_out, v_out, strength, low_rank)
+        ctx.save_for_backward(x, weight, *saved)
+        ctx.factors = _factors(1 if v is None else 2, strength)
         return y
 
     @staticmethod
@@ -76,6 +61,37 @@ class AdaptedWhole(torch.autograd.Function):
                     grads[2:] = _raw_gradients(units_out, lengths_out, outer, factors)
                 grads[:2] = _raw_gradients(rows_x[:m], lengths, grads_u, factors)
         return gx, None, grad_bias, *grads, None, None
+
+
+def adapted_whole(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    u: Tensor,
+    v: Tensor | None,
+    u_out: Tensor | None,
+    v_out: Tensor | None,
+    strength: float,
+    low_rank: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """y, and what its gradient needs: X, G, the lengths of the raw vectors of both sides, and X xᵀ on the low-rank side."""
+    with without_autocast(x.device.type):
+        accurate = weight.to(torch.promote_types(accurate_dtype(weight.dtype), u.dtype))
+        units, lengths = unit_and_length(u if v is None else torch.cat((u, v)))
+        rows_x, rows_g, lengths_out = units, _dot(units, accurate.T), None
+        if u_out is not None:
+            units_out, lengths_out = unit_and_length(u_out if v_out is None else torch.cat((u_out, v_out)))
+            rows_x = torch.cat((units, _transform(_dot(units_out, accurate), units)))
+            rows_g = torch.cat((rows_g, units_out))
+        factors = _factors(len(units), strength)
+        products = None
+        bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
+        if low_rank:
+            products = _dot_any(rows_x, x)  # (r, N)
+            y = _add_terms_(F.linear(x, weight.to(x.dtype), bias), products, rows_g, factors)
+        else:
+            y = F.linear(x, _add_terms(accurate, rows_g, rows_x, factors).to(x.dtype), bias)
+    return y, rows_x, rows_g, lengths, lengths_out, products
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:

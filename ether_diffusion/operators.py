@@ -28,8 +28,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .functional import Transform, accurate_dtype, gather, normalize_backward, project, unit_and_length
-from .operator_blocks import AdaptedByBlocks
-from .operator_whole import AdaptedWhole
+from .operator_blocks import AdaptedByBlocks, adapted_by_blocks
+from .operator_whole import AdaptedWhole, adapted_whole
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -95,8 +95,12 @@ def adapted_linear(
         x = x.to(torch.get_autocast_dtype(x.device.type))
     rows = math.prod(x.shape[:-1])
     low_rank = prefers_low_rank(rows, weight) if form is None else form == "low_rank"
-    operator = AdaptedWhole if len(u) == 1 else AdaptedByBlocks
-    y = operator.apply(x.reshape(rows, x.shape[-1]), weight, bias, u, v, u_out, v_out, strength, low_rank)
+    inputs = (x.reshape(rows, x.shape[-1]), weight, bias, u, v, u_out, v_out)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
+        operator = AdaptedWhole if len(u) == 1 else AdaptedByBlocks
+        y = operator.apply(*inputs, strength, low_rank)
+    else:  # without what keeps a gradient's ingredients
+        y = (adapted_whole if len(u) == 1 else adapted_by_blocks)(*inputs, strength, low_rank)[0]
     return y.view(*x.shape[:-1], len(weight))
 
 
