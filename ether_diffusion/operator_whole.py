@@ -74,7 +74,7 @@ def adapted_whole(
     strength: float,
     low_rank: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """y, and what its gradient needs: X, G, the lengths of the raw vectors of both sides, and X xᵀ on the low-rank side."""
+    """y, and what its gradient needs: X, G, the raw vectors' lengths on both sides, X xᵀ on the low-rank side."""
     with without_autocast(x.device.type):
         accurate = weight.to(torch.promote_types(accurate_dtype(weight.dtype), u.dtype))
         units, lengths = unit_and_length(u if v is None else torch.cat((u, v)))

@@ -1,4 +1,4 @@
-"""ETHER beside LoRA on one layer, over quantised layers, and under the calls that diffusers has for LoRA."""
+"""ETHER beside LoRA on one layer, and under the calls that diffusers has for LoRA."""
 
 import copy
 
@@ -24,20 +24,6 @@ class OneLayer(nn.Module):
 
     def forward(self, x):
         return self.linear(x)
-
-
-class Int8Linear(nn.Module):
-    """A quantised layer as libraries have them: integers and a scale for each row, dequantised in forward."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
-        self.weight = nn.Parameter((linear.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
-        self.register_buffer("scale", scale)
-
-    def forward(self, x):
-        return x @ (self.weight * self.scale).T
 
 
 def stacked(*, ether_first: bool):
@@ -160,26 +146,6 @@ def test_a_broken_adapter_that_was_merged_unmerges_to_the_base():
     assert torch.isnan(layer.weight).all()
     model.unmerge_adapter()
     assert torch.equal(layer.weight, pristine)
-
-
-def test_ether_runs_and_trains_over_a_quantised_layer_and_refuses_to_merge(x):
-    torch.manual_seed(0)
-    model = OneLayer()
-    model.linear = Int8Linear(model.linear)
-    dequantised = (model.linear.weight * model.linear.scale).double()
-    model = get_peft_model(model, copy.deepcopy(ETHER))
-    layer = model.base_model.model.linear
-    vectors = layer.vectors("default")
-    weight = dense(vectors["u_out"], vectors["v_out"]) @ dequantised @ dense(vectors["u"], vectors["v"])
-    answer = model(x.float())
-    torch.testing.assert_close(answer.double(), x @ weight.T, rtol=1e-4, atol=1e-5)
-    answer.square().sum().backward()
-    assert all(vector.grad.abs().max() > 0 for vector in vectors.values())
-    codes = layer.weight.clone()
-    for refused in (layer.merge, lambda: layer.get_delta_weight("default"), model.merge_and_unload):
-        with pytest.raises(ValueError, match="Int8Linear is no plain floating-point tensor .*torch.int8"):
-            refused()
-    assert torch.equal(layer.weight, codes)
 
 
 def test_a_layer_whose_forward_is_never_called_is_refused():
