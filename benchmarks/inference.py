@@ -4,8 +4,9 @@
     python benchmarks/inference.py --output_dir out/benchmarks --workloads sd15-512 sdxl-1024
 
 Every row's step is timed between two steps of the model without an adapter; reported are the median of those ratios
-and their quartiles. "kept" is the model with `enable_ether_attention`. Loading is timed from a file into a pipeline,
-and activation is `set_adapters` from one loaded adapter to another. Weights are random: times do not depend on them.
+and their quartiles. "kept" is the model with `enable_ether_attention`. The calls in the life of an adapter (load from
+a file, set_adapters, fuse, unfuse, unload) are timed beside LoRA's, and their ratios are to LoRA's in the same round.
+Weights are random: times do not depend on them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import gc
 import json
 import statistics
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from workloads import WORKLOADS, adapted, build, share
 from ether_diffusion import enable_ether_attention
 from ether_diffusion.layers import EtherLayer
 
-NONE = "no adapter"
+NONE, LORA = "no adapter", "LoRA r=4"
 
 
 def fused(model: nn.Module) -> nn.Module:
@@ -81,26 +83,46 @@ def empty_pipeline(unet: nn.Module) -> StableDiffusionPipeline:
 
 
 def loading(name: str, rounds: int) -> dict:
-    """Median seconds to load an adapter from a file, and to activate another one."""
-    workload, rows = WORKLOADS[name], {}
+    """For every call on an adapter: median seconds, and the median of the ratios to LoRA's in the same round."""
+    workload, rows = WORKLOADS[name], ("ETHER", "ETHER+", LORA)
     base, _ = build(workload)
+    times: dict[str, dict[str, list[float]]] = {row: {} for row in rows}
     with tempfile.TemporaryDirectory() as folder:
-        for row, method in {"ETHER": "ETHER", "ETHER+": "ETHER+", "LoRA r=4": "LoRA r=4"}.items():
-            pipe, path = empty_pipeline(adapted(base, method, workload.targets)), Path(folder, row)
-            lora = row.startswith("LoRA")
-            if lora:
+        for row in rows:
+            pipe, path = empty_pipeline(adapted(base, row, workload.targets)), Path(folder, row)
+            if row == LORA:
                 pipe.save_lora_weights(path, unet_lora_layers=get_peft_model_state_dict(pipe.unet))
             else:
                 pipe.save_ether_weights(path)
-            times: dict[str, list[float]] = {"load": [], "activate": []}
-            for _ in range(rounds):
-                pipe = empty_pipeline(share(base))
-                load = pipe.load_lora_weights if lora else pipe.load_ether_weights
-                times["load"].append(seconds(lambda: load(path, adapter_name="a"), workload.device))  # noqa: B023
-                load(path, adapter_name="b")
-                times["activate"].append(seconds(lambda: pipe.set_adapters("a"), workload.device))  # noqa: B023
-            rows[row] = {what: statistics.median(each) for what, each in times.items()}
-    return rows
+        for _ in range(1 + rounds):  # the first is for warming up
+            for row in rows:
+                for what, taken in one_life(share(base), Path(folder, row), row == LORA, workload.device).items():
+                    times[row].setdefault(what, []).append(taken)
+    calls = {row: {what: each[1:] for what, each in held.items()} for row, held in times.items()}
+    return {
+        row: {
+            what: {
+                "seconds": statistics.median(own),
+                "ratio": statistics.median(a / b for a, b in zip(own, calls[LORA][what], strict=True)),
+            }
+            for what, own in held.items()
+        }
+        for row, held in calls.items()
+    }
+
+
+def one_life(unet: nn.Module, path: Path, lora: bool, device: str) -> dict[str, float]:
+    """Seconds of every call in the life of an adapter on a pipeline."""
+    pipe = empty_pipeline(unet)
+    load = pipe.load_lora_weights if lora else pipe.load_ether_weights
+    calls: dict[str, Callable[[], object]] = {
+        "load": lambda: load(path, adapter_name="a"),
+        "activate": lambda: pipe.set_adapters("a", 0.9),
+        "fuse": pipe.fuse_lora if lora else pipe.fuse_ether,
+        "unfuse": pipe.unfuse_lora if lora else pipe.unfuse_ether,
+        "unload": pipe.unload_lora_weights if lora else pipe.unload_ether_weights,
+    }
+    return {what: seconds(call, device) for what, call in calls.items()}
 
 
 def main() -> None:
@@ -112,6 +134,7 @@ def main() -> None:
     if any(WORKLOADS[name].device == "cuda" for name in args.workloads) and not torch.cuda.is_available():
         parser.error("this workload needs a CUDA device; cpu-small runs anywhere")
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    warnings.filterwarnings("ignore", category=UserWarning, module="peft")  # of models that carry adapters already
     for name in args.workloads:
         report = {"workload": name, "machine": machine(), "rounds": args.rounds}
         report["step"] = denoising(name, args.rounds)
@@ -122,10 +145,11 @@ def main() -> None:
                 f"{timing['ratio_low']:>9.3f}–{timing['ratio_high']:.3f}"
             )
         if name != "flux2-klein-512":  # its pipeline is another
-            report["loading"] = loading(name, min(args.rounds, 5))
-            print(f"\n{'':22}{'load':>10}{'activate':>12}")
-            for row, times in report["loading"].items():
-                print(f"{row:22}{times['load'] * 1e3:>7.0f} ms{times['activate'] * 1e3:>9.1f} ms")
+            report["loading"] = loading(name, min(args.rounds, 10))
+            print("\n" + " " * 12 + "".join(f"{what:>18}" for what in report["loading"][LORA]))
+            for row, calls in report["loading"].items():
+                cells = [f"{call['seconds'] * 1e3:>8.1f} ms ({call['ratio']:.2f})" for call in calls.values()]
+                print(f"{row:12}" + "".join(f"{cell:>18}" for cell in cells))
         (args.output_dir / f"inference_{name}.json").write_text(json.dumps(report, indent=2) + "\n")
         gc.collect()
 

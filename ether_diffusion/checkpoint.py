@@ -2,14 +2,20 @@
 
 `pytorch_ether_weights.safetensors` holds `<component>.<module path>.<vector>` tensors of shape (n, d/n) and, in the
 safetensors metadata, one JSON document under "ether" and, under "sha256", a digest over both.
+
+The digest tells damage, not malice: whoever changes a file can sign it again. So nothing that a file says is believed
+before it is checked, and nothing in it (a name, a pattern, a path) is opened, run or matched.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import stat
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -18,10 +24,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from .config import ETHER, EtherConfig
+from .functional import normalize
 from .layers import EtherLayer
 
 WEIGHTS_NAME = "pytorch_ether_weights.safetensors"
@@ -35,6 +42,37 @@ CONFIG_FIELDS = (
 )  # fmt: skip
 DOCUMENT_FIELDS = ("format_version", "configs", "versions", "base_model", "base_fingerprint")
 """What a file says of itself, besides what its writer adds (the prompt)."""
+VECTOR_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
+# Far above any real adapter; below them, reading costs at most about as much memory as the file, and some megabytes.
+MAX_HEADER_BYTES = 4 << 20
+MAX_VECTORS = 1 << 14
+MAX_WIDTH = 1 << 20
+MAX_DOCUMENT_BYTES = 1 << 20
+MAX_DOCUMENT_VALUES = 20_000
+MAX_HEADER_VALUES = 8 * MAX_VECTORS + MAX_DOCUMENT_VALUES  # eight to an entry: name, type, two sizes, two offsets, …
+
+ABANDONED_AFTER = 3600.0
+"""Age in seconds from which a temporary file is one that a killed save left: no save takes so long."""
+LONGEST_MESSAGE = 2000
+
+
+def printable(text: str) -> str:
+    """Text from a file, safe on a terminal: control characters and the like come escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class EtherFileError(ValueError):
+    """An adapter that cannot be loaded: names the file, the key, what came and what fits. Nothing has changed then.
+
+    Messages quote the file, so they are cut short where they are long and escaped where they are not printable.
+    """
+
+    def __init__(self, message: str) -> None:
+        if len(message) > LONGEST_MESSAGE:
+            half = LONGEST_MESSAGE // 2
+            message = f"{message[:half]} … {message[-half:]}"
+        super().__init__(printable(message))
 
 
 @dataclass
@@ -91,10 +129,14 @@ def _config_fields(component: str, config: EtherConfig) -> dict[str, Any]:
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint, whole or not at all: the file appears under its name when it is complete.
+    """Write a checkpoint, whole or not at all: the file appears under its name when all of it is on the disk.
+
+    Whatever happens before (a full disk, a kill, a power cut), a file of that name stays as it was. What could not be
+    read again is not written.
 
     Raises:
-        ValueError: a config with `bias` or `modules_to_save`, a vector that is not finite, or nothing to write.
+        ValueError: a config with `bias` or `modules_to_save`, a vector that is broken, or nothing to write.
+        OSError: the disk is full, or the folder cannot be written.
     """
     tensors = {
         f"{component}.{key}": tensor.detach().cpu().contiguous()
@@ -103,9 +145,6 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     }
     if not tensors:
         raise ValueError("there is no ETHER adapter to save")
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{name} holds NaN or infinity: the adapter is broken and was not saved")
     document = {
         **checkpoint.metadata,
         "format_version": FORMAT_VERSION,
@@ -115,16 +154,48 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         },
     }
     text = json.dumps(document, sort_keys=True)
+    _interpret(f"{path} was not saved", tensors, text)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    _remove_abandoned(path)
+    _replace(path, save(tensors, {"format": "pt", "ether": text, "sha256": digest(tensors, text)}))
+
+
+def _temporary_prefix(path: Path) -> str:
+    return f".{path.name}."
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Put `content` under a name in one step: a temporary file beside it, flushed to the disk, then renamed."""
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=_temporary_prefix(path), suffix=".tmp")
     try:
-        save_file(tensors, partial, {"format": "pt", "ether": text, "sha256": digest(tensors, text)})
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.chmod(partial, 0o644)
         os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
+    except BaseException as error:
+        Path(partial).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, f"{error.strerror}; nothing was saved", str(path)) from error
         raise
+    # The new name is on the disk once the folder is. Some network folders cannot be synced: the file itself is safe.
+    with contextlib.suppress(OSError):
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what killed saves of this name left; a younger temporary may be another process at work."""
+    prefix = _temporary_prefix(path)
+    for left in path.parent.iterdir():
+        if left.name.startswith(prefix) and left.name.endswith(".tmp"):
+            with contextlib.suppress(OSError):  # another save was quicker, or it is not ours to remove
+                if time.time() - left.stat().st_mtime > ABANDONED_AFTER:
+                    left.unlink()
 
 
 # Reading ------------------------------------------------------------------------------------------------------
@@ -134,37 +205,96 @@ def is_pickle_by_name(path: str | Path) -> bool:
     return Path(path).suffix.lower() in PICKLE_SUFFIXES
 
 
-def _open(path: Path, needs: str | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors and the metadata of a safetensors file whose metadata has the key `needs`.
+def _count_values(text: bytes) -> int:
+    """About how many values there are in JSON, without parsing it."""
+    return sum(map(text.count, (b"[", b"{", b",")))
+
+
+def _check_start(path: Path) -> None:
+    """Refuse, from its length and its header's bytes, what is no safetensors file, or would cost far more memory.
 
     Raises:
-        ValueError: anything but a whole safetensors file; a pickle is named as such and never read.
+        EtherFileError: not a file, a pickle (named as such, never read), or a header longer than there is room for, or
+            far larger than any adapter's.
     """
     if is_pickle_by_name(path):
-        raise ValueError(f"{path} is a pickle by its name, and pickles are not read: save it as .safetensors")
+        raise EtherFileError(f"{path} is a pickle by its name, and pickles are not read: save it as .safetensors")
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe could wait for ever
+        raise EtherFileError(f"{path} is not a file")
     with path.open("rb") as file:
         head = file.read(9)  # of a safetensors file: eight bytes of length, then a JSON object
+        header = head[8:] + file.read(MAX_HEADER_BYTES - 1)
     if head[8:] != b"{" and head[:1] in (b"P", b"\x80"):
-        raise ValueError(f"{path} holds a pickle, whatever its name says, and pickles are not read")
+        raise EtherFileError(f"{path} holds a pickle, whatever its name says, and pickles are not read")
+    length, room = int.from_bytes(head[:8], "little"), status.st_size - 8
+    if len(head) < 9 or length > room:
+        raise EtherFileError(
+            f"{path} is not a whole safetensors file (cut short or damaged): its header would be {length} bytes, but "
+            f"{max(room, 0)} are there"
+        )
+    if length > MAX_HEADER_BYTES:
+        raise EtherFileError(f"{path} has a header of {length} bytes; an adapter's has {MAX_HEADER_BYTES} at most")
+    if (values := _count_values(header[:length])) > MAX_HEADER_VALUES:
+        raise EtherFileError(
+            f"{path} has about {values} values in its header; an adapter has {MAX_HEADER_VALUES} at most"
+        )
+
+
+def _open(path: Path, needs: str | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors, mapped from the disk, and the metadata of a safetensors file whose metadata has the key `needs`.
+
+    Raises:
+        EtherFileError: anything but a whole safetensors file of vectors: no data is read before the header is checked.
+    """
+    _check_start(path)
     try:
         with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            readable = needs is None or needs in header  # a foreign file may be large: it is not read to be refused
-            tensors = {name: file.get_tensor(name) for name in file.keys()} if readable else {}  # noqa: SIM118
+            header, names = file.metadata() or {}, file.keys()
+            if needs is not None and needs not in header:
+                raise EtherFileError(
+                    f"{path} is a safetensors file, but holds no ETHER adapter (no {needs!r} in its metadata)"
+                )
+            if len(names) > MAX_VECTORS:
+                raise EtherFileError(f"{path} holds {len(names)} tensors; an adapter has {MAX_VECTORS} at most")
+            for name in names:
+                entry = file.get_slice(name)
+                _check_entry(f"{path}: {name}", entry.get_dtype(), entry.get_shape())
+            return {name: file.get_tensor(name) for name in names}, header
+    except EtherFileError:
+        raise
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file (cut short or damaged): {error}") from error
-    if not readable:
-        raise ValueError(f"{path} is a safetensors file, but holds no ETHER adapter (no {needs!r} in its metadata)")
-    return tensors, header
+        raise EtherFileError(f"{path} is not a whole safetensors file (cut short or damaged): {error}") from error
 
 
-def _parse(where: str | Path, text: str) -> dict[str, Any]:
+def _check_entry(where: str, dtype: str, shape: list[int]) -> None:
+    """What a header says of one tensor. Raises EtherFileError: a type or shape that no vector has."""
+    if dtype not in VECTOR_DTYPES:
+        raise EtherFileError(f"{where} is made of {dtype}; {', '.join(VECTOR_DTYPES)} fit")
+    if len(shape) != 2 or 0 in shape or shape[0] * shape[1] > MAX_WIDTH:
+        raise EtherFileError(
+            f"{where} has shape {tuple(shape)}; (blocks, width) fits, with {MAX_WIDTH} numbers at most"
+        )
+
+
+def _parse(where: str | Path, text: bytes) -> dict[str, Any]:
+    """A JSON object from untrusted text, after a look at its size: parsed, it can be thirty times as large.
+
+    Raises:
+        EtherFileError: too long, not JSON, or not an object.
+    """
+    size, values = len(text), _count_values(text)
+    if size > MAX_DOCUMENT_BYTES or values > MAX_DOCUMENT_VALUES:
+        raise EtherFileError(
+            f"{where} has {size} bytes and about {values} values; at most {MAX_DOCUMENT_BYTES} and "
+            f"{MAX_DOCUMENT_VALUES} fit"
+        )
     try:
-        document = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON: {error}") from error
+        document = json.loads(text.decode())
+    except (ValueError, RecursionError) as error:  # of ValueErrors: not UTF-8, not JSON, a number of 5,000 digits
+        raise EtherFileError(f"{where} is not JSON: {error}") from error
     if not isinstance(document, dict):
-        raise ValueError(f"{where} is a JSON {type(document).__name__}, not an object")
+        raise EtherFileError(f"{where} is a JSON {type(document).__name__}, not an object")
     return document
 
 
@@ -172,7 +302,7 @@ def _check_names(where: str, values: Mapping[str, Any]) -> None:
     """The types of a config's module names: EtherConfig takes whatever PEFT may make of them.
 
     Raises:
-        ValueError: names that are neither text nor a list of texts, or layer indices that are no whole numbers.
+        EtherFileError: names that are neither text nor a list of texts, or layer indices that are no whole numbers.
     """
     for name, kind in {
         "target_modules": str,
@@ -183,101 +313,192 @@ def _check_names(where: str, values: Mapping[str, Any]) -> None:
         value = values.get(name)
         entries = value if isinstance(value, list) else [] if value is None else [value]
         if not all(isinstance(entry, kind) for entry in entries):
-            raise ValueError(f"{where}: {name}={value!r} is neither {kind.__name__} nor a list of {kind.__name__}")
+            raise EtherFileError(f"{where}: {name}={value!r} is neither {kind.__name__} nor a list of {kind.__name__}")
 
 
 def _build_config(where: str, values: Any) -> EtherConfig:
     if not isinstance(values, dict):
-        raise ValueError(f"{where}: the config is a {type(values).__name__}, not an object")
+        raise EtherFileError(f"{where}: the config is a {type(values).__name__}, not an object")
     _check_names(where, values)
     try:
         config = EtherConfig(**{name: values[name] for name in CONFIG_FIELDS if name in values})
+        _config_fields(where, config)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: the config is not valid: {error}") from error
-    _config_fields(where, config)
+        raise EtherFileError(f"{where}: the config is not valid: {error}") from error
     return config
 
 
 def _split_components(where: str, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    if len(tensors) > MAX_VECTORS:
+        raise EtherFileError(f"{where} holds {len(tensors)} tensors; an adapter has {MAX_VECTORS} at most")
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         component, _, key = str(name).partition(".")
         if not component or key.rpartition(".")[2] not in VECTORS or not key.rpartition(".")[0]:
-            raise ValueError(f"{where}: {name!r} is not of the form <component>.<module path>.{'|'.join(VECTORS)}")
+            raise EtherFileError(f"{where}: {name!r} is not of the form <component>.<module path>.{'|'.join(VECTORS)}")
         if not isinstance(tensor, Tensor):
-            raise ValueError(f"{where}: {name} is a {type(tensor).__name__}, not a tensor")
-        parts.setdefault(component, {})[key] = tensor
+            raise EtherFileError(f"{where}: {name} is a {type(tensor).__name__}, not a tensor")
+        parts.setdefault(component, {})[key] = tensor.detach()
     if not parts:
-        raise ValueError(f"{where} holds no vectors")
+        raise EtherFileError(f"{where} holds no vectors")
     return parts
+
+
+def _flaw(tensor: Tensor) -> str | None:
+    """What makes a vector (n, b) unusable, in words: its numbers are not finite, or a block has no direction."""
+    if tensor.dtype not in VECTOR_DTYPES.values() or not torch.isfinite(tensor.float()).all():
+        return (
+            f"is not made of finite floating-point numbers ({', '.join(VECTOR_DTYPES)}) but of NaN, infinity or others"
+        )
+    lost = (normalize(tensor.float()) == 0).all(dim=-1).nonzero()
+    if len(lost):
+        return f"has no direction in block {lost[0].item()} of {len(tensor)}: a length that is neither 0 nor huge fits"
+    return None
+
+
+def _check_vectors(where: str, config: EtherConfig, vectors: Mapping[str, Tensor]) -> None:
+    """Check one component's vectors, `<module path>.<vector>` -> (n, d/n), against their config and each other.
+
+    Raises:
+        EtherFileError: a vector that the method does not have, or lacks; a shape that is not n blocks, or differs on
+            one side of a layer; numbers that are not finite; a block of length 0.
+    """
+    expected, n = expected_vectors(config), config.num_blocks
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key, tensor in vectors.items():
+        path, _, name = key.rpartition(".")
+        if name not in expected:
+            raise EtherFileError(
+                f"{where}: {key} does not belong to {config.method} with sides={config.sides!r}, which has "
+                f"{', '.join(expected)}"
+            )
+        shape = tuple(tensor.shape)
+        if len(shape) != 2 or shape[0] != n or not 0 < tensor.numel() <= MAX_WIDTH:
+            raise EtherFileError(
+                f"{where}: {key} has shape {shape}, but num_blocks={n} needs ({n}, width / {n}), {MAX_WIDTH} at most"
+            )
+        if flaw := _flaw(tensor):
+            raise EtherFileError(f"{where}: {key} {flaw}")
+        shapes.setdefault(path, {})[name] = shape
+    for path, own in shapes.items():
+        if missing := set(expected) - set(own):
+            raise EtherFileError(f"{where}: {path} lacks {', '.join(sorted(missing))}")
+        for suffix in ("", "_out"):
+            u, v = own.get(f"ether_u{suffix}"), own.get(f"ether_v{suffix}")
+            if u and v and u != v:
+                raise EtherFileError(f"{where}: {path}.ether_v{suffix} has shape {v}, but ether_u{suffix} has {u}")
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(entry, str) for entry in value.values())
+
+
+def _check_document(where: str, document: Mapping[str, Any]) -> None:
+    """The version of a document, and the types of what it says of itself.
+
+    Raises:
+        EtherFileError: a newer version (named), none, or an entry of another type.
+    """
+    number = document.get("format_version")
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise EtherFileError(
+            f"{where}: the metadata has no format_version that is a whole number from 1 on: {number!r}"
+        )
+    if number > FORMAT_VERSION:
+        raise EtherFileError(
+            f"{where} was written by a newer release (format version {number}; this one reads up to {FORMAT_VERSION}):"
+            " upgrade ether-diffusion"
+        )
+    base, prints = document.get("base_model"), document.get("base_fingerprint", {})
+    if not isinstance(base, str | None):
+        raise EtherFileError(f"{where}: base_model={base!r} is neither a text nor null")
+    if not isinstance(prints, dict) or not all(map(_is_texts, prints.values())):
+        raise EtherFileError(f"{where}: base_fingerprint={prints!r} is not component -> dtype -> SHA-256")
+    if not _is_texts(document.get("versions", {})):
+        raise EtherFileError(f"{where}: versions={document['versions']!r} is not library -> version")
+
+
+def _interpret(where: str, tensors: Mapping[str, Tensor], text: str) -> Checkpoint:
+    """The checkpoint that tensors and a document of a pipeline file make up.
+
+    Raises:
+        EtherFileError: whatever is wrong with them without a look at a pipeline.
+    """
+    document = _parse(f"{where}: the metadata", text.encode())
+    _check_document(where, document)
+    parts, configs = _split_components(where, tensors), document.get("configs")
+    if not isinstance(configs, dict) or set(configs) != set(parts):
+        held = sorted(configs) if isinstance(configs, dict) else f"no components ({configs!r})"
+        raise EtherFileError(f"{where}: there are vectors for {sorted(parts)}, but configs for {held}")
+    built = {}
+    for component, values in configs.items():
+        built[component] = _build_config(f"{where}: {component}", values)
+        if unknown := sorted(set(values) - set(CONFIG_FIELDS)):
+            raise EtherFileError(
+                f"{where}: {component}: the config has {unknown}; known are {', '.join(CONFIG_FIELDS)}"
+            )
+        _check_vectors(f"{where}: {component}", built[component], parts[component])
+    return Checkpoint(built, parts, document, where)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read and verify an adapter file.
 
     Raises:
-        ValueError: not a safetensors file, damaged, not an ETHER adapter, or of a newer format; names the file.
+        EtherFileError: not a safetensors file, damaged, not an ETHER adapter, of a newer format, or with vectors that
+            cannot be used; names the file and the key.
+        OSError: the file is not there, or may not be read.
     """
     tensors, header = _open(path, needs="ether")
     signed = {"format": "pt", "ether": header["ether"], "sha256": digest(tensors, header["ether"])}
     if header != signed:
-        raise ValueError(f"{path} is damaged: its content does not match the SHA-256 in its metadata")
-    document = _parse(f"{path}: the metadata", header["ether"])
-    number = document.get("format_version")
-    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-        raise ValueError(f"{path}: the metadata has no format_version that is a whole number from 1 on: {number!r}")
-    if number > FORMAT_VERSION:
-        raise ValueError(
-            f"{path} was written by a newer release (format version {number}; this one reads up to {FORMAT_VERSION}): "
-            "upgrade ether-diffusion"
-        )
-    parts, configs = _split_components(str(path), tensors), document.get("configs")
-    if not isinstance(configs, dict) or set(configs) != set(parts):
-        held = sorted(configs) if isinstance(configs, dict) else f"no components ({configs!r})"
-        raise ValueError(f"{path}: there are vectors for {sorted(parts)}, but configs for {held}")
-    built = {component: _build_config(f"{path}: {component}", values) for component, values in configs.items()}
-    return Checkpoint(built, parts, document, str(path))
+        raise EtherFileError(f"{path} is damaged: its content does not match the SHA-256 in its metadata")
+    return _interpret(str(path), tensors, header["ether"])
 
 
 def read_peft_folder(folder: Path) -> Checkpoint:
     """Read what PEFT's `save_pretrained` wrote for one model; the component is not known yet (None).
 
     Raises:
-        ValueError: another method's adapter, or a damaged file.
+        EtherFileError: another method's adapter, or a damaged file.
     """
-    try:
-        text = (folder / PEFT_CONFIG_NAME).read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{folder / PEFT_CONFIG_NAME} is not text: {error}") from error
-    values = _parse(folder / PEFT_CONFIG_NAME, text)
+    config_path, weights_path = folder / PEFT_CONFIG_NAME, folder / PEFT_WEIGHTS_NAME
+    with config_path.open("rb") as file:
+        content = file.read(MAX_DOCUMENT_BYTES + 1)  # `_parse` refuses what is longer
+    values = _parse(config_path, content)
     if values.get("peft_type") != ETHER:
-        raise ValueError(f"{folder} holds a PEFT adapter of type {values.get('peft_type')!r}, not {ETHER.value!r}")
-    config = _build_config(str(folder / PEFT_CONFIG_NAME), values)
-    tensors, _ = _open(folder / PEFT_WEIGHTS_NAME)
+        raise EtherFileError(f"{folder} holds a PEFT adapter of type {values.get('peft_type')!r}, not {ETHER.value!r}")
+    config = _build_config(str(config_path), values)
+    tensors, _ = _open(weights_path)
     if not tensors:
-        raise ValueError(f"{folder / PEFT_WEIGHTS_NAME} holds no vectors")
-    prefix = "base_model.model."
-    return Checkpoint(
-        {None: config}, {None: {k.removeprefix(prefix): t for k, t in tensors.items()}}, source=str(folder)
-    )
+        raise EtherFileError(f"{weights_path} holds no vectors")
+    vectors = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+    if len(vectors) < len(tensors):
+        raise EtherFileError(f"{weights_path} holds a vector twice, with and without 'base_model.model.' before it")
+    _check_vectors(str(weights_path), config, vectors)
+    return Checkpoint({None: config}, {None: vectors}, source=str(folder))
 
 
 def from_state_dict(tensors: Mapping[str, Tensor]) -> Checkpoint:
     """A checkpoint from `<component>.<module path>.<vector>` tensors; method, sides and blocks are read off them.
 
     Raises:
-        ValueError: a key of another form, or no vectors at all.
+        EtherFileError: a key of another form, vectors that do not belong together, or none at all.
     """
     parts = _split_components("state dict", tensors)
     configs = {}
     for component, vectors in parts.items():
+        where = f"state dict: {component}"
         names = {key.rpartition(".")[2] for key in vectors}
         first = next(iter(vectors.values()))
-        paths = sorted({key.rpartition(".")[0] for key in vectors})
-        configs[component] = EtherConfig(
-            method="ether_plus" if "ether_v" in names else "ether",
-            sides="both" if "ether_u_out" in names else "input",
-            num_blocks=first.shape[0] if first.ndim == 2 and first.shape[0] else 1,
-            target_modules=paths,
+        configs[component] = _build_config(
+            where,
+            {
+                "method": "ether_plus" if "ether_v" in names else "ether",
+                "sides": "both" if "ether_u_out" in names else "input",
+                "num_blocks": first.shape[0] if first.ndim == 2 and first.shape[0] else 1,
+                "target_modules": sorted({key.rpartition(".")[0] for key in vectors}),
+            },
         )
+        _check_vectors(where, configs[component], vectors)
     return Checkpoint(configs, parts)

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from peft import inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .checkpoint import Checkpoint, canonical_path, expected_vectors
+from .checkpoint import Checkpoint, EtherFileError, canonical_path
 from .config import EtherConfig
 from .layers import EtherLayer
 
@@ -51,10 +52,10 @@ def _resolve(modules: Mapping[str, nn.Module], path: str) -> str | None:
 
 
 def _layers_for(where: str, model: nn.Module, config: EtherConfig, tensors: Mapping[str, Tensor]) -> dict[str, dict]:
-    """Check one component's vectors against a model: module path in this model -> vectors by name.
+    """Check one component's vectors, sound in themselves, against a model: module path in it -> vectors by name.
 
     Raises:
-        ValueError: names the first module that does not fit, what the file has for it and what it would need.
+        EtherFileError: names the first module that does not fit, what the file has for it and what it would need.
     """
     modules = dict(model.named_modules())
     found: dict[str, dict[str, Tensor]] = {}
@@ -62,33 +63,39 @@ def _layers_for(where: str, model: nn.Module, config: EtherConfig, tensors: Mapp
         path, _, vector = key.rpartition(".")
         name = _resolve(modules, path)
         if name is None or "base_layer" in path.split("."):
-            raise ValueError(
+            raise EtherFileError(
                 f"{where}: {path} does not exist in this {type(model).__name__}; the adapter was made for another "
                 "architecture"
             )
-        base = _base_of(modules[name])
-        width = _width(base, vector)
-        if width is None:
-            raise ValueError(f"{where}: {path} is a {type(base).__name__} here, not a Linear or Conv2d to adapt")
-        if vector not in expected_vectors(config):
-            raise ValueError(f"{where}: {key} does not belong to {config.method} with sides={config.sides!r}")
-        n = config.num_blocks
+        if obstacle := _obstacle(modules, name):
+            raise EtherFileError(f"{where}: {path} {obstacle}")
+        width, n = _width(_base_of(modules[name]), vector), config.num_blocks
         if width % n or tuple(tensor.shape) != (n, width // n):
             side = "outputs" if vector.endswith("_out") else "inputs"
             fits = f"({n}, {width // n})" if width % n == 0 else f"num_blocks that divide {width}"
-            raise ValueError(
+            raise EtherFileError(
                 f"{where}: {key} has shape {tuple(tensor.shape)}, but the layer here has {width} {side} and needs "
                 f"{fits}; the adapter was made for another architecture"
             )
-        if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
-            raise ValueError(f"{where}: {key} is not made of finite floating-point numbers")
         if vector in found.setdefault(name, {}):
-            raise ValueError(f"{where}: {key} is there twice, under two names of the same layer")
+            raise EtherFileError(f"{where}: {key} is there twice, under two names of the same layer")
         found[name][vector] = tensor
-    for path, vectors in found.items():
-        if missing := set(expected_vectors(config)) - set(vectors):
-            raise ValueError(f"{where}: {path} lacks {', '.join(sorted(missing))}")
     return found
+
+
+def _obstacle(modules: Mapping[str, nn.Module], name: str) -> str | None:
+    """Why the module of this name cannot carry ETHER, in words, or None where it can."""
+    base, steps = _base_of(modules[name]), name.split(".")
+    around = [modules.get(".".join(steps[:k])) for k in range(1, len(steps))]
+    if any(isinstance(module, BaseTunerLayer) for module in around):
+        return "is a part of another adapter here, not a layer of the model"
+    if around and isinstance(around[-1], nn.MultiheadAttention):
+        return "belongs to a torch.nn.MultiheadAttention here, which reads the weight past ETHER"
+    if isinstance(base, nn.Conv2d) and base.groups != 1:
+        return f"is a grouped convolution here (groups={base.groups}); grouped convolutions are not reflected"
+    if _width(base, "") is None or _width(base, "_out") is None:
+        return f"is a {type(base).__name__} here, not a Linear or Conv2d to adapt"
+    return None
 
 
 def _base_of(module: nn.Module) -> nn.Module:
@@ -115,18 +122,22 @@ def _width(base: nn.Module, vector: str) -> int | None:
 
 
 def _name_component(checkpoint: Checkpoint, models: Mapping[str, nn.Module]) -> Checkpoint:
-    """Find the component of a checkpoint that does not name it, as the only one that it fits."""
+    """Find the component of a checkpoint that does not name it, as the only one that it fits.
+
+    Raises:
+        EtherFileError: it fits none (says why of each), or several.
+    """
     config, tensors = checkpoint.configs[None], checkpoint.tensors[None]
     fitting, reasons = [], []
     for component, model in models.items():
         try:
             _layers_for(component, model, config, tensors)
             fitting.append(component)
-        except ValueError as error:
+        except EtherFileError as error:
             reasons.append(str(error))
     if len(fitting) != 1:
         what = f"fits several components ({', '.join(fitting)})" if fitting else "fits no component of this pipeline"
-        raise ValueError("; ".join([f"{checkpoint.source} {what}", *([] if fitting else reasons)]))
+        raise EtherFileError("; ".join([f"{checkpoint.source} {what}", *([] if fitting else reasons)]))
     component = fitting[0]
     return Checkpoint({component: config}, {component: tensors}, checkpoint.metadata, checkpoint.source)
 
@@ -135,18 +146,20 @@ def plan(pipe: DiffusionPipeline, checkpoint: Checkpoint) -> tuple[Checkpoint, d
     """Check a checkpoint against a pipeline without changing it: component -> module path -> vectors.
 
     Raises:
-        ValueError: whatever does not fit.
+        EtherFileError: whatever does not fit.
     """
     models = models_of(pipe)
     if None in checkpoint.configs:
         checkpoint = _name_component(checkpoint, models)
     if unknown := sorted(set(checkpoint.tensors) - set(models)):
-        raise ValueError(
+        raise EtherFileError(
             f"{checkpoint.source} adapts {', '.join(unknown)}, which this {type(pipe).__name__} does not have; it has "
             f"{', '.join(models)}"
         )
     found = {
-        component: _layers_for(component, models[component], checkpoint.configs[component], tensors)
+        component: _layers_for(
+            f"{checkpoint.source}: {component}", models[component], checkpoint.configs[component], tensors
+        )
         for component, tensors in checkpoint.tensors.items()
     }
     return checkpoint, found
@@ -222,6 +235,49 @@ def _inject(
         layer._move_adapter_to_device_of_base_layer(adapter_name, device)
     if hasattr(type(model), "_hf_peft_config_loaded"):
         model._hf_peft_config_loaded = True
+    _maybe_remove_and_reapply_group_offloading(model)
+
+
+def swap(pipe: DiffusionPipeline, checkpoint: Checkpoint, adapter_name: str) -> None:
+    """Check everything, then write the checkpoint's vectors over those of an adapter, in place.
+
+    No module, parameter or strength changes, so nothing that is compiled has to be compiled again.
+
+    Raises:
+        ValueError: no such adapter, or one with other layers, vectors or blocks, fused, or offloaded. Nothing has
+            changed then.
+    """
+    if adapter_name not in adapters_of(pipe):
+        loaded = ", ".join(adapters_of(pipe)) or "none"
+        raise ValueError(f"hotswap: there is no adapter {adapter_name!r} to replace; loaded are {loaded}")
+    checkpoint, found = plan(pipe, checkpoint)
+    targets: list[tuple[Tensor, Tensor]] = []
+    for component, model in models_of(pipe).items():
+        layers = {_without_base_layer(p): la for p, la in ether_layers(model) if adapter_name in la.ether_u}
+        new = {_without_base_layer(path): vectors for path, vectors in found.get(component, {}).items()}
+        if differing := sorted(set(layers) ^ set(new)):
+            raise ValueError(
+                f"hotswap: {checkpoint.source} and the adapter {adapter_name!r} do not have the same layers, e.g. "
+                f"{component}: {differing[0]}; load it under another name"
+            )
+        for path, vectors in new.items():
+            old = {name: getattr(layers[path], name) for name in layers[path].adapter_layer_names}
+            shapes = {name: tuple(old[name][adapter_name].shape) for name in old if adapter_name in old[name]}
+            if shapes != {name: tuple(vector.shape) for name, vector in vectors.items()}:
+                raise ValueError(
+                    f"hotswap: {component}: {path} has vectors {shapes} here, but {checkpoint.source} has "
+                    f"{ {name: tuple(vector.shape) for name, vector in vectors.items()} }; load it under another name"
+                )
+            if layers[path].merged or any(old[name][adapter_name].is_meta for name in vectors):
+                raise ValueError(f"hotswap: {component}: {path} is fused or offloaded; undo that first")
+            targets += [(old[name][adapter_name], vector) for name, vector in vectors.items()]
+    with torch.no_grad():
+        for parameter, vector in targets:
+            parameter.copy_(vector)
+
+
+def _without_base_layer(path: str) -> str:
+    return ".".join(part for part in path.split(".") if part != "base_layer")
 
 
 def _execution_device(path: str, base: nn.Module) -> torch.device | None:
@@ -254,6 +310,7 @@ def take_off(model: nn.Module, adapter_name: str | None = None) -> None:
         if not layer.ether_u:
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.base_layer)
+    _maybe_remove_and_reapply_group_offloading(model)
     configs = getattr(model, "peft_config", {})
     for name in [name for name, config in configs.items() if isinstance(config, EtherConfig)]:
         if adapter_name in (None, name):

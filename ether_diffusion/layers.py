@@ -50,7 +50,7 @@ class EtherLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True
-        self._unmerged_weight: Tensor | None = None
+        self._unmerged_weight: Tensor | Callable[[], Tensor] | None = None  # or what brings it
         self._merged_arguments: dict[str, dict[str, Any]] = {}  # of `adapt_weight`, as they were when merged
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, layer_name=layer_name)
@@ -213,7 +213,8 @@ class EtherLayer(BaseTunerLayer):
         return low_rank_delta(self._plain_weight(), **self._arguments(adapter_name))
 
     def _pristine_weight(self) -> Tensor:
-        return self.weight.data if self._unmerged_weight is None else self._unmerged_weight
+        kept = self._unmerged_weight
+        return self.weight.data if kept is None else kept() if callable(kept) else kept
 
     def _plain_weight(self) -> Tensor:
         """The weight below, as it is without ETHER, where it can be read and written as it is.
@@ -261,7 +262,8 @@ class EtherLayer(BaseTunerLayer):
             merged = (merged + added).to(weight.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"NaN or infinity in the merged weight: adapter {', '.join(names)} seems to be broken")
-        self._unmerged_weight, self._merged_arguments = pristine, arguments
+        self._unmerged_weight = pristine if self._unmerged_weight is None else self._unmerged_weight
+        self._merged_arguments = arguments
         weight.data = merged.contiguous() if merged is not pristine else merged.clone()
         self.merged_adapters.extend(names)
 
@@ -281,7 +283,7 @@ class EtherLayer(BaseTunerLayer):
 
     def _weight_without_merged(self) -> Tensor:
         weight = self.get_base_layer().weight
-        pristine, added = self._unmerged_weight.to(weight.device, weight.dtype), self._added_since_merging()
+        pristine, added = self._pristine_weight().to(weight.device, weight.dtype), self._added_since_merging()
         return pristine if added is None else (pristine + added).to(weight.dtype)
 
     def _added_since_merging(self) -> Tensor | None:
@@ -308,8 +310,19 @@ class EtherLayer(BaseTunerLayer):
             if self.disable_adapters:
                 weight = self._weight_without_merged()
                 return torch.func.functional_call(self.get_base_layer(), {"weight": weight}, (x, *args), kwargs)
+            self._refuse_adapters_below()
             return self.base_layer(x, *args, **kwargs)
         return self._adapted_output(x, self.acting_adapters, args, kwargs)
+
+    def _refuse_adapters_below(self) -> None:
+        """Merged, this layer cannot act on what an unmerged adapter below it, activated since, adds to the weight."""
+        inner = self.base_layer
+        if isinstance(inner, BaseTunerLayer) and not inner.merged and not inner.disable_adapters:
+            if acting := set(inner.active_adapters) & set(inner._get_available_adapters()):
+                raise ValueError(
+                    f"{', '.join(sorted(acting))}, loaded before the ETHER adapter that is fused, has become active "
+                    "since, and fused ETHER cannot reflect it: call unfuse_ether first"
+                )
 
     def _adapted_output(self, x: Tensor, names: list[str], args: tuple, kwargs: dict) -> Tensor:
         """f_j(x): one operator over a plain linear layer; else, what goes in and what comes out is reflected."""
@@ -337,7 +350,7 @@ class EtherLayer(BaseTunerLayer):
             return 0.0
         if bias.device.type == "meta":  # offloaded: there only while the layer itself runs
             return self.base_layer(torch.zeros_like(x[:1] if x.ndim > 1 else x), *args, **kwargs)
-        return self._as_channels(bias.to(y.dtype))
+        return self._as_channels(bias.to(y.device, y.dtype))  # group offloading keeps it elsewhere
 
     def _displaced(self, x: Tensor, u: Tensor, v: Tensor | None) -> Tensor:
         axis = self.channel_axis

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MethodType
 
 from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from huggingface_hub import HfApi
+from torch import Tensor
 
+from . import fusing, switching
 from .checkpoint import DOCUMENT_FIELDS, WEIGHTS_NAME, from_state_dict, is_pickle_by_name, write_checkpoint
-from .injection import adapters_of, collect, ether_layers, free_name, models_of, other_base, put_on, take_off
-from .layers import EtherLayer
+from .injection import adapters_of, collect, ether_layers, free_name, models_of, other_base, put_on, swap, take_off
 from .sources import find_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -29,6 +31,7 @@ def load_ether_weights(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     force_download: bool = False,
+    hotswap: bool = False,
     low_cpu_mem_usage: bool = True,
 ) -> None:
     """Load an ETHER adapter onto the pipeline and make it the active one.
@@ -41,6 +44,8 @@ def load_ether_weights(
         adapter_name: default: "default_0", or the next number that is free.
         weight_name: name of the file in the folder or repository.
         subfolder, revision, token, cache_dir, local_files_only, force_download: as for `from_pretrained`.
+        hotswap: write over the vectors of `adapter_name` (or of the only adapter) in place: same layers, same blocks,
+            its strength and whether it is active stay; a compiled model is not compiled again.
         low_cpu_mem_usage: False also allocates the vectors' starting values, which loading then replaces.
 
     Raises:
@@ -61,8 +66,12 @@ def load_ether_weights(
             local_files_only=local_files_only,
             force_download=force_download,
         )
-    name = free_name(self) if adapter_name is None else adapter_name
-    put_on(self, checkpoint, name, low_cpu_mem_usage=low_cpu_mem_usage)
+    if hotswap:
+        name = _which(self, None) if adapter_name is None else adapter_name
+        swap(self, checkpoint, name)
+    else:
+        name = free_name(self) if adapter_name is None else adapter_name
+        put_on(self, checkpoint, name, low_cpu_mem_usage=low_cpu_mem_usage)
     if differing := other_base(self, name, checkpoint.metadata):
         logger.warning(
             "%s was trained on other base weights than those of %s here (its base model: %s); results will differ",
@@ -101,6 +110,12 @@ def save_ether_weights(
     *,
     weight_name: str = WEIGHTS_NAME,
     metadata: Mapping[str, str] | None = None,
+    push_to_hub: bool = False,
+    repo_id: str | None = None,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    create_pr: bool = False,
 ) -> Path:
     """Write an adapter to `save_directory / weight_name`, whole or not at all, and return that path.
 
@@ -109,6 +124,9 @@ def save_ether_weights(
         adapter_name: needed where several adapters are loaded.
         weight_name: a .safetensors file name.
         metadata: more to record, e.g. {"prompt": "a photo of sks dog"}.
+        push_to_hub: upload the whole folder (a model card that lies there too) to the Hub when it is written.
+        repo_id: where to; default: the folder's name, under the user's own.
+        commit_message, private, token, create_pr: as for diffusers' `push_to_hub`.
 
     Raises:
         ValueError: no adapter, several and no name, a config that a pipeline file cannot hold, or metadata under a
@@ -123,6 +141,15 @@ def save_ether_weights(
     checkpoint.metadata |= dict(metadata or {})
     path = Path(save_directory) / weight_name
     write_checkpoint(path, checkpoint)
+    if push_to_hub:
+        api = HfApi(token=token)
+        repository = api.create_repo(repo_id or path.parent.resolve().name, private=private, exist_ok=True).repo_id
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=path.parent,
+            commit_message=commit_message or "Upload ETHER adapter",
+            create_pr=create_pr,
+        )
     return path
 
 
@@ -133,94 +160,39 @@ def unload_ether_weights(self: DiffusionPipeline) -> None:
             take_off(model)
 
 
-def fuse_ether(
-    self: DiffusionPipeline,
-    components: list[str] | None = None,
-    ether_scale: float = 1.0,
-    safe_fusing: bool = False,
-    adapter_names: list[str] | None = None,
-) -> None:
-    """Write adapters into the weights, so that a step costs what it costs without them.
-
-    Keeps a copy of every fused weight until `unfuse_ether`.
-
-    Args:
-        components: default: all that carry ETHER.
-        ether_scale: multiplies the adapters' strengths.
-        safe_fusing: check every weight for NaN and infinity; if one fails, all are as they were before the call.
-        adapter_names: default: the active ones.
-
-    Raises:
-        ValueError: nothing to fuse, an unknown component or adapter, or a broken weight.
-    """
-    known = adapters_of(self)
-    if unknown := sorted(set(adapter_names or ()) - set(known)):
-        raise ValueError(f"there is no adapter {', '.join(unknown)}; loaded are {', '.join(known) or 'none'}")
-    chosen = [
-        (layer, names)
-        for layer in _chosen_layers(self, components)
-        if (names := [n for n in adapter_names or layer.active_adapters if n in layer.ether_u])
-    ]
-    if not chosen:
-        raise ValueError(f"nothing to fuse: no layer of {components} carries {adapter_names or 'an active adapter'}")
-    touched: list[tuple[EtherLayer, dict[str, float]]] = []
-    try:
-        for layer, names in chosen:
-            earlier = {name: layer._merged_arguments[name]["strength"] for name in layer.merged_adapters}
-            _merge_at(layer, {name: ether_scale * layer.scaling[name] for name in names}, safe_fusing)
-            touched.append((layer, earlier))
-    except BaseException:
-        for layer, earlier in touched:
-            layer.unmerge()
-            if earlier:
-                _merge_at(layer, earlier)
-        raise
-
-
-def _merge_at(layer: EtherLayer, strengths: Mapping[str, float], safe: bool = False) -> None:
-    """Merge adapters at the given strengths, whatever the layer's own are."""
-    now = dict(layer.scaling)
-    layer.scaling |= strengths
-    try:
-        layer.merge(safe_merge=safe, adapter_names=list(strengths))
-    finally:
-        layer.scaling |= now
-
-
-def unfuse_ether(self: DiffusionPipeline, components: list[str] | None = None) -> None:
-    """Undo `fuse_ether`: the weights are bit for bit what they were.
-
-    Raises:
-        ValueError: nothing to unfuse, or an unknown component.
-    """
-    for layer in _chosen_layers(self, components):
-        if layer.merged:
-            layer.unmerge()
-
-
-def _chosen_layers(pipe: DiffusionPipeline, components: list[str] | None) -> Iterator[EtherLayer]:
-    carrying: dict[str, nn.Module] = {
-        name: model for name, model in models_of(pipe).items() if any(True for _ in ether_layers(model))
-    }
-    chosen = list(carrying) if components is None else components
-    if not carrying or set(chosen) - set(carrying):
-        asked = f"{', '.join(chosen)}: " if chosen else ""
-        raise ValueError(f"{asked}components that carry ETHER are {', '.join(carrying) or 'none'}")
-    for name in chosen:
-        yield from (layer for _, layer in ether_layers(carrying[name]))
-
-
 METHODS = (
     load_ether_weights,
     save_ether_weights,
     ether_state_dict,
     unload_ether_weights,
-    fuse_ether,
-    unfuse_ether,
+    fusing.fuse_ether,
+    fusing.unfuse_ether,
+    switching.set_adapters,
+    switching.get_active_adapters,
+    switching.get_list_adapters,
+    switching.delete_adapters,
+    switching.enable_ether,
+    switching.disable_ether,
+    switching.set_ether_device,
 )
+GUARDS = (fusing.load_lora_weights, fusing.fuse_lora, fusing.unload_lora_weights)
+
+
+class _Guard:
+    """A method around one of diffusers' LoRA mixins, there only where a pipeline has that one."""
+
+    def __init__(self, function: Callable):
+        self.function = function
+
+    def __get__(self, pipe: DiffusionPipeline | None, kind: type) -> Callable:
+        if not any(self.function.__name__ in base.__dict__ for base in kind.__mro__ if base is not DiffusionPipeline):
+            raise AttributeError(f"{kind.__name__} has no {self.function.__name__}: diffusers loads no LoRA onto it")
+        return self.function if pipe is None else MethodType(self.function, pipe)
 
 
 def install() -> None:
     """Give every DiffusionPipeline the methods above."""
     for method in METHODS:
         setattr(DiffusionPipeline, method.__name__, method)
+    for method in GUARDS:
+        setattr(DiffusionPipeline, method.__name__, _Guard(method))

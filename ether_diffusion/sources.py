@@ -13,6 +13,7 @@ from .checkpoint import (
     PEFT_WEIGHTS_NAME,
     WEIGHTS_NAME,
     Checkpoint,
+    EtherFileError,
     is_pickle_by_name,
     read_checkpoint,
     read_peft_folder,
@@ -36,7 +37,8 @@ def find_checkpoint(
 
     Raises:
         FileNotFoundError: nothing there; says what was looked for.
-        ValueError: a file that cannot be loaded, or a `weight_name` or `subfolder` that leaves the folder.
+        EtherFileError: a file that cannot be loaded.
+        ValueError: a `weight_name` or `subfolder` that leaves the folder.
         OSError: the Hub cannot be reached and its cache has no copy.
     """
     for name, value in (("weight_name", weight_name), ("subfolder", subfolder)):
@@ -70,7 +72,7 @@ def _from_folder(folder: Path, weight_name: str | None) -> Checkpoint:
         return read_peft_folder(folder)
     pickles = sorted(p.name for p in folder.iterdir() if is_pickle_by_name(p))
     if pickles:
-        raise ValueError(f"{folder} has no {path.name}, only {', '.join(pickles)}: pickles are not read")
+        raise EtherFileError(f"{folder} has no {path.name}, only {', '.join(pickles)}: pickles are not read")
     others = sorted(p.name for p in folder.glob("*.safetensors"))
     hint = f"; it holds {', '.join(others)}: pass one as weight_name" if others else ""
     raise FileNotFoundError(f"{folder} has no {path.name}{hint}")
@@ -79,7 +81,7 @@ def _from_folder(folder: Path, weight_name: str | None) -> Checkpoint:
 def _from_hub(repo_id: str, weight_name: str | None, options: dict) -> Checkpoint:
     wanted = weight_name or WEIGHTS_NAME
     if is_pickle_by_name(wanted):
-        raise ValueError(f"{wanted} is a pickle by its name, and pickles are not read")
+        raise EtherFileError(f"{repo_id}: {wanted} is a pickle by its name, and pickles are not read")
     try:
         return read_checkpoint(Path(hf_hub_download(repo_id, wanted, **options)))
     except LocalEntryNotFoundError as error:

@@ -36,7 +36,9 @@ def test_speed_is_measured_for_every_method_and_drawn(tmp_path):
     table = call("inference.py", "--output_dir", tmp_path, "--rounds", 2)
     report = json.loads((tmp_path / "inference_cpu-small.json").read_text())
     assert {"no adapter", "ETHER, unfused", "ETHER, fused", "ETHER, kept", "LoRA r=4, unfused"} <= set(report["step"])
-    assert all(seconds > 0 for row in report["loading"].values() for seconds in row.values())
+    for calls in report["loading"].values():
+        assert list(calls) == ["load", "activate", "fuse", "unfuse", "unload"]
+        assert all(call["seconds"] > 0 and call["ratio"] > 0 for call in calls.values())
     assert all(name in table for name in (*report["step"], *report["loading"]))
 
     drawn = call("plot.py", "--results_dir", tmp_path, "--output_dir", tmp_path / "docs").split()

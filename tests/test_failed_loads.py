@@ -4,12 +4,13 @@ import copy
 
 import numpy as np
 import pytest
-from peft import get_peft_model
+import torch
+from peft import LoraConfig, get_peft_model
 from pipelines import TwinPipeline, adapt, assert_unchanged, open_pipeline, paint, snapshot
 from torch import nn
 
 from ether_diffusion import EtherConfig, EtherLayer
-from ether_diffusion.checkpoint import WEIGHTS_NAME
+from ether_diffusion.checkpoint import WEIGHTS_NAME, EtherFileError
 
 
 @pytest.mark.parametrize("name", ["", "dog.v2", "keys", "training"])
@@ -25,7 +26,7 @@ def test_a_name_that_cannot_be_one_is_refused_before_anything_changes(tiny_pipel
 def test_a_folder_of_peft_that_fits_two_components_is_refused(tiny_pipeline, tmp_path):
     twins = TwinPipeline(tiny_pipeline.unet, copy.deepcopy(tiny_pipeline.unet))
     get_peft_model(copy.deepcopy(tiny_pipeline.unet), EtherConfig(init_weights=False)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"fits several components \(unet, unet_2\)"):
+    with pytest.raises(EtherFileError, match=r"fits several components \(unet, unet_2\)"):
         twins.load_ether_weights(tmp_path)
 
 
@@ -41,6 +42,7 @@ def shorten(vectors):
         (lambda v: {k.replace("to_q", "to_query"): t for k, t in v.items()}, "to_query does not exist in this UNet2D"),
         (lambda v: {k.replace("unet.", "transformer."): t for k, t in v.items()}, "adapts transformer, which this"),
         (lambda v: {k: t * float("inf") for k, t in v.items()}, "finite floating-point numbers"),
+        (lambda v: {k: t * 0 for k, t in v.items()}, "_proj.ether_u has no direction in block 0 of 2"),
         (lambda v: {k: t.int() for k, t in v.items()}, "finite floating-point numbers"),
         (lambda v: {k.replace("attn1.to_q", "norm1"): t for k, t in v.items()}, "is a LayerNorm here"),
         (lambda v: v | {k.replace("text_model.", ""): t for k, t in v.items()}, "is there twice, under two names"),
@@ -55,7 +57,7 @@ def test_an_adapter_that_does_not_fit_is_explained_and_changes_nothing(tiny_pipe
     vectors = adapt(tiny_pipeline, num_blocks=2).ether_state_dict()
     tiny_pipeline.unload_ether_weights()
     before = snapshot(tiny_pipeline)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(EtherFileError, match=message):
         tiny_pipeline.load_ether_weights(change(vectors))
     assert_unchanged(tiny_pipeline, before)
 
@@ -63,7 +65,7 @@ def test_an_adapter_that_does_not_fit_is_explained_and_changes_nothing(tiny_pipe
 def test_an_adapter_of_another_architecture_names_module_and_shape(tiny_pipeline, wider_pipeline_folder, tmp_path):
     adapt(open_pipeline(wider_pipeline_folder)).save_ether_weights(tmp_path)
     before = snapshot(tiny_pipeline)
-    with pytest.raises(ValueError, match=r"unet: .*ether_u has shape \(1, 24\), but the layer here has 16"):
+    with pytest.raises(EtherFileError, match=rf"{WEIGHTS_NAME}: unet: .*ether_u has shape \(1, 24\), but .* has 16"):
         tiny_pipeline.load_ether_weights(tmp_path)
     assert_unchanged(tiny_pipeline, before)
 
@@ -72,15 +74,16 @@ def test_an_adapter_of_another_architecture_names_module_and_shape(tiny_pipeline
 def test_a_bad_file_changes_nothing(tiny_pipeline, tmp_path, content):
     (tmp_path / WEIGHTS_NAME).write_bytes(content)
     before = snapshot(tiny_pipeline)
-    with pytest.raises(ValueError, match=WEIGHTS_NAME):
+    with pytest.raises(EtherFileError, match=WEIGHTS_NAME):
         tiny_pipeline.load_ether_weights(tmp_path)
     assert_unchanged(tiny_pipeline, before)
 
 
 def test_a_failed_second_load_leaves_the_first_adapter_painting(trained):
     picture = paint(trained)
-    with pytest.raises(ValueError, match="needs"):
-        trained.load_ether_weights(shorten(trained.ether_state_dict()), "second")
+    vectors = {key.replace("to_q", "to_query"): vector for key, vector in trained.ether_state_dict().items()}
+    with pytest.raises(EtherFileError, match="to_query does not exist"):
+        trained.load_ether_weights(vectors, "second")
     assert np.array_equal(paint(trained), picture)
     assert trained.get_list_adapters() == {"unet": ["default"], "text_encoder": ["default"]}
 
@@ -90,17 +93,47 @@ def test_an_injection_that_fails_midway_is_undone(trained, component):
     vectors = trained.ether_state_dict()
     trained.load_ether_weights(vectors, "second")
     trained.set_adapters(["second", "default"], [0.5, 1.0])
-    getattr(trained, component).extra = nn.Conv2d(4, 4, 1, groups=2)  # fits by shape, but cannot be reflected
-    extra = {key.rpartition(".")[2]: t.new_ones(2, 2) for key, t in vectors.items() if key.startswith(component)}
     picture, before = paint(trained), snapshot(trained)
     wanted = [p.requires_grad for p in trained.unet.parameters()]
-    with pytest.raises(ValueError, match="grouped convolutions"):
+    model = getattr(trained, component)
+    model.extra = nn.Linear(4, 4, device="meta")  # fits by shape, but there is no weight to reflect
+    extra = {key.rpartition(".")[2]: t.new_ones(2, 2) for key, t in vectors.items() if key.startswith(component)}
+    with pytest.raises(ValueError, match="extra has no weights"):
         trained.load_ether_weights(vectors | {f"{component}.extra.{k}": t for k, t in extra.items()}, "third")
+    assert type(model.extra) is nn.Linear
+    del model.extra
     assert_unchanged(trained, before)
     assert trained.get_active_adapters() == ["second", "default"]
     assert trained.get_list_adapters() == {"unet": ["default", "second"], "text_encoder": ["default", "second"]}
     assert [p.requires_grad for p in trained.unet.parameters()] == wanted
     assert np.array_equal(paint(trained), picture)
+
+
+@pytest.mark.parametrize(
+    ("layer", "path", "message"),
+    [
+        (nn.Conv2d(4, 4, 1, groups=2), "extra", "extra is a grouped convolution here"),
+        (nn.MultiheadAttention(4, 1), "extra.out_proj", "extra.out_proj belongs to a torch.nn.MultiheadAttention"),
+        (nn.AdaptiveLogSoftmaxWithLoss(4, 8, [2]), "extra", "extra is a AdaptiveLogSoftmaxWithLoss here"),
+    ],
+)
+def test_a_layer_that_cannot_be_reflected_is_named_before_anything_changes(tiny_pipeline, layer, path, message):
+    vectors = adapt(tiny_pipeline, num_blocks=2).ether_state_dict()
+    tiny_pipeline.unload_ether_weights()
+    tiny_pipeline.unet.extra = layer
+    before = snapshot(tiny_pipeline)
+    with pytest.raises(EtherFileError, match=message):
+        tiny_pipeline.load_ether_weights(vectors | {f"unet.{path}.ether_u": torch.ones(2, 2)})
+    assert_unchanged(tiny_pipeline, before)
+
+
+def test_the_matrices_of_another_adapter_are_no_layers(tiny_pipeline):
+    tiny_pipeline.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q"]), adapter_name="lora")
+    path = next(name for name, _ in tiny_pipeline.unet.named_modules() if name.endswith("to_q.lora_A.lora"))
+    before = snapshot(tiny_pipeline)
+    with pytest.raises(EtherFileError, match="lora_A.lora is a part of another adapter here"):
+        tiny_pipeline.load_ether_weights({f"unet.{path}.ether_u": torch.ones(1, 16)})
+    assert_unchanged(tiny_pipeline, before)
 
 
 def test_a_component_without_weights_is_refused(trained, tiny_pipeline):

@@ -269,5 +269,8 @@ def test_stock_lora_calls_work_beside_ether(trained, tmp_path):
     trained.set_lora_device(["default", "lora"], "cpu")
     trained.disable_lora()
     trained.enable_lora()
+    trained.set_adapters("default")
+    alone = paint(trained)
     trained.unload_lora_weights()
-    assert not any(isinstance(m, EtherLayer) for m in trained.unet.modules())
+    assert trained.get_list_adapters() == {"unet": ["default"], "text_encoder": ["default"]}
+    assert np.array_equal(paint(trained), alone)

@@ -1,0 +1,77 @@
+"""Write ETHER adapters as a LoRA: exact, without a decomposition, at any strength, one adapter or several composed.
+
+  ether-diffusion export --to diffusers-lora --base runwayml/stable-diffusion-v1-5 --adapter dog --output_dir dog-lora
+  ether-diffusion export --to kohya --base base --adapter dog style --scale 1 0.8 --dtype float16 --output_dir loras
+
+A LoRA is exact on the base weights it was computed from. What the formats hold: docs/export.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from ..export import DTYPES, export_lora, open_adapted
+from ..lora_files import DEFAULT_NAMES, WRITERS
+
+HELP = "write adapters as a LoRA for PEFT, diffusers, or kohya's format (ComfyUI, A1111)"
+
+
+def add_input_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is read: the base, adapters and their strengths."""
+    parser.add_argument("--base", required=True, help="base pipeline: a folder in diffusers' layout, or a Hub id")
+    parser.add_argument(
+        "--adapter", required=True, nargs="+", help="adapters, in the order in which they act: files, folders, Hub ids"
+    )
+    parser.add_argument(
+        "--scale",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        help="strength of all, or of each. Only 0 and 1 keep norms; ETHER at 0.5 erases what it reflects. Default: 1",
+    )
+    parser.add_argument(
+        "--allow_other_base",
+        action="store_true",
+        help="go on where an adapter records that it was trained on other weights than the base's",
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--to", required=True, choices=tuple(WRITERS), help="format")
+    add_input_arguments(parser)
+    parser.add_argument(
+        "--rank",
+        type=_rank,
+        default=None,
+        metavar="auto|N",
+        help="auto: each layer's exact rank. A number: all layers, filled up with zeros. Default: auto",
+    )
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the file. Default: float32")
+    parser.add_argument("--output_dir", required=True, help="folder to write to; made if need be")
+    parser.add_argument(
+        "--weight_name",
+        help="name of the file. Default: " + ", ".join(f"{name} ({to})" for to, name in DEFAULT_NAMES.items()),
+    )
+
+
+def _rank(text: str) -> int | None:
+    if text == "auto":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, needs auto or a whole number") from None
+
+
+def run(args: argparse.Namespace) -> None:
+    pipe, names = open_adapted(args.base, args.adapter, args.scale, allow_other_base=args.allow_other_base)
+    report = export_lora(
+        pipe,
+        args.output_dir,
+        to=args.to,
+        adapter_names=names,
+        rank=args.rank,
+        dtype=DTYPES[args.dtype],
+        weight_name=args.weight_name,
+    )
+    print(report)

@@ -1,0 +1,436 @@
+"""Files that somebody made to do harm, or that a disk spoilt: thousands of them, each refused or loaded right."""
+
+import json
+import math
+import pickle
+import re
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from pipelines import adapt, assert_unchanged, open_pipeline, snapshot
+from safetensors.torch import load, save
+
+from ether_diffusion import EtherConfig
+from ether_diffusion.checkpoint import (
+    MAX_DOCUMENT_BYTES,
+    MAX_DOCUMENT_VALUES,
+    MAX_VECTORS,
+    MAX_WIDTH,
+    WEIGHTS_NAME,
+    EtherFileError,
+    canonical_path,
+    digest,
+    read_checkpoint,
+)
+
+MEGABYTE = 1 << 20
+SECONDS = 10
+"""Of computing: a load that takes longer hangs."""
+ALLOWANCE = 8 * MEGABYTE
+"""Memory that a load may take besides twice the file: Python's objects, the pools of PyTorch and of malloc."""
+
+Tensors = dict[str, torch.Tensor]
+Header = dict[str, Any]
+
+
+# Taking files apart and putting them together, honest or not ----------------------------------------------------
+
+
+def split(content: bytes) -> tuple[Header, bytes]:
+    """The header, as JSON, and the data of a safetensors file."""
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def join(header: Header, data: bytes) -> bytes:
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def sign(tensors: Tensors, document: str) -> bytes:
+    """A file whose digest is right, whatever it holds."""
+    return save(tensors, {"format": "pt", "ether": document, "sha256": digest(tensors, document)})
+
+
+def take_apart(content: bytes) -> tuple[Tensors, dict[str, str]]:
+    return load(content), split(content)[0].get("__metadata__", {})
+
+
+def put_together(rng: Random, tensors: Tensors, metadata: dict[str, str]) -> bytes:
+    """Signed again three times in four; a file without our metadata stays without."""
+    if "ether" in metadata and rng.random() < 0.75:
+        return sign(tensors, metadata["ether"])
+    return save(tensors, metadata)
+
+
+def junk(rng: Random, depth: int = 0) -> Any:
+    """A JSON value that nobody expects."""
+    leaves = [
+        None,
+        True,
+        -1,
+        0,
+        2**70,
+        1e308,
+        math.nan,
+        "",
+        "\x1b[31m\n",
+        "../../etc/passwd",
+        "é" * 50,
+        "(a+)+$",
+        "ether",
+    ]
+    if depth > 3 or rng.random() < 0.6:
+        return rng.choice(leaves)
+    values = [junk(rng, depth + 1) for _ in range(rng.randrange(4))]
+    return values if rng.random() < 0.5 else {str(rng.choice(leaves)): value for value in values}
+
+
+# Mutations: a generator of random numbers and a good file to a bad one -------------------------------------------
+
+
+def truncate(rng: Random, content: bytes) -> bytes:
+    return content[: rng.randrange(len(content))]
+
+
+def flip_bits(rng: Random, content: bytes) -> bytes:
+    changed = bytearray(content)
+    within = rng.choice([8, 500, len(content)])  # the length, the header, all
+    for _ in range(rng.choice([1, 1, 8])):
+        changed[rng.randrange(min(within, len(content)))] ^= 1 << rng.randrange(8)
+    return bytes(changed)
+
+
+def overwrite_a_stretch(rng: Random, content: bytes) -> bytes:
+    start = rng.randrange(len(content))
+    stretch = rng.randbytes(rng.randrange(1, 64)) if rng.random() < 0.5 else bytes(64)
+    return content[:start] + stretch + content[start + len(stretch) :]
+
+
+def append(rng: Random, content: bytes) -> bytes:
+    return content + rng.randbytes(rng.randrange(1, 100))
+
+
+def lie_about_the_header(rng: Random, content: bytes) -> bytes:
+    length = int.from_bytes(content[:8], "little")
+    claims = [0, 1, length - 1, length + 1, len(content) - 8, len(content), 100 * MEGABYTE, 2**40, 2**63, 2**64 - 1]
+    return rng.choice(claims).to_bytes(8, "little") + content[8:]
+
+
+def lie_in_the_header(rng: Random, content: bytes) -> bytes:
+    header, data = split(content)
+    entry = header[rng.choice([name for name in header if name != "__metadata__"])]
+    field = rng.choice(["dtype", "shape", "data_offsets"])
+    lies = {
+        "dtype": ["F64", "F16", "BF16", "I64", "BOOL", "F8_E5M2", "F4", "C64", "Q9", 7, None],
+        "shape": [
+            [],
+            [0],
+            [2**62, 4],
+            [2**32, 2**32],
+            [-1, 8],
+            [1] * 5000,
+            [8, 2],
+            [16],
+            ["2", 8],
+            [2.5, 8],
+            {},
+            None,
+        ],
+        "data_offsets": [[0, 0], [0, 2**63], [64, 0], [0, 10**15], [-64, 0], [0], [0, 64], [], "0", None],
+    }
+    entry[field] = rng.choice(lies[field])
+    if rng.random() < 0.2:
+        del entry[field]
+    return join(header, data)
+
+
+def swap_keys(rng: Random, content: bytes) -> bytes:
+    tensors, metadata = take_apart(content)
+    one, other = rng.sample(sorted(tensors), 2)
+    tensors[one], tensors[other] = tensors[other], tensors[one]
+    return put_together(rng, tensors, metadata)
+
+
+def remove_keys(rng: Random, content: bytes) -> bytes:
+    tensors, metadata = take_apart(content)
+    for key in rng.sample(sorted(tensors), rng.choice([1, 2, len(tensors) // 2, len(tensors)])):
+        del tensors[key]
+    return put_together(rng, tensors, metadata)
+
+
+def rename_a_key(rng: Random, content: bytes) -> bytes:
+    tensors, metadata = take_apart(content)
+    key = rng.choice(sorted(tensors))
+    new = rng.choice(
+        [
+            "", ".", "..", "unet", "unet.ether_u", ".ether_u", "x" * 10_000 + ".ether_u", "../../x.ether_u", "\x1b[2J",
+            key.replace("to_q", "to_query"), key.replace("unet", "vae"), key.replace("text_model.", ""),
+            key.replace("ether_u", "ether_v"), key.replace("ether_u", "lora_A"), "unet.down_blocks.ether_u",
+            re.sub(r"attn\d\.to_\w+(\.0)?", "norm1", key), "unet.conv_in.ether_u", "unet.mid_block.ether_u",
+            key.replace("attn1", "attn2"), f"unet.{key}", key.upper(), key.replace("to_k.", "to_k.base_layer."),
+        ]
+    )  # fmt: skip
+    tensor = tensors[key] if rng.random() < 0.3 else tensors.pop(key)
+    tensors[new] = tensor.clone()
+    return put_together(rng, tensors, metadata)
+
+
+def reshape(rng: Random, content: bytes) -> bytes:
+    tensors, metadata = take_apart(content)
+    key = rng.choice(sorted(tensors))
+    old = tensors[key]
+    shapes = [
+        old.T,
+        old.flatten(),
+        old[None],
+        old[:, :-1],
+        old[:1],
+        old[:0],
+        torch.cat([old, old]),
+        old[0, 0],
+        old.repeat(1, 3),
+    ]
+    tensors[key] = rng.choice(shapes).clone().contiguous()
+    return put_together(rng, tensors, metadata)
+
+
+def recast(rng: Random, content: bytes) -> bytes:
+    tensors, metadata = take_apart(content)
+    dtypes = [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn]
+    dtype = rng.choice([*dtypes, torch.complex64])
+    for key in rng.sample(sorted(tensors), rng.choice([1, len(tensors)])):
+        tensors[key] = tensors[key].to(dtype)
+    return put_together(rng, tensors, metadata)
+
+
+def change_numbers(rng: Random, content: bytes) -> bytes:
+    tensors, metadata = take_apart(content)
+    number = rng.choice([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-45, 1e-31, 1e-20, 3.0, 1e20, 3.4e38])
+    for key in rng.sample(sorted(tensors), rng.choice([1, len(tensors)])):
+        blocks, width = tensors[key].shape
+        rows, columns = (
+            rng.choice([slice(None), rng.randrange(blocks)]),
+            rng.choice([slice(None), rng.randrange(width)]),
+        )
+        tensors[key][rows, columns] = number
+    return put_together(rng, tensors, metadata)
+
+
+def change_the_document(rng: Random, content: bytes) -> bytes:
+    tensors, metadata = take_apart(content)
+    if "ether" not in metadata:
+        return truncate(rng, content)
+    document = json.loads(metadata["ether"])
+    target = rng.choice([document, document["configs"], *document["configs"].values(), document["base_fingerprint"]])
+    key = rng.choice([*target, "a_new_key"])
+    if rng.random() < 0.2:
+        target.pop(key, None)
+    else:
+        target[key] = junk(rng)
+    return put_together(rng, tensors, metadata | {"ether": json.dumps(document)})
+
+
+def replace_the_document(rng: Random, content: bytes) -> bytes:
+    tensors, metadata = take_apart(content)
+    texts = ["", "{", "[]", "null", "{}", "[" * 5000, "9" * 5000, json.dumps(junk(rng)), '{"format_version": 1e999}']
+    return sign(tensors, rng.choice(texts)) if metadata else save(tensors, {"ether": rng.choice(texts)})
+
+
+def blow_up_the_metadata(rng: Random, content: bytes) -> bytes:
+    tensors, metadata = take_apart(content)
+    size = rng.choice([10_000, MAX_DOCUMENT_BYTES + 1, 5 * MEGABYTE])
+    filler = rng.choice(['"x"', '[[],{"a":{}}]', "7"])
+    text = metadata.get("ether", "{}")[:-1] + ', "filler": [' + ",".join([filler] * (size // (len(filler) + 1))) + "]}"
+    return sign(tensors, text) if rng.random() < 0.8 else save(tensors, metadata | {"filler": "x" * size})
+
+
+def pickle_it(rng: Random, content: bytes) -> bytes:
+    return pickle.dumps(load(content), protocol=rng.choice([0, 2, 5]))
+
+
+def replace_by_noise(rng: Random, content: bytes) -> bytes:
+    return rng.randbytes(rng.randrange(200))
+
+
+MUTATIONS: tuple[Callable[[Random, bytes], bytes], ...] = (
+    truncate, flip_bits, overwrite_a_stretch, append, lie_about_the_header, lie_in_the_header, swap_keys, remove_keys,
+    rename_a_key, reshape, recast, change_numbers, change_the_document, replace_the_document, blow_up_the_metadata,
+    pickle_it, replace_by_noise,
+)  # fmt: skip
+
+
+def mutate_config(rng: Random, content: bytes) -> bytes:
+    """PEFT's adapter_config.json, which has neither version nor digest."""
+    if rng.random() < 0.3:
+        return rng.choice([truncate, flip_bits, overwrite_a_stretch, replace_by_noise])(rng, content)
+    values = json.loads(content)
+    values[rng.choice(sorted(values))] = junk(rng)
+    return json.dumps(values).encode()
+
+
+# Loading them ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def within_bounds(size: int) -> Iterator[None]:
+    """Computing time and memory for loading a file of `size` bytes: past either, what runs fails.
+
+    The memory is what the process has of its own: maps of a file that are only read from do not count.
+    """
+
+    def give_up(*_):
+        raise TimeoutError(f"still loading after {SECONDS} seconds")
+
+    status = Path("/proc/self/status").read_text()
+    used = 1024 * int(status.partition("VmData:")[2].split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    earlier = signal.signal(signal.SIGPROF, give_up)
+    resource.setrlimit(resource.RLIMIT_DATA, (used + 2 * size + ALLOWANCE, hard))
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+        signal.signal(signal.SIGPROF, earlier)
+
+
+def canonical(vectors: Tensors) -> Tensors:
+    """Vectors by the name that a file of ours would give them, in float32."""
+    named = {}
+    for key, vector in vectors.items():
+        component, _, path = key.partition(".")
+        named[f"{component}.{canonical_path(component, path)}"] = vector.float()
+    return named
+
+
+def assert_holds(pipe, vectors: Tensors) -> None:
+    loaded, wanted = pipe.ether_state_dict(), canonical(vectors)
+    assert loaded.keys() == wanted.keys()
+    assert all(torch.equal(loaded[key], vector) for key, vector in wanted.items())
+    assert all(torch.isfinite(vector).all() and (vector != 0).any(-1).all() for vector in loaded.values())
+
+
+@pytest.fixture
+def good_sources(tmp_path, tiny_pipeline_folder) -> list[Path]:
+    """An adapter of each method as a file of ours, and one as a folder of PEFT."""
+    sources = []
+    for method in ("ether", "ether_plus"):
+        pipe = adapt(open_pipeline(tiny_pipeline_folder), method, num_blocks=2)
+        sources.append(pipe.save_ether_weights(tmp_path / method, metadata={"prompt": "a photo of sks dog"}))
+    unet = open_pipeline(tiny_pipeline_folder).unet
+    get_peft_model(unet, EtherConfig(num_blocks=2)).save_pretrained(tmp_path / "peft")
+    return [*sources, tmp_path / "peft"]
+
+
+def load_mutated_files(pipe, sources: list[Path], count: int) -> dict[str, int]:
+    """Load `count` mutated files; returns how many were refused and how many loaded."""
+    before, outcomes = snapshot(pipe), {"refused": 0, "loaded": 0}
+    good = {
+        path: path.read_bytes() for source in sources for path in ([source] if source.is_file() else source.iterdir())
+    }
+    for number in range(count):
+        rng = Random(number)
+        source = sources[number % len(sources)]
+        path, mutate = source, MUTATIONS[number // len(sources) % len(MUTATIONS)]
+        if source.is_dir():
+            of_config = rng.random() < 0.4
+            path = source / ("adapter_config.json" if of_config else "adapter_model.safetensors")
+            mutate = mutate_config if of_config else mutate
+        bad = mutate(rng, good[path])
+        path.write_bytes(bad)
+        what = f"file {number}, {mutate.__name__} of {path.name}"
+        try:
+            with within_bounds(len(bad)):
+                pipe.load_ether_weights(source, "mutated")
+        except EtherFileError as error:
+            assert str(source) in str(error) and str(error).isprintable(), what
+            outcomes["refused"] += 1
+        except BaseException as error:
+            raise AssertionError(f"{what}: {type(error).__name__}") from error
+        else:
+            weights = path if source.is_file() else source / "adapter_model.safetensors"
+            vectors, metadata = take_apart(weights.read_bytes())
+            assert source.is_dir() or metadata["sha256"] == digest(vectors, metadata["ether"]), what
+            assert_holds(pipe, {key.replace("base_model.model", "unet"): vector for key, vector in vectors.items()})
+            pipe.unload_ether_weights()
+            outcomes["loaded"] += 1
+        assert_unchanged(pipe, before)
+        path.write_bytes(good[path])
+    return outcomes
+
+
+def test_two_hundred_mutated_files_load_right_or_are_refused_and_change_nothing(tiny_pipeline, good_sources):
+    outcomes = load_mutated_files(tiny_pipeline, good_sources, 204)
+    assert outcomes["refused"] > 120
+    assert outcomes["loaded"] > 10
+
+
+@pytest.mark.slow
+def test_thousands_of_mutated_files_load_right_or_are_refused_and_change_nothing(tiny_pipeline, good_sources):
+    outcomes = load_mutated_files(tiny_pipeline, good_sources, 2550)
+    assert outcomes["refused"] > 1500
+    assert outcomes["loaded"] > 100
+
+
+def make_vectors(count: int, width: int) -> Tensors:
+    return {f"unet.{k}.ether_u": torch.ones(1, width) for k in range(count)}
+
+
+def make_document(**fields: Any) -> str:
+    return json.dumps({"format_version": 1, "configs": {"unet": {"method": "ether"}}} | fields)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(lambda: sign(make_vectors(512, 1 << 14), make_document()), id="32 MB of vectors"),
+        pytest.param(lambda: sign(make_vectors(32, MAX_WIDTH), make_document()), id="the widest vectors"),
+        pytest.param(lambda: sign(make_vectors(MAX_VECTORS, 1), make_document()), id="the most vectors"),
+        pytest.param(
+            lambda: sign(make_vectors(1, 4), make_document(filler=[{"a": {}}] * (MAX_DOCUMENT_VALUES // 4))),
+            id="the most values",
+        ),
+        pytest.param(
+            lambda: sign(make_vectors(1, 4), make_document(filler="x" * (MAX_DOCUMENT_BYTES - 1000))),
+            id="the longest document",
+        ),
+    ],
+)
+def test_a_file_at_the_limits_is_read_in_twice_its_size(tmp_path, content):
+    path = tmp_path / WEIGHTS_NAME
+    path.write_bytes(content())
+    with within_bounds(path.stat().st_size):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(lambda: sign(make_vectors(MAX_VECTORS + 1, 1), make_document()), id="many vectors"),
+        pytest.param(lambda: sign(make_vectors(1, 4), make_document(filler=[{}] * 300_000)), id="many values"),
+        pytest.param(
+            lambda: join({"a": {"dtype": "F32", "shape": [1] * 1_300_000, "data_offsets": [0, 4]}}, bytes(4)),
+            id="a shape of a million axes",
+        ),
+        pytest.param(
+            lambda: join({"a": {"dtype": "F32", "shape": [1, 2**60], "data_offsets": [0, 2**62]}}, bytes(4)),
+            id="a vector of four exabytes",
+        ),
+        pytest.param(lambda: sign({"unet.a.weight": torch.zeros(8 << 20)}, make_document()), id="a large matrix"),
+    ],
+)
+def test_a_file_that_would_take_more_memory_is_refused_in_twice_its_size(tmp_path, content):
+    path = tmp_path / WEIGHTS_NAME
+    path.write_bytes(content())
+    with within_bounds(path.stat().st_size), pytest.raises(EtherFileError, match=WEIGHTS_NAME):
+        read_checkpoint(path)
