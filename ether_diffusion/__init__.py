@@ -5,6 +5,7 @@ Importing this package registers ETHER with PEFT and gives every `DiffusionPipel
 
 from . import loaders
 from .attention import EtherAttnProcessor, disable_ether_attention, enable_ether_attention
+from .checkpoint import EtherFileError
 from .config import EtherConfig
 from .layers import EtherConv2d, EtherLayer, EtherLinear
 from .model import EtherModel, register
@@ -16,6 +17,7 @@ __all__ = [
     "EtherAttnProcessor",
     "EtherConfig",
     "EtherConv2d",
+    "EtherFileError",
     "EtherLayer",
     "EtherLinear",
     "EtherModel",

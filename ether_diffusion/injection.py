@@ -378,10 +378,10 @@ def other_base(pipe: DiffusionPipeline, adapter_name: str, metadata: Mapping[str
         layers = {canonical_path(component, p): la for p, la in ether_layers(model) if adapter_name in la.ether_u}
         then = recorded.get(component)
         if layers and isinstance(then, dict):
-            for name in (name for name in FINGERPRINT_DTYPES if name in then):
-                if now := fingerprint(layers, [name]):  # one that both have tells: the others need not be made
-                    differing += [component] if now[name] != then[name] else []
-                    break
+            compared = [
+                now[n] == then[n] for n in FINGERPRINT_DTYPES if n in then if (now := fingerprint(layers, [n]))
+            ]
+            differing += [component] if compared and not any(compared) else []
     return differing
 
 
