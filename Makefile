@@ -19,7 +19,11 @@ quickstart: $(READY)
 test: $(READY) lint
 	$(PYTEST)
 
-test-slow: $(READY)
+$(READY)-slow: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,quantized]"
+	touch $@
+
+test-slow: $(READY)-slow
 	$(PYTEST) -m slow
 
 lint: $(READY)

@@ -8,7 +8,16 @@ from dataclasses import dataclass, field
 
 import torch
 from diffusers import Flux2Transformer2DModel, UNet2DConditionModel
-from peft import BOFTConfig, HRAConfig, LoraConfig, OFTConfig, PeftConfig, VeraConfig, inject_adapter_in_model
+from peft import (
+    BOFTConfig,
+    HRAConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftConfig,
+    VeraConfig,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from torch import Tensor, nn
 
 from ether_diffusion import EtherConfig
@@ -183,7 +192,11 @@ def adapted(model: nn.Module, method: str, targets: list[str]) -> nn.Module:
         name = "bias" if entrance.bias is not None else "weight"
         setattr(entrance, name, nn.Parameter(getattr(entrance, name).detach().clone()))
         return model
-    inject_adapter_in_model(METHODS[method](targets), model)
+    config = METHODS[method](targets)
+    if isinstance(config, VeraConfig):  # its layers share matrices that PEFT makes in a PeftModel alone
+        model = get_peft_model(model, config).base_model.model
+    else:
+        inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(
             any(part in name for part in ("ether_", "lora_", "oft_", "boft_", "hra_", "vera_lambda"))

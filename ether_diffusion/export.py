@@ -26,8 +26,9 @@ from diffusers import DiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from .analysis import conflict, transform_of
 from .checkpoint import WEIGHTS_NAME, canonical_path
-from .functional import adapt_weight, low_rank_delta, normalize
+from .functional import adapt_weight, low_rank_delta
 from .injection import adapters_of, base_model_name, ether_layers, fingerprint, models_of, other_base, put_on
 from .kohya import Place, kohya_place, whole
 from .layers import EtherLayer
@@ -86,7 +87,7 @@ def relative_error(found: Tensor, exact: Tensor, weight: Tensor) -> float:
     return difference / max(size, 1e-12 * whole_size) if difference else 0.0
 
 
-def conflict(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
+def alignment(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
     """max |û_a·û_b| over the directions that two adapters of one layer have on the same side, v̂ included.
 
     At 0, adapters of the input side commute, and their changes add up to their composition; at 1 they share a
@@ -94,15 +95,9 @@ def conflict(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float
 
     first, second: raw vectors by the names of `functional.adapt_weight`, (n, d/n), each with its own n.
     """
-    largest = 0.0
-    for names in (("u", "v"), ("u_out", "v_out")):
-        if names[0] in first and names[0] in second:
-            a, b = (
-                torch.cat([torch.block_diag(*normalize(vectors[name])) for name in names if name in vectors])
-                for vectors in (first, second)
-            )
-            largest = max(largest, (a @ b.T).abs().max().item())
-    return largest
+    sides = [(u, v) for u, v in (("u", "v"), ("u_out", "v_out")) if u in first and u in second]
+    pairs = [[transform_of(vectors[u], vectors.get(v)) for vectors in (first, second)] for u, v in sides]
+    return max((conflict(*pair).alignment for pair in pairs), default=0.0)
 
 
 @dataclass(frozen=True)
@@ -317,7 +312,7 @@ def _conflicts(changes: Sequence[Change]) -> dict[tuple[str, str], tuple[float, 
     found: dict[tuple[str, str], tuple[float, str]] = {}
     for change in changes:
         for first, second in itertools.combinations(change.adapters, 2):
-            value = conflict(change.adapters[first], change.adapters[second])
+            value = alignment(change.adapters[first], change.adapters[second])
             if value >= found.get((first, second), (0.0, ""))[0]:
                 found[first, second] = value, f"{change.component}.{change.canonical}"
     return found

@@ -34,7 +34,7 @@ from ether_diffusion import EtherConfig, EtherLayer, cli
 from ether_diffusion.checkpoint import WEIGHTS_NAME, Checkpoint, read_checkpoint, write_checkpoint
 from ether_diffusion.commands import export as export_command
 from ether_diffusion.commands import merge as merge_command
-from ether_diffusion.export import conflict, export_lora, merge_adapters, open_adapted, relative_error, stacked_delta
+from ether_diffusion.export import alignment, export_lora, merge_adapters, open_adapted, relative_error, stacked_delta
 from ether_diffusion.injection import models_of
 from ether_diffusion.kohya import kohya_place, stability_path
 from ether_diffusion.lora_files import Factors, finish, gather_parts, write_kohya
@@ -411,7 +411,7 @@ def test_without_conflict_exported_adapters_add_up_to_their_composition_and_with
     weight, u = torch.randn(6, 8).double(), torch.randn(1, 8).double()
     other = torch.randn(1, 8).double()
     for v, expected in ((other - (other @ u.T) / (u @ u.T) * u, 0.0), (u + 0.1 * other, None), (-3 * u, 1.0)):
-        found = conflict({"u": u, "strength": 1.0}, {"u": v, "strength": 1.0})
+        found = alignment({"u": u, "strength": 1.0}, {"u": v, "strength": 1.0})
         added = sum((up @ down for down, up in (stacked_delta(weight, [{"u": x}]) for x in (u, v))), start=weight)
         composed = dense_weight(dense_weight(weight, u), v)
         error = (added - composed).norm()
@@ -423,11 +423,11 @@ def test_without_conflict_exported_adapters_add_up_to_their_composition_and_with
 def test_conflicts_look_at_every_direction_of_both_sides_and_at_any_blocks():
     e = torch.eye(4)
     plus = {"u": e[:1], "v": e[1:2], "u_out": e[2:3], "v_out": e[3:]}
-    assert conflict(plus, {"u": e[2:3]}) == 0
-    assert conflict(plus, {"u": e[1:2]}) == 1
-    assert conflict({"u": e[2:3]}, {"u": e[:1], "u_out": e[2:3]}) == 0
-    assert conflict(plus, {"u": e[3:], "v": e[2:3], "u_out": e[3:], "v_out": e[:1]}) == 1
-    assert conflict({"u": torch.tensor([[3.0, 0.0], [0.0, 5.0]])}, {"u": e[3:]}) == 1
+    assert alignment(plus, {"u": e[2:3]}) == 0
+    assert alignment(plus, {"u": e[1:2]}) == 1
+    assert alignment({"u": e[2:3]}, {"u": e[:1], "u_out": e[2:3]}) == 0
+    assert alignment(plus, {"u": e[3:], "v": e[2:3], "u_out": e[3:], "v_out": e[:1]}) == 1
+    assert alignment({"u": torch.tensor([[3.0, 0.0], [0.0, 5.0]])}, {"u": e[3:]}) == 1
 
 
 def test_the_report_tells_the_conflict_of_adapters_and_what_strengths_do(one, tiny_pipeline_folder, tmp_path):

@@ -2,17 +2,19 @@
 
 from collections.abc import Callable
 
-import bitsandbytes
 import pytest
 import torch
 from diffusers.hooks import apply_layerwise_casting
 from oracle import dense
 from peft import PeftModel, get_peft_model
 from torch import nn
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from ether_diffusion import EtherConfig
 
+# Slow, because the libraries come with `make test-slow`: installed, they slow down every import of diffusers.
+pytestmark = pytest.mark.slow
+bitsandbytes = pytest.importorskip("bitsandbytes", reason="the extra `quantized` is not installed")
+torchao = pytest.importorskip("torchao.quantization", reason="the extra `quantized` is not installed")
 DEVICES = [
     "cpu",
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
@@ -30,7 +32,7 @@ class OneLayer(nn.Module):
 
 def torchao_int8(linear: nn.Linear, device: str) -> nn.Module:
     model = OneLayer(linear).to(device)
-    quantize_(model, Int8WeightOnlyConfig())
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
     return model.linear
 
 
