@@ -158,11 +158,14 @@ def adapt_weight(
     """
     if strength == 0:
         return weight
-    base = weight.to(accurate_dtype(weight.dtype))
-    full = base + displacement(base.movedim(1, -1), u, v).movedim(-1, 1)
-    if u_out is not None:
-        full = full + displacement(full.movedim(0, -1), u_out, v_out).movedim(-1, 0)
-    return (full if strength == 1 else base + strength * (full - base)).to(weight.dtype)
+    with torch.autocast(weight.device.type, enabled=False):
+        side = Transform.of(u, v, accurate_dtype(weight.dtype))
+        base = weight.to(side.units[0].dtype)
+        full = side.apply(base.movedim(1, -1)).movedim(-1, 1)
+        if u_out is not None:
+            side = Transform.of(u_out, v_out, base.dtype)
+            full = side.apply(full.movedim(0, -1)).movedim(-1, 0)
+        return (full if strength == 1 else base + strength * (full - base)).to(weight.dtype)
 
 
 def _block_rows(unit: Tensor, dtype: torch.dtype) -> Tensor:

@@ -55,8 +55,7 @@ def fuse_ether(
     """
     if keep_original not in KEEP_ORIGINAL:
         raise ValueError(f"keep_original={keep_original!r}: there are {', '.join(KEEP_ORIGINAL)}")
-    known = adapters_of(self)
-    if unknown := sorted(set(adapter_names or ()) - set(known)):
+    if adapter_names and (unknown := sorted(set(adapter_names) - set(known := adapters_of(self)))):
         raise ValueError(f"there is no adapter {', '.join(unknown)}; loaded are {', '.join(known) or 'none'}")
     chosen = [
         (layer, names, place)

@@ -52,6 +52,7 @@ class EtherLayer(BaseTunerLayer):
         self.cast_input_dtype_enabled = True
         self._unmerged_weight: Tensor | Callable[[], Tensor] | None = None  # or what brings it
         self._merged_arguments: dict[str, dict[str, Any]] = {}  # of `adapt_weight`, as they were when merged
+        self._written: int | None = None  # `_checksum` of the weight as it was merged, where it is nothing but that
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, layer_name=layer_name)
 
@@ -258,13 +259,15 @@ class EtherLayer(BaseTunerLayer):
         weight, pristine = self.get_base_layer().weight, self._plain_weight()
         arguments = self._merged_arguments | {name: self._arguments(name) for name in names}
         merged = self._adapted(arguments.values()).to(weight.device, weight.dtype)
-        if self.merged and (added := self._added_since_merging()) is not None:
+        added = self._added_since_merging() if self.merged else None
+        if added is not None:
             merged = (merged + added).to(weight.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"NaN or infinity in the merged weight: adapter {', '.join(names)} seems to be broken")
         self._unmerged_weight = pristine if self._unmerged_weight is None else self._unmerged_weight
         self._merged_arguments = arguments
         weight.data = merged.contiguous() if merged is not pristine else merged.clone()
+        self._written = _checksum(weight.data) if added is None else None
         self.merged_adapters.extend(names)
 
     @torch.no_grad()
@@ -289,6 +292,8 @@ class EtherLayer(BaseTunerLayer):
     def _added_since_merging(self) -> Tensor | None:
         """What the weight has besides that which `merge` wrote, if anything; float32 (float64)."""
         weight = self.get_base_layer().weight.data
+        if _checksum(weight) == self._written:
+            return None
         written = self._adapted(self._merged_arguments.values()).to(weight.device, weight.dtype)
         same = (weight == written) | ~torch.isfinite(written)
         if same.all():
@@ -362,6 +367,12 @@ class EtherLayer(BaseTunerLayer):
 
     def __repr__(self) -> str:
         return f"ether.{super().__repr__()}"
+
+
+def _checksum(weight: Tensor) -> int:
+    """The sum of the bits of a tensor, read as integers: one pass, where making the merged weight again takes many."""
+    flat = weight.contiguous().view(-1)
+    return int(flat.view(torch.int64 if weight.nbytes % 8 == 0 else torch.uint8).sum())
 
 
 def _present(vectors: nn.ParameterDict, adapter_name: str) -> Tensor:
