@@ -15,7 +15,7 @@ from peft import inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .checkpoint import Checkpoint, EtherFileError, canonical_path
+from .checkpoint import DOCUMENT_FIELDS, Checkpoint, EtherFileError, canonical_path
 from .config import EtherConfig
 from .layers import EtherLayer
 
@@ -193,6 +193,7 @@ def put_on(
     try:
         for component, layers in found.items():
             _inject(models[component], checkpoint.configs[component], layers, adapter_name, low_cpu_mem_usage)
+            models[component].peft_config[adapter_name].said = _said(checkpoint)
     except BaseException:
         for component in found:
             take_off(models[component], adapter_name)
@@ -274,6 +275,13 @@ def swap(pipe: DiffusionPipeline, checkpoint: Checkpoint, adapter_name: str) -> 
     with torch.no_grad():
         for parameter, vector in targets:
             parameter.copy_(vector)
+    for component in found:
+        models_of(pipe)[component].peft_config[adapter_name].said = _said(checkpoint)
+
+
+def _said(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a file's writer added to it (the prompt), which it says again when it is saved from the pipeline."""
+    return {name: value for name, value in checkpoint.metadata.items() if name not in DOCUMENT_FIELDS}
 
 
 def _without_base_layer(path: str) -> str:
@@ -343,7 +351,8 @@ def collect(pipe: DiffusionPipeline, adapter_name: str) -> Checkpoint:
             for name, vector in layer.vectors(adapter_name).items()
         }
         fingerprints[component] = fingerprint(layers)
-    metadata = {"base_model": base_model_name(pipe), "base_fingerprint": fingerprints}
+    said = {name: value for config in configs.values() for name, value in getattr(config, "said", {}).items()}
+    metadata = said | {"base_model": base_model_name(pipe), "base_fingerprint": fingerprints}
     return Checkpoint(configs, tensors, metadata)
 
 

@@ -1,8 +1,9 @@
 """The operator of `operators.adapted_linear` for one block: every term is of rank 1, and all are handled together.
 
 With the terms' rows stacked, W(α) = W + Σ_k f_k g_k x_kᵀ: X (r, i) = û, v̂, then H Wᵀũ, H Wᵀṽ; G (r, o) = Wû, Wv̂,
-then ũ, ṽ. r is 1 for ETHER, 4 for two-sided ETHER+. On a CPU a product of few rows with xᵀ is up to three times faster
-than the same product of x with few columns, so everything of N entries is kept as (r, N).
+then ũ, ṽ. r is 4 for two-sided ETHER+; one-sided ETHER has an operator of its own. On a CPU a product of few rows with
+xᵀ is up to three times faster than the same product of x with few columns, so everything of N entries is kept as
+(r, N).
 
 Axes: N rows of x, i inputs, o outputs, m vectors of a side (1 for ETHER, 2 for ETHER+).
 """
@@ -38,7 +39,7 @@ class AdaptedWhole(torch.autograd.Function):
         gx = grad_bias = None
         grads: list[Tensor | None] = [None] * 4
         with without_autocast(x.device.type):
-            products_g = _dot_any(rows_g, g) if trained or low_rank else None  # (r, N)
+            products_g = dot_any(rows_g, g) if trained or low_rank else None  # (r, N)
             if ctx.needs_input_grad[0]:
                 if low_rank:
                     gx = _add_terms_(g @ weight.to(g.dtype), products_g, rows_x, factors)
@@ -47,8 +48,8 @@ class AdaptedWhole(torch.autograd.Function):
             if ctx.needs_input_grad[2]:
                 grad_bias = g.sum(0)
             if trained:
-                products = _dot_any(rows_x, x) if products is None else products
-                sums_x, sums_g = _sum_any(products_g, x), _sum_any(products, g)  # (r, i), (r, o)
+                products = dot_any(rows_x, x) if products is None else products
+                sums_x, sums_g = sum_any(products_g, x), sum_any(products, g)  # (r, i), (r, o)
                 accurate = weight.to(rows_x.dtype)
                 if lengths_out is None:
                     grads_u = sums_x + _dot(sums_g, accurate)
@@ -87,7 +88,7 @@ def adapted_whole(
         products = None
         bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
         if low_rank:
-            products = _dot_any(rows_x, x)  # (r, N)
+            products = dot_any(rows_x, x)  # (r, N)
             y = _add_terms_(F.linear(x, weight.to(x.dtype), bias), products, rows_g, factors)
         else:
             y = F.linear(x, _add_terms(accurate, rows_g, rows_x, factors).to(x.dtype), bias)
@@ -131,14 +132,14 @@ def _dot(rows: Tensor, columns: Tensor) -> Tensor:
     return (columns.T @ rows[0]).unsqueeze(0) if len(rows) == 1 else rows @ columns
 
 
-def _dot_any(rows: Tensor, a: Tensor) -> Tensor:
+def dot_any(rows: Tensor, a: Tensor) -> Tensor:
     """rows · aᵀ, (r, N), in the dtype of the rows; a (N, d) of any dtype."""
     if a.dtype != rows.dtype and a.is_cuda:
         return torch.mm(rows.to(a.dtype), a.T, out_dtype=rows.dtype)
     return _dot(rows, a.to(rows.dtype).T)
 
 
-def _sum_any(products: Tensor, a: Tensor) -> Tensor:
+def sum_any(products: Tensor, a: Tensor) -> Tensor:
     """products · a, (r, d), in the dtype of the products; a (N, d) of any dtype."""
     if a.dtype != products.dtype and a.is_cuda:
         return torch.mm(products.to(a.dtype), a, out_dtype=products.dtype)

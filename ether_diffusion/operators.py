@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from .functional import Transform, accurate_dtype, gather, normalize_backward, project, unit_and_length
 from .operator_blocks import AdaptedByBlocks, adapted_by_blocks
+from .operator_reflection import Reflected, reflected
 from .operator_whole import AdaptedWhole, adapted_whole
 
 Gradients = tuple[Tensor | None, ...]
@@ -95,12 +96,15 @@ def adapted_linear(
         x = x.to(torch.get_autocast_dtype(x.device.type))
     rows = math.prod(x.shape[:-1])
     low_rank = prefers_low_rank(rows, weight) if form is None else form == "low_rank"
-    inputs = (x.reshape(rows, x.shape[-1]), weight, bias, u, v, u_out, v_out)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
-        operator = AdaptedWhole if len(u) == 1 else AdaptedByBlocks
-        y = operator.apply(*inputs, strength, low_rank)
-    else:  # without what keeps a gradient's ingredients
-        y = (adapted_whole if len(u) == 1 else adapted_by_blocks)(*inputs, strength, low_rank)[0]
+    trained = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, bias, u, v, u_out, v_out)
+    )
+    if len(u) == 1 and v is None and u_out is None:
+        inputs = (x, weight, bias, u, strength, low_rank)
+        return Reflected.apply(*inputs) if trained else reflected(*inputs)[0]
+    operator, function = (AdaptedWhole, adapted_whole) if len(u) == 1 else (AdaptedByBlocks, adapted_by_blocks)
+    inputs = (x.reshape(rows, x.shape[-1]), weight, bias, u, v, u_out, v_out, strength, low_rank)
+    y = operator.apply(*inputs) if trained else function(*inputs)[0]
     return y.view(*x.shape[:-1], len(weight))
 
 

@@ -1,8 +1,10 @@
 """The pipeline's methods: what they paint, and what they leave behind."""
 
 import copy
+import gc
 import subprocess
 import sys
+import weakref
 
 import accelerate
 import numpy as np
@@ -13,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from pipelines import ONE_GREY_LEVEL, TwinPipeline, open_pipeline, paint
 
 from ether_diffusion import EtherConfig, EtherLayer
+from ether_diffusion.checkpoint import read_checkpoint
 
 
 def test_a_saved_adapter_paints_the_same_picture_on_a_fresh_pipeline(trained, tiny_pipeline_folder, tmp_path):
@@ -274,3 +277,38 @@ def test_stock_lora_calls_work_beside_ether(trained, tmp_path):
     trained.unload_lora_weights()
     assert trained.get_list_adapters() == {"unet": ["default"], "text_encoder": ["default"]}
     assert np.array_equal(paint(trained), alone)
+
+
+def test_what_a_file_says_of_itself_is_there_when_it_is_saved_again(trained, tiny_pipeline_folder, tmp_path):
+    trained.save_ether_weights(tmp_path / "first", metadata={"prompt": "a photo of sks dog"})
+    pipe = open_pipeline(tiny_pipeline_folder)
+    pipe.load_ether_weights(tmp_path / "first", "dog")
+    path = pipe.save_ether_weights(tmp_path / "second")
+    assert read_checkpoint(path).metadata["prompt"] == "a photo of sks dog"
+    trained.save_ether_weights(tmp_path / "third", metadata={"prompt": "a cat"})
+    pipe.load_ether_weights(tmp_path / "third", "dog", hotswap=True)
+    path = pipe.save_ether_weights(tmp_path / "second", metadata={"seed": "1"})
+    metadata = read_checkpoint(path).metadata
+    assert (metadata["prompt"], metadata["seed"]) == ("a cat", "1")
+
+
+def test_nothing_of_an_unloaded_adapter_stays_in_memory(trained):
+    layers = [weakref.ref(m) for m in trained.unet.modules() if isinstance(m, EtherLayer)]
+    vectors = [weakref.ref(layer().ether_u["default"]) for layer in layers]
+    trained.fuse_ether()
+    trained.unload_ether_weights()
+    gc.collect()
+    assert layers and not any(reference() is not None for reference in layers + vectors)
+
+
+def test_a_component_that_is_offloaded_as_a_whole_takes_and_gives_back_an_adapter(trained, tiny_pipeline_folder):
+    picture, pipe = paint(trained), open_pipeline(tiny_pipeline_folder)
+    base = paint(pipe)
+    hooks = [accelerate.cpu_offload_with_hook(m, torch.device("cpu"))[1] for m in (pipe.text_encoder, pipe.unet)]
+    pipe.load_ether_weights(trained.ether_state_dict())
+    assert np.array_equal(paint(pipe), picture)
+    for hook in hooks:
+        hook.offload()
+    assert np.array_equal(paint(pipe), picture)
+    pipe.unload_ether_weights()
+    assert np.array_equal(paint(pipe), base)
