@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
 from torch import Tensor, nn
 
-from .bases import computes_as_written
+from .bases import PLAIN_DTYPES, computes_as_written
 from .layers import EtherLayer
 
 BACKENDS = ("sdpa", "xformers")
@@ -147,13 +147,14 @@ class EtherAttnProcessor:
 
     def _project(self, attn: Attention, names: tuple[str, ...], x: Tensor) -> tuple[Tensor, ...]:
         """The named projections of x: by one matrix product with kept weights where nothing in them is trained."""
-        layers = [attn.get_submodule(name) for name in names]
-        if not _can_keep(layers, x):
-            self._kept.pop(names, None)
-            return tuple(layer(x) for layer in layers)
+        layers = [attn.to_out[0] if name == "to_out.0" else getattr(attn, name) for name in names]
         kept = self._kept.get(names)
-        if kept is None or not kept.is_current(layers, self.watch):
-            kept = self._kept[names] = _Kept.of(layers, self.watch)
+        if kept is None or not kept.is_current_at_a_glance(layers, x, self.watch):
+            if not _can_keep(layers, x):
+                self._kept.pop(names, None)
+                return tuple(layer(x) for layer in layers)
+            if kept is None or not kept.is_current(layers, self.watch):
+                kept = self._kept[names] = _Kept.of(layers, self.watch)
         return F.linear(x, kept.weight, kept.bias).split(kept.widths, dim=-1)
 
 
@@ -188,7 +189,8 @@ class _Kept:
     bias: Tensor | None
     widths: list[int]
     made_from: tuple
-    written: list[Tensor]  # copies of the vectors, and samples of the weights
+    acting: tuple
+    written: list[Tensor]  # `_values` of their sources
     generation: int | None
 
     @classmethod
@@ -207,53 +209,93 @@ class _Kept:
             torch.cat(weights) if len(weights) > 1 else weights[0].detach().clone(),
             bias,
             [len(weight) for weight in weights],
-            _description(layers),
-            [tensor.detach().clone() for tensor in _sources(layers)],
+            tuple(map(_fixed, layers)),
+            tuple(map(_acting, layers)),
+            _values(_sources(layers)),
             None if watch is None else watch.generation,
         )
 
+    def is_current_at_a_glance(self, layers: list[nn.Module], x: Tensor, watch: _Watch | None) -> bool:
+        """Whether these weights are surely current for x, by the watch's look at all layers before this call."""
+        return (
+            watch is not None
+            and watch.looked
+            and self.generation == watch.generation
+            and self.weight.dtype == x.dtype
+            and self.weight.device == x.device
+            and not torch.is_grad_enabled()
+            and self.acting == tuple(map(_acting, layers))
+        )
+
     def is_current(self, layers: list[nn.Module], watch: _Watch | None) -> bool:
-        if self.made_from != _description(layers):
+        if self.acting != tuple(map(_acting, layers)) or self.made_from != tuple(map(_fixed, layers)):
             return False
         if watch is not None and watch.looked:
             return self.generation == watch.generation
         with torch.no_grad():
-            return _same(self.written, _sources(layers))
+            return _same(self.written, _values(_sources(layers)))
 
 
-def _description(layers: list[nn.Module]) -> tuple:
-    """What the adapted weights follow from, apart from what tensors hold."""
-    described = []
-    for layer in layers:
-        weight = layer.weight
-        described.append((id(layer), id(weight), weight.data_ptr(), weight._version, weight.dtype, weight.device))
-        if isinstance(layer, EtherLayer):
-            names = () if layer.merged else tuple(layer.acting_adapters)
-            described.append((names, tuple(layer.scaling[name] for name in names)))
-            described += [(id(vector), vector._version) for name in names for vector in layer.vectors(name).values()]
+def _acting(layer: nn.Module) -> tuple:
+    """The adapters that change what a layer answers, with their strengths, which change within a call of the model."""
+    if not isinstance(layer, EtherLayer) or layer.merged:
+        return ()
+    return tuple((name, layer.scaling[name]) for name in layer.acting_adapters)
+
+
+def _fixed(layer: nn.Module) -> tuple:
+    """What else an adapted weight follows from, and whether it may be kept, apart from what tensors hold."""
+    adapted = isinstance(layer, EtherLayer)
+    base = layer.get_base_layer() if adapted else layer
+    described = [id(layer), id(base), _fixed_of(base.weight), _fixed_of(base.bias)]
+    described += ["forward" in each.__dict__ or _hooked(each) for each in (layer, base)]
+    if adapted:
+        described.append(layer.merged)
+        described += map(_fixed_of, _vectors(layer))
     return tuple(described)
 
 
-def _sources(layers: list[nn.Module]) -> list[Tensor]:
-    """What can be written to without a trace (`.data.copy_`): the vectors, and of each weight a sample."""
-    found = []
+def _vectors(layer: EtherLayer) -> list[Tensor]:
+    """Of every adapter, active or not."""
+    return [vector for name in layer.adapter_layer_names for vector in layer._modules[name].values()]
+
+
+def _fixed_of(tensor: Tensor | None) -> tuple | None:
+    if tensor is None:
+        return None
+    return id(tensor), tensor.data_ptr(), tensor._version, tensor.dtype, tensor.requires_grad
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _sources(layers: list[nn.Module]) -> list[list[Tensor]]:
+    """What can be written to without a trace (`.data.copy_`): the vectors, and of each weight the diagonal.
+
+    Views (·,), in groups of one device and dtype, so that each can be compared at once.
+    """
+    groups: dict[tuple, list[Tensor]] = {}
     for layer in layers:
-        weight = layer.weight.detach().flatten()
-        found.append(weight[:: max(1, len(weight) // 64)])
-        if _acts(layer):
-            found += [vector for name in layer.acting_adapters for vector in layer.vectors(name).values()]
-    return found
+        views = [layer.weight.detach().diagonal()]
+        if isinstance(layer, EtherLayer):
+            views += [vector.detach().view(-1) for vector in _vectors(layer)]
+        for view in views:
+            groups.setdefault((view.device, view.dtype), []).append(view)
+    return list(groups.values())
+
+
+def _values(sources: list[list[Tensor]]) -> list[Tensor]:
+    """What the sources hold now: one tensor for each group."""
+    return [torch.cat(views) for views in sources]
 
 
 def _same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
-    """Whether all tensors are equal: one comparison for each device, so that a GPU is waited for once."""
-    if [(t.shape, t.device) for t in ours] != [(t.shape, t.device) for t in theirs]:
-        return False
-    for device in {t.device for t in ours}:
-        pair = [torch.cat([t.flatten().float() for t in ts if t.device == device]) for ts in (ours, theirs)]
-        if not torch.equal(*pair):
-            return False
-    return True
+    return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
+
+
+def _readable(weight: Tensor) -> bool:
+    return type(weight) is nn.Parameter and weight.dtype in PLAIN_DTYPES and not weight.is_meta
 
 
 class _Watch:
@@ -265,7 +307,9 @@ class _Watch:
     def __init__(self, model: nn.Module, blocks: list[Attention]) -> None:
         self.generation, self.looked = 0, False
         self._blocks = blocks
-        self._seen: list[Tensor] = []
+        self._fixed: list[tuple] = []  # of the adapted projections, at the last look
+        self._sources: list[list[Tensor]] = []
+        self._seen: list[Tensor] = []  # what the sources held then
         self._handles = [
             model.register_forward_pre_hook(self._look),
             model.register_forward_hook(self._leave, always_call=True),
@@ -275,12 +319,18 @@ class _Watch:
     def _look(self, model: nn.Module, _: tuple) -> None:
         if model.training:
             return
-        layers = [block.get_submodule(name) for block in self._blocks for name in PROJECTIONS]
-        now = _sources([each for each in layers if isinstance(each, EtherLayer) and each.weight.device.type != "meta"])
-        if not _same(self._seen, now):
-            self.generation += 1
-            self._seen = [tensor.clone() for tensor in now]
+        layers = self._layers()
+        fixed = [_fixed(layer) for layer in layers]
+        if fixed != self._fixed:  # the sources are other tensors now
+            self._fixed, self._sources, self._seen = fixed, _sources(layers), []
+        if not _same(self._seen, now := _values(self._sources)):
+            self.generation, self._seen = self.generation + 1, now
         self.looked = True
+
+    def _layers(self) -> list[nn.Module]:
+        """The projections whose weights can be read here; nothing is kept of the others."""
+        layers = [block.get_submodule(name) for block in self._blocks for name in PROJECTIONS]
+        return [each for each in layers if _readable(each.weight)]
 
     def _leave(self, *_: Any) -> None:
         self.looked = False
