@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from .bases import PLAIN_DTYPES, computes_as_written, offload_hook
 from .config import EtherConfig
-from .functional import adapt_weight, low_rank_delta
-from .operators import adapted_linear, moved
+from .functional import low_rank_delta
+from .operators import adapted_linear, adapted_weight, moved
 
 NO_MIXED_BATCHES = "ETHER does not mix adapters within a batch (adapter_names): set one with set_adapter"
 
@@ -200,7 +200,7 @@ class EtherLayer(BaseTunerLayer):
         base = self._plain_weight()
         accurate = base if base.dtype == torch.float64 else base.float()
         for arguments in adapters:
-            accurate = adapt_weight(accurate, **arguments)
+            accurate = adapted_weight(accurate, **arguments)
         return base if accurate is base else accurate.to(base.dtype)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:

@@ -64,6 +64,29 @@ class AdaptedWhole(torch.autograd.Function):
         return gx, None, grad_bias, *grads, None, None
 
 
+def adapted_weight_whole(
+    weight: Tensor, u: Tensor, v: Tensor | None, u_out: Tensor | None, v_out: Tensor | None, strength: float
+) -> Tensor:
+    """W(α) for one block, (o, i) in float32 (float64), written once."""
+    with without_autocast(weight.device.type):
+        accurate, rows_x, rows_g, *_ = _terms(weight, u, v, u_out, v_out)
+        return _add_terms(accurate, rows_g, rows_x, _factors(1 if v is None else 2, strength))
+
+
+def _terms(
+    weight: Tensor, u: Tensor, v: Tensor | None, u_out: Tensor | None, v_out: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """W in float32 (float64), X (r, i), G (r, o), and the lengths of the raw vectors of both sides."""
+    accurate = weight.to(torch.promote_types(accurate_dtype(weight.dtype), u.dtype))
+    units, lengths = unit_and_length(u if v is None else torch.cat((u, v)))
+    rows_x, rows_g = units, _dot(units, accurate.T)
+    if u_out is None:
+        return accurate, rows_x, rows_g, lengths, None
+    units_out, lengths_out = unit_and_length(u_out if v_out is None else torch.cat((u_out, v_out)))
+    rows_x = torch.cat((units, _transform(_dot(units_out, accurate), units)))
+    return accurate, rows_x, torch.cat((rows_g, units_out)), lengths, lengths_out
+
+
 def adapted_whole(
     x: Tensor,
     weight: Tensor,
@@ -77,14 +100,8 @@ def adapted_whole(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """y, and what its gradient needs: X, G, the raw vectors' lengths on both sides, X xᵀ on the low-rank side."""
     with without_autocast(x.device.type):
-        accurate = weight.to(torch.promote_types(accurate_dtype(weight.dtype), u.dtype))
-        units, lengths = unit_and_length(u if v is None else torch.cat((u, v)))
-        rows_x, rows_g, lengths_out = units, _dot(units, accurate.T), None
-        if u_out is not None:
-            units_out, lengths_out = unit_and_length(u_out if v_out is None else torch.cat((u_out, v_out)))
-            rows_x = torch.cat((units, _transform(_dot(units_out, accurate), units)))
-            rows_g = torch.cat((rows_g, units_out))
-        factors = _factors(len(units), strength)
+        accurate, rows_x, rows_g, lengths, lengths_out = _terms(weight, u, v, u_out, v_out)
+        factors = _factors(1 if v is None else 2, strength)
         products = None
         bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
         if low_rank:

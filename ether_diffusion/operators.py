@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .functional import Transform, accurate_dtype, gather, normalize_backward, project, unit_and_length
+from .functional import Transform, accurate_dtype, adapt_weight, gather, normalize_backward, project, unit_and_length
 from .operator_blocks import AdaptedByBlocks, adapted_by_blocks
 from .operator_reflection import Reflected, reflected
-from .operator_whole import AdaptedWhole, adapted_whole
+from .operator_whole import AdaptedWhole, adapted_weight_whole, adapted_whole
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -106,6 +106,27 @@ def adapted_linear(
     inputs = (x.reshape(rows, x.shape[-1]), weight, bias, u, v, u_out, v_out, strength, low_rank)
     y = operator.apply(*inputs) if trained else function(*inputs)[0]
     return y.view(*x.shape[:-1], len(weight))
+
+
+def adapted_weight(
+    weight: Tensor,
+    u: Tensor,
+    v: Tensor | None = None,
+    u_out: Tensor | None = None,
+    v_out: Tensor | None = None,
+    strength: float = 1.0,
+) -> Tensor:
+    """`functional.adapt_weight`, in one pass over the weight where it is a matrix in one block; not rounded.
+
+    Returns:
+        The weight's shape, in float32 (float64).
+    """
+    accurate = weight.to(accurate_dtype(weight.dtype))
+    if strength == 0:
+        return accurate
+    if weight.ndim == 2 and len(u) == 1:
+        return adapted_weight_whole(accurate, u, v, u_out, v_out, strength)
+    return adapt_weight(accurate, u, v, u_out, v_out, strength)
 
 
 def prefers_low_rank(rows: int, weight: Tensor) -> bool:

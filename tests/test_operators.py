@@ -9,7 +9,7 @@ from torch import nn
 from ether_diffusion import EtherConfig
 from ether_diffusion.functional import displacement
 from ether_diffusion.layers import EtherLinear
-from ether_diffusion.operators import adapted_linear, moved
+from ether_diffusion.operators import adapted_linear, adapted_weight, moved
 
 METHODS = {
     "ether": ("u",),
@@ -46,6 +46,18 @@ def test_values_and_gradients_are_those_of_the_dense_definition(form, method, n,
     inputs = [x, bias, *raw.values()]
     for our, their in zip(torch.autograd.grad(ours, inputs, g), torch.autograd.grad(dense, inputs, g), strict=True):
         torch.testing.assert_close(our, their)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("strength", [1.0, 0.3, 0.0])
+@pytest.mark.parametrize("shape", [(12, 8), (12, 8, 3, 1)])
+def test_the_adapted_weight_is_the_dense_definition(method, n, strength, shape):
+    weight = torch.randn(shape, dtype=torch.float64)
+    raw = {name: vector.detach() for name, vector in raw_vectors(method, 8, 12, n).items()}
+    positions = weight.view(12, 8, -1).unbind(-1)  # of the kernel
+    dense = torch.stack([dense_weight(w, **raw, strength=strength) for w in positions], -1)
+    torch.testing.assert_close(adapted_weight(weight, **raw, strength=strength), dense.view(shape))
 
 
 @pytest.mark.parametrize("form", FORMS)
