@@ -94,6 +94,20 @@ class View:
     flip: bool
 
 
+@dataclass(frozen=True)
+class Framing:
+    """How a training view came out of its picture, in pixels, vertical before horizontal.
+
+    original_size: (height, width) of the picture as it was read.
+    crop_top_left: (top, left) corner of the view, after the picture was scaled (and mirrored) as the view is.
+    target_size: (height, width) of the view.
+    """
+
+    original_size: tuple[int, int]
+    crop_top_left: tuple[int, int]
+    target_size: tuple[int, int]
+
+
 class InstanceImages:
     """Square training views of a few pictures of a subject, addressed by the global index of the sample.
 
@@ -128,9 +142,9 @@ class InstanceImages:
         self.center_crop = center_crop
         self.random_flip = random_flip
         self.seed = seed
-        self._image = lru_cache(maxsize=_KEPT_IMAGES)(self._read)
+        self._picture = lru_cache(maxsize=_KEPT_IMAGES)(self._read)
         self._order = lru_cache(maxsize=2)(self._shuffle)
-        self.sizes = [self._image(number).size for number in range(len(self.paths))]
+        self.original_sizes = [self._picture(number)[1] for number in range(len(self.paths))]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -139,11 +153,12 @@ class InstanceImages:
         """Which part of which picture sample number `sample` shows."""
         epoch, place = divmod(sample, len(self.paths))
         image = self._order(epoch)[place]
-        width, height = self.sizes[image]
-        side = min(width, height)
         if self.center_crop:
-            left, top = (width - side) // 2, (height - side) // 2
+            center = center_view(self.original_sizes[image], self.resolution)
+            left, top = center.left, center.top
         else:
+            width, height = shrunk_size(self.original_sizes[image], self.resolution)
+            side = min(width, height)
             draw = generator(self.seed, "crop", sample)
             left = int(torch.randint(width - side + 1, (), generator=draw))
             top = int(torch.randint(height - side + 1, (), generator=draw))
@@ -152,10 +167,16 @@ class InstanceImages:
 
     def pixels(self, view: View) -> torch.Tensor:
         """The view as (3, resolution, resolution), float32, from -1 (black) to 1 (white)."""
-        return to_pixels(cut(self._image(view.image), view, self.resolution))
+        return to_pixels(cut(self._picture(view.image)[0], view, self.resolution))
 
-    def _read(self, number: int) -> Image.Image:
-        return shrink(read_image(self.paths[number]), self.resolution)
+    def framing(self, view: View) -> Framing:
+        """Size and crop of the view."""
+        return frame(self.original_sizes[view.image], view, self.resolution)
+
+    def _read(self, number: int) -> tuple[Image.Image, tuple[int, int]]:
+        """A picture, reduced for training, and the (width, height) that it had."""
+        image = read_image(self.paths[number])
+        return shrink(image, self.resolution), image.size
 
     def _shuffle(self, epoch: int) -> list[int]:
         return torch.randperm(len(self.paths), generator=generator(self.seed, "order", epoch)).tolist()
@@ -163,12 +184,17 @@ class InstanceImages:
 
 def shrink(image: Image.Image, resolution: int) -> Image.Image:
     """Reduce a picture until its shorter side is `resolution`; smaller pictures stay as they are."""
-    width, height = image.size
+    size = shrunk_size(image.size, resolution)
+    return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
+
+
+def shrunk_size(size: tuple[int, int], resolution: int) -> tuple[int, int]:
+    """The (width, height) to which `shrink` brings a picture of this one."""
+    width, height = size
     side = min(width, height)
     if side <= resolution:
-        return image
-    size = (max(resolution, round(width * resolution / side)), max(resolution, round(height * resolution / side)))
-    return image.resize(size, Image.Resampling.LANCZOS)
+        return size
+    return max(resolution, round(width * resolution / side)), max(resolution, round(height * resolution / side))
 
 
 def cut(image: Image.Image, view: View, resolution: int) -> Image.Image:
@@ -183,11 +209,32 @@ def cut(image: Image.Image, view: View, resolution: int) -> Image.Image:
     return ImageOps.mirror(square) if view.flip else square
 
 
+def frame(original_size: tuple[int, int], view: View, resolution: int) -> Framing:
+    """Size and crop of a view of a picture that was read at this (width, height).
+
+    The corner counts in the picture scaled by resolution / shorter side. A mirrored view is cut from the mirrored
+    picture, so what counts is then the margin to the right of the square.
+    """
+    width, height = shrunk_size(original_size, resolution)
+    side = min(width, height)
+    left = width - side - view.left if view.flip else view.left
+    return Framing(
+        original_size=(original_size[1], original_size[0]),
+        crop_top_left=(round(view.top * resolution / side), round(left * resolution / side)),
+        target_size=(resolution, resolution),
+    )
+
+
+def center_view(size: tuple[int, int], resolution: int) -> View:
+    """The central square of a picture that was read at this (width, height), without any chance."""
+    width, height = shrunk_size(size, resolution)
+    side = min(width, height)
+    return View(0, (width - side) // 2, (height - side) // 2, flip=False)
+
+
 def center_square(image: Image.Image, resolution: int) -> Image.Image:
-    """The central square of a picture at `resolution` x `resolution` pixels, without any chance."""
-    image = shrink(image.convert("RGB"), resolution)
-    side = min(image.size)
-    return cut(image, View(0, (image.width - side) // 2, (image.height - side) // 2, flip=False), resolution)
+    """The central square of a picture at `resolution` x `resolution` pixels."""
+    return cut(shrink(image.convert("RGB"), resolution), center_view(image.size, resolution), resolution)
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 
-from ether_diffusion.training.data import InstanceImages, View, center_square, to_pixels
+from ether_diffusion.training.data import InstanceImages, View, center_square, center_view, frame, to_pixels
 from ether_diffusion.training.families import Family, family_of
 from ether_diffusion.training.families.base import Conditioning
 from ether_diffusion.training.seeds import generator
@@ -51,6 +51,7 @@ class DreamBoothObjective(nn.Module):
         self.images = images
         self.seed = seed
         self.components = nn.ModuleDict({name: family.component(name) for name in trained})
+        family.freeze_unused()
         self._moments: dict[View, Tensor] = {}
         self._fixed_conditioning: dict[str, Conditioning] = {}
 
@@ -61,19 +62,23 @@ class DreamBoothObjective(nn.Module):
         """
         family = self.family
         device = next(self.components.parameters()).device
-        drawn = [self._draw(sample) for sample in samples]
+        views = [self.images.view(sample) for sample in samples]
+        drawn = [self._draw(sample, view) for sample, view in zip(samples, views, strict=True)]
         latents, noise = (torch.stack(each).to(device) for each in (zip(*drawn, strict=True)))  # (b, c, h, w)
         timesteps = torch.tensor(
             [family.draw_timestep(generator(self.seed, "timestep", sample)) for sample in samples], device=device
         )
         noisy = family.add_noise(latents, noise, timesteps)
-        prediction = family.predict(noisy, timesteps, self._condition([self.images.prompt] * len(drawn)))
+        conditioning = {
+            **self._condition([self.images.prompt] * len(views)),
+            **family.encode_framings([self.images.framing(view) for view in views]),
+        }
+        prediction = family.predict(noisy, timesteps, conditioning)
         return sample_losses(prediction, family.target(latents, noise, timesteps))
 
-    def _draw(self, sample: int) -> tuple[Tensor, Tensor]:
+    def _draw(self, sample: int, view: View) -> tuple[Tensor, Tensor]:
         """Latents and noise of one sample, (c, h, w) each."""
-        moments = self._encode(self.images.view(sample))
-        latents = self.family.make_latents(moments, generator(self.seed, "latents", sample))
+        latents = self.family.make_latents(self._encode(view), generator(self.seed, "latents", sample))
         noise = torch.randn(latents.shape, generator=generator(self.seed, "noise", sample))
         return latents, noise.to(latents.device)
 
@@ -101,7 +106,7 @@ class DreamBoothObjective(nn.Module):
 
 
 def join_conditioning(rows: Sequence[Conditioning]) -> Mapping[str, Tensor]:
-    """Several prompts' conditioning as one batch."""
+    """The conditioning of several samples as one batch."""
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
@@ -150,7 +155,8 @@ def denoising_loss(
     middles = [int((part + 0.5) * family.timestep_count / timesteps) for part in range(timesteps)]
     drawn = [torch.randn(latents.shape, generator=generator(seed, "held-out noise", each)) for each in range(noises)]
     grid = [(step, noise) for step in middles for noise in drawn]
-    conditioning = family.encode_prompts([prompt])
+    framing = frame(image.size, center_view(image.size, side), side)
+    conditioning = {**family.encode_prompts([prompt]), **family.encode_framings([framing])}
     total = 0.0
     for start in range(0, len(grid), batch_size):
         part = grid[start : start + batch_size]

@@ -12,6 +12,7 @@ from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from ether_diffusion import miniature
+from ether_diffusion.training.data import Framing
 from ether_diffusion.training.options import InputError, ModelOptions
 
 MINIATURE_NAME = "ether-diffusion miniature"
@@ -151,6 +152,10 @@ class Family(ABC):
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """What the denoiser is told; every tensor has one row per prompt. Gradients flow to the text encoders."""
 
+    def encode_framings(self, framings: Sequence[Framing]) -> Conditioning:
+        """What the denoiser is told of size and crop, one row per view; nothing unless the family says otherwise."""
+        return {}
+
     @abstractmethod
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """One picture (3, h, w) as the autoencoder's distribution: its parameters, (2c, h', w'), float32."""
@@ -173,7 +178,10 @@ class Family(ABC):
 
     @abstractmethod
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """What the denoiser answers, in the shape of the latents."""
+        """What the denoiser answers, in the shape of the latents.
+
+        conditioning: of prompts and of framings, in one mapping.
+        """
 
     def component(self, name: str) -> nn.Module:
         return getattr(self.pipe, name)
@@ -184,6 +192,9 @@ class Family(ABC):
         for component in self.pipe.components.values():
             if isinstance(component, nn.Module):
                 component.eval().requires_grad_(False)
+
+    def freeze_unused(self) -> None:  # noqa: B027 (most families use all of their layers)
+        """Take the gradients from layers on which `predict` does not depend: data parallel training refuses them."""
 
     def enable_gradient_checkpointing(self, components: Sequence[str]) -> None:
         """Recompute activations of these components in the backward pass."""

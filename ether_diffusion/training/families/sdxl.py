@@ -1,0 +1,90 @@
+"""Stable Diffusion XL: two CLIP text encoders, and a UNet that is also told the size and the crop of the picture."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from ether_diffusion.training.data import Framing
+from ether_diffusion.training.families.base import Blueprint, Conditioning, ModelSource
+from ether_diffusion.training.families.unet import UNetFamily
+from ether_diffusion.training.options import InputError
+
+SIZE_COUNT = 6  # two numbers each of original size, crop and target size
+
+
+class StableDiffusionXL(UNetFamily):
+    """Stable Diffusion XL base, epsilon or v by the pipeline's own scheduler config.
+
+    The prompt reaches the UNet as the penultimate hidden states of both encoders, side by side, and as the pooled
+    output of the second; size and crop as six numbers.
+
+    Source: SDXL, arXiv:2307.01952, sections 2.1 and 2.2.
+    """
+
+    pipeline_class = StableDiffusionXLPipeline
+    text_encoders = ("text_encoder", "text_encoder_2")
+    text_encoder_classes = (CLIPTextModel, CLIPTextModelWithProjection)
+
+    @classmethod
+    def read_blueprint(cls, source: ModelSource) -> Blueprint:
+        blueprint = super().read_blueprint(source)
+        unet, encoder = (blueprint.models[name].config for name in ("unet", "text_encoder_2"))
+        if unet.addition_embed_type != "text_time":
+            raise InputError(
+                f"{source.given}: its UNet has addition_embed_type {unet.addition_embed_type!r}, needs 'text_time'"
+            )
+        given = encoder.projection_dim + SIZE_COUNT * unet.addition_time_embed_dim
+        if unet.projection_class_embeddings_input_dim != given:
+            raise InputError(
+                f"{source.given}: its UNet takes {unet.projection_class_embeddings_input_dim} numbers for pooled text "
+                f"and sizes; text_encoder_2 and {SIZE_COUNT} sizes make {given}"
+            )
+        return blueprint
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        states, _, pooled, _ = self.pipe.encode_prompt(
+            list(prompts), num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        return {"encoder_hidden_states": states, "text_embeds": pooled}  # (b, tokens, both widths), (b, projection)
+
+    def encode_framings(self, framings: Sequence[Framing]) -> Conditioning:
+        rows = [[*each.original_size, *each.crop_top_left, *each.target_size] for each in framings]
+        # In float32 whatever the model's precision: bfloat16 would round a size of 1333 to 1336.
+        return {"time_ids": torch.tensor(rows, dtype=torch.float32, device=self.pipe.unet.device)}  # (b, 6)
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        # In float16 SDXL's autoencoder overflows.
+        with in_float32(vae), torch.autocast(vae.device.type, enabled=False):
+            return super().encode_pixels(pixels)
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        unet = self.pipe.unet
+        return unet(
+            noisy.to(unet.dtype),
+            timesteps,
+            encoder_hidden_states=conditioning["encoder_hidden_states"].to(unet.dtype),
+            added_cond_kwargs={
+                "text_embeds": conditioning["text_embeds"].to(unet.dtype),
+                "time_ids": conditioning["time_ids"],
+            },
+        ).sample
+
+    def freeze_unused(self) -> None:
+        # The first encoder is read before its last layer, and its pooled output not at all.
+        self.pipe.text_encoder.encoder.layers[-1].requires_grad_(False)
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """The model in float32; on leaving, in the dtype it came in."""
+    found = model.dtype
+    nn.Module.to(model, torch.float32)  # past ModelMixin.to, which logs a warning at every change of dtype
+    try:
+        yield
+    finally:
+        nn.Module.to(model, found)

@@ -1,0 +1,112 @@
+"""What the UNet families share: CLIP text encoders, a KL autoencoder, a cross-attention UNet, discrete DDPM noise."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from ether_diffusion.training.families.base import Blueprint, Family, ModelSource
+from ether_diffusion.training.options import InputError
+
+PREDICTIONS = ("epsilon", "v_prediction")
+
+
+def training_schedule(config: Mapping[str, Any], where: str) -> DDPMScheduler:
+    """The noise schedule of a sampling scheduler's config, step by step, as training needs it.
+
+    Raises:
+        InputError: the config has no DDPM noise schedule, or the model predicts something else than noise or velocity.
+    """
+    if "beta_schedule" not in config:
+        raise InputError(f"{where}: its scheduler has no beta_schedule; training covers DDPM noise schedules")
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in PREDICTIONS:
+        raise InputError(f"{where}: it predicts {prediction!r}, training covers {', '.join(PREDICTIONS)}")
+    return DDPMScheduler.from_config(config)
+
+
+class UNetFamily(Family):
+    """Latent diffusion with epsilon or v targets, by the pipeline's own scheduler config.
+
+    Class attributes:
+        text_encoder_classes: the classes of `text_encoders`, in the same order.
+        loading: what `from_pretrained` is told besides.
+
+    Sources: latent diffusion, arXiv:2112.10752; v targets, arXiv:2202.00512, appendix D.
+    """
+
+    denoiser = "unet"
+    text_encoder_classes: ClassVar[tuple[type[CLIPTextModel] | type[CLIPTextModelWithProjection], ...]]
+    loading: ClassVar[Mapping[str, Any]] = {}
+
+    def __init__(self, pipe: DiffusionPipeline):
+        super().__init__(pipe)
+        # The pipeline's scheduler is for sampling; training needs the same noise schedule, step by step.
+        self.schedule = training_schedule(pipe.scheduler.config, "pipe")
+
+    @classmethod
+    def read_blueprint(cls, source: ModelSource) -> Blueprint:
+        index = source.config()
+        encoders = dict(zip(cls.text_encoders, cls.text_encoder_classes, strict=True))
+        for component, kind in {"unet": UNet2DConditionModel, "vae": AutoencoderKL, **encoders}.items():
+            arrived = (index.get(component) or [None, None])[1]
+            if arrived != kind.__name__:
+                raise InputError(f"{source.given}: its {component} is a {arrived}, needs a {kind.__name__}")
+        unet_config = source.config("unet", UNet2DConditionModel)
+        vae_config = source.config("vae", AutoencoderKL)
+        training_schedule(source.config("scheduler", DDPMScheduler), source.given)
+        with source.reading(), torch.device("meta"):
+            models = {"unet": UNet2DConditionModel.from_config(unet_config)}
+            for name, kind in encoders.items():
+                config = CLIPTextConfig.from_pretrained(source.path, subfolder=name, revision=source.revision)
+                models[name] = kind(config)
+            vae = AutoencoderKL.from_config(vae_config)
+        if models["unet"].config.in_channels != vae.config.latent_channels:
+            raise InputError(
+                f"{source.given}: the UNet takes {models['unet'].config.in_channels} channels and the autoencoder "
+                f"makes {vae.config.latent_channels}; training needs the two to agree"
+            )
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        return Blueprint(models, models["unet"].config.sample_size * factor, factor)
+
+    @classmethod
+    def load(cls, source: ModelSource, dtype: torch.dtype) -> "UNetFamily":
+        with source.reading():
+            pipe = cls.pipeline_class.from_pretrained(
+                source.path, dtype=dtype, revision=source.revision, variant=source.variant, **cls.loading
+            )
+        return cls(pipe)
+
+    @property
+    def native_resolution(self) -> int:
+        return self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
+
+    @property
+    def timestep_count(self) -> int:
+        return self.schedule.config.num_train_timesteps
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        encoded = vae.encode(pixels[None].to(vae.device, vae.dtype))
+        return encoded.latent_dist.parameters[0].float()
+
+    def make_latents(self, moments: Tensor, generator: torch.Generator | None) -> Tensor:
+        distribution = DiagonalGaussianDistribution(moments[None])
+        latents = distribution.mode() if generator is None else distribution.sample(generator)
+        shift = getattr(self.pipe.vae.config, "shift_factor", None) or 0.0
+        return (latents[0] - shift) * self.pipe.vae.config.scaling_factor
+
+    def draw_timestep(self, generator: torch.Generator) -> int:
+        return int(torch.randint(self.timestep_count, (), generator=generator))
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return self.schedule.add_noise(latents, noise, timesteps)
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        if self.schedule.config.prediction_type == "v_prediction":
+            return self.schedule.get_velocity(latents, noise, timesteps)
+        return noise
