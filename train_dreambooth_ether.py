@@ -7,14 +7,16 @@
         --mixed_precision fp16 --train_batch_size 1 --output_dir out/dog
 
 Without --pretrained_model_name_or_path it trains the miniature that comes with the package. Everything that can be
-wrong is checked before the weights are loaded. Written to --output_dir: the adapter, a grid of sample pictures of base
-and tuned model, and a model card.
+wrong is checked before the weights are loaded. A run that was stopped goes on with --resume_from_checkpoint latest.
+Written to --output_dir: the adapter, a grid of sample pictures of base and tuned model, and a model card.
 """
 
 import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from accelerate import PartialState
 
 from ether_diffusion.attention import enable_ether_attention
 from ether_diffusion.training.adapters import adapter_configs, add_adapters, rehearse, trained_parameters
@@ -30,11 +32,14 @@ from ether_diffusion.training.options import (
     ModelOptions,
     OptimizationOptions,
     RunOptions,
+    StateOptions,
     ValidationOptions,
+    binding,
     flatten,
     parse_options,
 )
 from ether_diffusion.training.preview import compare
+from ether_diffusion.training.state import Checkpoints, Interrupted, fingerprint
 
 logger = logging.getLogger("train_dreambooth_ether")
 
@@ -46,6 +51,7 @@ class Options:
     adapter: AdapterOptions
     optimization: OptimizationOptions
     validation: ValidationOptions
+    state: StateOptions
     run: RunOptions
 
 
@@ -68,6 +74,10 @@ def run(options: Options, command: str) -> TrainingResult:
     count = rehearse(blueprint.models, configs)
     output_dir = check_output_dir(options.run.output_dir)
     accelerator = make_accelerator(options.run, options.optimization)
+    given = binding(options) | {"instance_data_dir": fingerprint(paths)}
+    given |= {"mixed_precision": accelerator.mixed_precision, "num_processes": accelerator.num_processes}
+    checkpoints = Checkpoints(output_dir, options.state, given)
+    checkpoints.check_space(count)
 
     # The model, its adapter, and the training.
     family = family_class.load(source, WEIGHT_DTYPES[accelerator.mixed_precision])
@@ -90,6 +100,7 @@ def run(options: Options, command: str) -> TrainingResult:
         trained_parameters(models, configs),
         options.optimization,
         learning_rate=rate,
+        checkpoints=checkpoints,
         tracked=flatten(options),
     )
 
@@ -125,7 +136,11 @@ def main(arguments: Sequence[str] | None = None) -> TrainingResult:
     try:
         options = parse_options(Options, arguments, __doc__)
         return run(options, launch_command(__file__, arguments))
-    except (InputError, FloatingPointError) as error:
+    except Interrupted as stop:
+        if PartialState().is_main_process:
+            logger.info("%s", stop)
+        raise SystemExit(stop.exit_code) from stop
+    except (InputError, FloatingPointError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 
 

@@ -45,10 +45,18 @@ TEXTS = Fits("one text or more, none blank", lambda values: bool(values) and all
 
 
 def option(
-    help: str, default: Any = dataclasses.MISSING, *, choices: Sequence[str] | None = None, fits: Fits | None = None
+    help: str,
+    default: Any = dataclasses.MISSING,
+    *,
+    choices: Sequence[str] | None = None,
+    fits: Fits | None = None,
+    free: bool = False,
 ) -> Any:
-    """A dataclass field that is also a command-line flag. Without a default the flag is required."""
-    return field(default=default, metadata={"help": help, "choices": choices, "fits": fits})
+    """A dataclass field that is also a command-line flag. Without a default the flag is required.
+
+    free: the adapter does not depend on it, so a run that goes on from a checkpoint may give another value.
+    """
+    return field(default=default, metadata={"help": help, "choices": choices, "fits": fits, "free": free})
 
 
 class OptionGroup:
@@ -190,18 +198,49 @@ class ValidationOptions(OptionGroup):
     """sample pictures"""
 
     validation_prompt: tuple[str, ...] | None = option(
-        "Prompts to paint with base and tuned model after training. Default: the instance prompt.", None, fits=TEXTS
+        "Prompts to paint with base and tuned model after training. Default: the instance prompt.",
+        None,
+        fits=TEXTS,
+        free=True,
     )
-    num_validation_images: int = option("Pictures per prompt; 0 paints none.", 4, fits=NOT_NEGATIVE)
-    num_inference_steps: int = option("Denoising steps per picture.", 25, fits=POSITIVE)
-    guidance_scale: float = option("Classifier-free guidance of the pictures.", 7.5, fits=FROM_ZERO)
+    num_validation_images: int = option("Pictures per prompt; 0 paints none.", 4, fits=NOT_NEGATIVE, free=True)
+    num_inference_steps: int = option("Denoising steps per picture.", 25, fits=POSITIVE, free=True)
+    guidance_scale: float = option("Classifier-free guidance of the pictures.", 7.5, fits=FROM_ZERO, free=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateOptions(OptionGroup):
+    """stopping and going on"""
+
+    checkpointing_steps: int = option(
+        "Save a checkpoint, from which the run can go on, after every so many optimiser steps. Ctrl-C and SIGTERM "
+        "save one as well.",
+        500,
+        fits=POSITIVE,
+        free=True,
+    )
+    checkpoints_total_limit: int | None = option(
+        "Keep at most so many checkpoints; the oldest goes when a new one is complete. Default: keep all.",
+        None,
+        fits=POSITIVE,
+        free=True,
+    )
+    resume_from_checkpoint: str | None = option(
+        'Go on from a checkpoint: its folder or name, or "latest" for the last whole one in --output_dir (where there '
+        "is none, the run starts at the beginning). The result is that of a run that never stopped.",
+        None,
+        fits=TEXT,
+        free=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(OptionGroup):
     """run"""
 
-    output_dir: str = option("Folder for the adapter, the model card and the pictures.", "ether-dreambooth", fits=TEXT)
+    output_dir: str = option(
+        "Folder for the adapter, the model card and the pictures.", "ether-dreambooth", fits=TEXT, free=True
+    )
     seed: int = option("Every random number follows from it; two runs with one seed agree.", 0, fits=NOT_NEGATIVE)
     mixed_precision: str | None = option(
         "Precision of the frozen weights and of the arithmetic; what is trained stays in float32. Default: as "
@@ -209,8 +248,10 @@ class RunOptions(OptionGroup):
         None,
         choices=("no", "fp16", "bf16"),
     )
-    report_to: str = option("Where to log loss, learning rate and options.", "none", choices=("tensorboard", "none"))
-    logging_dir: str = option("Folder of the logs, inside --output_dir unless absolute.", "logs", fits=TEXT)
+    report_to: str = option(
+        "Where to log loss, learning rate and options.", "none", choices=("tensorboard", "none"), free=True
+    )
+    logging_dir: str = option("Folder of the logs, inside --output_dir unless absolute.", "logs", fits=TEXT, free=True)
 
 
 def _groups(options: type) -> dict[str, type]:
@@ -292,3 +333,9 @@ def flatten(options: Any) -> dict[str, bool | int | float | str]:
                 value = ", ".join(value)
             flat[name] = "default" if value is None else value
     return flat
+
+
+def binding(options: Any) -> dict[str, bool | int | float | str]:
+    """The flat options that the adapter depends on: a run that goes on from a checkpoint has to repeat them."""
+    free = {each.name for group in _groups(type(options)).values() for each in fields(group) if each.metadata["free"]}
+    return {name: value for name, value in flatten(options).items() if name not in free}
