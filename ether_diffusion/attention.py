@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
 from torch import Tensor, nn
 
-from .bases import PLAIN_DTYPES, computes_as_written
+from .bases import PLAIN_DTYPES, computes_as_written, intercepted
 from .layers import EtherLayer
 
 BACKENDS = ("sdpa", "xformers")
@@ -169,7 +169,7 @@ def _can_keep(layers: list[nn.Module], x: Tensor) -> bool:
         return False
     for layer in layers:
         if isinstance(layer, EtherLayer):
-            if "forward" in layer.__dict__ or layer._forward_hooks or layer._forward_pre_hooks:
+            if intercepted(layer):
                 return False
             if torch.is_grad_enabled() and any(
                 vector.requires_grad for name in layer.acting_adapters for vector in layer.vectors(name).values()
@@ -248,7 +248,7 @@ def _fixed(layer: nn.Module) -> tuple:
     adapted = isinstance(layer, EtherLayer)
     base = layer.get_base_layer() if adapted else layer
     described = [id(layer), id(base), _fixed_of(base.weight), _fixed_of(base.bias)]
-    described += ["forward" in each.__dict__ or _hooked(each) for each in (layer, base)]
+    described += [intercepted(each) for each in (layer, base)]
     if adapted:
         described.append(layer.merged)
         described += map(_fixed_of, _vectors(layer))
@@ -264,10 +264,6 @@ def _fixed_of(tensor: Tensor | None) -> tuple | None:
     if tensor is None:
         return None
     return id(tensor), tensor.data_ptr(), tensor._version, tensor.dtype, tensor.requires_grad
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _sources(layers: list[nn.Module]) -> list[list[Tensor]]:

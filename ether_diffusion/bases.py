@@ -17,13 +17,18 @@ def offload_hook(module: nn.Module) -> AlignDevicesHook | None:
     return next((h for h in getattr(hook, "hooks", [hook]) if isinstance(h, AlignDevicesHook) and h.offload), None)
 
 
+def intercepted(module: nn.Module) -> bool:
+    """Whether something happens in a call of the module besides its own forward."""
+    return "forward" in module.__dict__ or any(getattr(module, hooks) for hooks in HOOKS)
+
+
 def computes_as_written(base: nn.Module, x: Tensor) -> bool:
     """Whether `base(x)` is nothing but torch.nn.functional.linear of x and a frozen, plain weight.
 
     Else the layer has to be called, because something happens in the call: hooks (offloading, layerwise casting, a
     profiler), quantised or sharded weights, another adapter, a weight that is trained.
     """
-    if type(base) is not nn.Linear or "forward" in base.__dict__ or any(getattr(base, hooks) for hooks in HOOKS):
+    if type(base) is not nn.Linear or intercepted(base):
         return False
     weight = base.weight
     return (

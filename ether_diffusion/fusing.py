@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from .checkpoint import canonical_path
-from .injection import adapters_of, ether_layers, models_of
+from .injection import adapters_of, ether_layers, forget, models_of, without_base_layer
 from .layers import EtherLayer
 from .switching import carries_ether, stock
 
@@ -67,7 +67,8 @@ def fuse_ether(
     for layer, _, (component, path, _) in chosen:
         _refuse_unless_lowest(layer, f"{component}: {path}")
     _refuse_merged_above((layer, place) for layer, _, place in chosen)
-    on_disk = [_on_disk(layer, *place) if keep_original == "disk" else None for layer, _, place in chosen]
+    index = {id(model): _files_of(model) for _, _, (_, _, model) in chosen} if keep_original == "disk" else {}
+    on_disk = [_on_disk(layer, place, index[id(place[2])]) if index else None for layer, _, place in chosen]
     touched: list[tuple[EtherLayer, dict[str, float]]] = []
     try:
         for (layer, names, _), file in zip(chosen, on_disk, strict=True):
@@ -239,12 +240,7 @@ def unload_lora_weights(self: DiffusionPipeline, *args, **kwargs) -> None:
                 parent, _, child = path.rpartition(".")
                 setattr(model.get_submodule(parent), child, module.base_layer)
         ours = {name for _, layer in ether_layers(model) for name in layer.ether_u}
-        if getattr(model, "peft_config", None):
-            for name in set(model.peft_config) - ours:
-                del model.peft_config[name]
-            if not model.peft_config:
-                for attribute in ("peft_config", "_hf_peft_config_loaded"):
-                    model.__dict__.pop(attribute, None)
+        forget(model, set(getattr(model, "peft_config", {})) - ours)
     return None
 
 
@@ -285,23 +281,29 @@ def _digest(weight: Tensor) -> str:
     return hashlib.sha256(weight.cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
-def _on_disk(layer: EtherLayer, component: str, path: str, model: nn.Module) -> WeightOnDisk:
+def _files_of(model: nn.Module) -> dict[str, list[Path]]:
+    """The safetensors files of the folder that a model was loaded from, by the keys in them."""
+    folder, found = Path(str(getattr(model.config, "_name_or_path", "") or "")), {}
+    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        with safe_open(file, "pt") as opened:
+            for key in opened.keys():  # noqa: SIM118  (it is no dict)
+                found.setdefault(key, []).append(file)
+    return found
+
+
+def _on_disk(layer: EtherLayer, place: Place, files: Mapping[str, list[Path]]) -> WeightOnDisk:
     """The file that holds a layer's weight, as it is now, bit for bit.
 
     Raises:
         ValueError: no such file.
     """
-    folder = Path(str(getattr(model.config, "_name_or_path", "") or ""))
-    name = ".".join(part for part in path.split(".") if part != "base_layer")
-    keys = [f"{each}.weight" for each in dict.fromkeys((name, canonical_path(component, name)))]
-    weight = layer._plain_weight()
-    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
-        with safe_open(file, "pt") as opened:
-            held = set(opened.keys())
-        for key in (key for key in keys if key in held):
+    component, path, _ = place
+    name, weight = without_base_layer(path), layer._plain_weight()
+    for key in dict.fromkeys(f"{each}.weight" for each in (name, canonical_path(component, name))):
+        for file in files.get(key, ()):
             if torch.equal(_read(file, key).to(weight.dtype), weight.cpu()):
                 return WeightOnDisk(file, key, weight.dtype, _digest(weight))
     raise ValueError(
-        f"{component}: {name}: no .safetensors file of {folder if folder.is_dir() else 'the model (no folder)'} holds "
-        "this weight as it is now: pass keep_original='cpu'"
+        f"{component}: {name}: no .safetensors file of the folder that the model was loaded from holds this weight as "
+        "it is now: pass keep_original='cpu'"
     )

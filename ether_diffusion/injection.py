@@ -232,7 +232,9 @@ def _inject(
         device = _execution_device(path, layer.get_base_layer())
         for name, tensor in vectors.items():
             # A copy: the caller's tensors, and a memory-mapped file, stay apart from the model.
-            getattr(layer, name)[adapter_name] = nn.Parameter(tensor.detach().clone(), requires_grad=False)
+            getattr(layer, name)[adapter_name] = nn.Parameter(
+                tensor.detach().clone(memory_format=torch.contiguous_format), requires_grad=False
+            )
         layer._move_adapter_to_device_of_base_layer(adapter_name, device)
     if hasattr(type(model), "_hf_peft_config_loaded"):
         model._hf_peft_config_loaded = True
@@ -254,8 +256,8 @@ def swap(pipe: DiffusionPipeline, checkpoint: Checkpoint, adapter_name: str) -> 
     checkpoint, found = plan(pipe, checkpoint)
     targets: list[tuple[Tensor, Tensor]] = []
     for component, model in models_of(pipe).items():
-        layers = {_without_base_layer(p): la for p, la in ether_layers(model) if adapter_name in la.ether_u}
-        new = {_without_base_layer(path): vectors for path, vectors in found.get(component, {}).items()}
+        layers = {without_base_layer(p): la for p, la in ether_layers(model) if adapter_name in la.ether_u}
+        new = {without_base_layer(path): vectors for path, vectors in found.get(component, {}).items()}
         if differing := sorted(set(layers) ^ set(new)):
             raise ValueError(
                 f"hotswap: {checkpoint.source} and the adapter {adapter_name!r} do not have the same layers, e.g. "
@@ -284,7 +286,7 @@ def _said(checkpoint: Checkpoint) -> dict[str, Any]:
     return {name: value for name, value in checkpoint.metadata.items() if name not in DOCUMENT_FIELDS}
 
 
-def _without_base_layer(path: str) -> str:
+def without_base_layer(path: str) -> str:
     return ".".join(part for part in path.split(".") if part != "base_layer")
 
 
@@ -318,14 +320,20 @@ def take_off(model: nn.Module, adapter_name: str | None = None) -> None:
         if not layer.ether_u:
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.base_layer)
-    _maybe_remove_and_reapply_group_offloading(model)
     configs = getattr(model, "peft_config", {})
-    for name in [name for name, config in configs.items() if isinstance(config, EtherConfig)]:
-        if adapter_name in (None, name):
-            del configs[name]
+    ours = [name for name, config in configs.items() if isinstance(config, EtherConfig)]
+    forget(model, [name for name in ours if adapter_name in (None, name)])
+
+
+def forget(model: nn.Module, adapter_names: Iterable[str]) -> None:
+    """After adapters' layers are off: remove their configs, and with the last one all that PEFT put on the model."""
+    configs = getattr(model, "peft_config", {})
+    for name in adapter_names:
+        del configs[name]
     if not configs:
         for attribute in ("peft_config", "_hf_peft_config_loaded"):
             model.__dict__.pop(attribute, None)
+    _maybe_remove_and_reapply_group_offloading(model)
 
 
 # Collecting ---------------------------------------------------------------------------------------------------

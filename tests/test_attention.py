@@ -239,3 +239,13 @@ def test_xformers_answers_as_sdpa_does(kind, mask):
     stock = model(**given)
     enable_ether_attention(model, "xformers")
     torch.testing.assert_close(model(**given), stock, rtol=1e-3, atol=1e-3)
+
+
+def test_vectors_that_were_given_transposed_are_watched_like_others(trained, tiny_pipeline_folder):
+    vectors = {key: tensor.T.contiguous().T for key, tensor in trained.ether_state_dict().items()}
+    assert not any(tensor.is_contiguous() for tensor in vectors.values())
+    pipe = open_pipeline(tiny_pipeline_folder)
+    pipe.load_ether_weights(vectors)
+    stock = paint(pipe)
+    enable_ether_attention(pipe.unet)
+    assert abs(paint(pipe) - stock).max() < 1e-4

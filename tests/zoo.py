@@ -113,7 +113,6 @@ def adapt_components(
     pipe: DiffusionPipeline, *components: str, name: str = "default", seed: int = 1, **fields
 ) -> dict:
     """Put a random adapter on the named components; returns its vectors, as a file holds them."""
-
     torch.manual_seed(seed)
     for component in components:
         inject_adapter_in_model(EtherConfig(init_weights=False, **fields), getattr(pipe, component), name)
