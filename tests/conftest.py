@@ -8,7 +8,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from pipelines import adapt
+from scripts import DREAMBOOTH, load_script, reset_accelerate
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ether_diffusion.miniature.world import subjects
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
@@ -116,3 +119,42 @@ def tiny_pipeline(tiny_pipeline_folder) -> StableDiffusionPipeline:
 def trained(request, tiny_pipeline) -> StableDiffusionPipeline:
     """The tiny pipeline with an adapter of each method, called "default", on its denoiser and its text encoder."""
     return adapt(tiny_pipeline, request.param, num_blocks=2)
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory) -> Path:
+    """Three pictures of a toy."""
+    folder = tmp_path_factory.mktemp("photographs")
+    for k in range(3):
+        subjects()[0].view(k).render().image.save(folder / f"{k}.png")
+    return folder
+
+
+@pytest.fixture
+def train(photographs, tiny_pipeline_folder, tmp_path):
+    """The DreamBooth script's own main, in this process: train(*flags, output=…) -> (result, output folder).
+
+    Quick settings are given where the test gives none.
+    """
+    usual = {
+        "--pretrained_model_name_or_path": tiny_pipeline_folder,
+        "--instance_data_dir": photographs,
+        "--instance_prompt": "a photo of sks toy",
+        "--max_train_steps": 3,
+        "--num_validation_images": 0,
+        "--learning_rate": 0.05,
+    }
+    instead = {"--dataset_name": "--instance_data_dir", "--num_train_epochs": "--max_train_steps"}
+
+    def call(*flags: object, output: str = "out"):
+        reset_accelerate()
+        flags = tuple(map(str, flags))
+        given = {*flags, *(replaced for flag, replaced in instead.items() if flag in flags)}
+        words = [str(word) for flag, value in usual.items() if flag not in given for word in (flag, value)]
+        folder = tmp_path / output
+        if "--output_dir" not in flags:
+            words += ["--output_dir", str(folder)]
+        return load_script(DREAMBOOTH).main([*words, *flags]), folder
+
+    yield call
+    reset_accelerate()

@@ -7,6 +7,8 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from ether_diffusion import EtherConfig
+from ether_diffusion.training.data import TrainingImages, examples_of
+from ether_diffusion.training.images import find_images
 
 ONE_GREY_LEVEL = 1 / 255
 
@@ -20,6 +22,11 @@ def open_pipeline(folder) -> StableDiffusionPipeline:
     pipe = StableDiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def training_images(folder, prompt="a photo of sks toy", *, side=16, **options) -> TrainingImages:
+    """The pictures of a folder as square training views."""
+    return TrainingImages(examples_of(find_images(folder), prompt), targets=[(side, side)], **options)
 
 
 def adapt(pipe, method="ether", seed=1, name="default", **fields):

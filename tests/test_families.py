@@ -1,33 +1,28 @@
 """Model families: what each tells its denoiser and asks of it, and training of Stable Diffusion XL from end to end."""
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from conftest import make_pipeline
 from diffusers import EDMEulerScheduler, StableDiffusionXLPipeline
 from PIL import Image
-from pipelines import ONE_GREY_LEVEL, paint
+from pipelines import ONE_GREY_LEVEL, paint, training_images
 from safetensors.torch import load_file
+from scripts import DREAMBOOTH, launch, load_script, reset_accelerate
 from zoo import flux, sdxl
 
 from ether_diffusion import EtherConfig
 from ether_diffusion.checkpoint import WEIGHTS_NAME
 from ether_diffusion.training.adapters import add_adapters, trained_parameters
-from ether_diffusion.training.data import Framing, InstanceImages, View, find_images, frame
+from ether_diffusion.training.command_line import InputError
 from ether_diffusion.training.families import ModelSource, family_at, family_of
 from ether_diffusion.training.families.sdxl import StableDiffusionXL
 from ether_diffusion.training.objective import DreamBoothObjective, denoising_loss
-from ether_diffusion.training.options import InputError
+from ether_diffusion.training.views import Framing, View, frame
 
-SCRIPT = Path(__file__).parents[1] / "train_dreambooth_ether.py"
 PROMPT = "a photo of sks toy"
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 
@@ -59,10 +54,6 @@ def photographs(tmp_path_factory) -> Path:
     return folder
 
 
-def instance_images(photographs: Path, **options) -> InstanceImages:
-    return InstanceImages(find_images(photographs), prompt=PROMPT, resolution=16, **options)
-
-
 # What the data says of a view. Sizes and corners are (height, width) and (top, left).
 
 
@@ -78,14 +69,14 @@ def instance_images(photographs: Path, **options) -> InstanceImages:
     ids=["long", "long and mirrored", "tall", "tall and mirrored", "enlarged to twice its size"],
 )
 def test_a_framing_counts_in_the_scaled_and_mirrored_picture(size, view, expected):
-    assert frame(size, view, 16) == expected
+    assert frame(size, view, (16, 16)) == expected
 
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_the_corner_of_a_framing_is_where_the_pixels_come_from(tmp_path, flip):
     ramp = np.repeat(np.arange(64, dtype=np.uint8)[None], 16, axis=0)  # every pixel's value is its column
     Image.fromarray(ramp).convert("RGB").save(tmp_path / "ramp.png")
-    images = InstanceImages(find_images(tmp_path), prompt=PROMPT, resolution=16)
+    images = training_images(tmp_path)
     view = View(0, left=10, top=0, flip=flip)
     values = ((images.pixels(view)[0, 0] + 1) * 127.5).round().int().tolist()
     _, left = images.framing(view).crop_top_left
@@ -101,7 +92,7 @@ def test_time_ids_hold_original_size_crop_and_target_size_exactly_in_every_preci
 
 
 def test_the_size_and_crop_of_every_training_view_reach_the_unet(pipe, photographs):
-    images = instance_images(photographs, random_flip=True)
+    images = training_images(photographs, random_flip=True)
     family, samples, told = family_of(pipe), [3, 4, 5], []
     pipe.unet.add_time_proj.register_forward_hook(lambda module, inputs, output: told.append(inputs[0].view(3, 6)))
     DreamBoothObjective(family, images, trained=["unet"], seed=0)(samples)
@@ -176,7 +167,7 @@ def test_the_loss_moves_every_trained_vector_of_the_unet_and_both_encoders(pipe,
     configs = {name: EtherConfig(method=method, num_blocks=2) for name in COMPONENTS}
     add_adapters(models, configs, seed=0)
     adapted = {name for name, _ in vectors(models)}
-    objective = DreamBoothObjective(family, instance_images(photographs), trained=COMPONENTS, seed=0)
+    objective = DreamBoothObjective(family, training_images(photographs), trained=COMPONENTS, seed=0)
     objective([0, 1]).mean().backward()
     moved = {name for name, vector in vectors(models) if vector.grad is not None and vector.grad.abs().max() > 0}
     assert moved == {name for name, vector in vectors(models)}
@@ -273,27 +264,15 @@ def flags_of(sdxl_folder: Path, photographs: Path, output_dir: Path) -> list[str
 
 @pytest.fixture
 def script_main():
-    spec = importlib.util.spec_from_file_location("train_dreambooth_ether_xl", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module.main
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-
-
-def launch(*flags: str, processes: int = 1) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "accelerate.commands.launch", str(SCRIPT), *flags]
-    if processes > 1:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), *command[3:]]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    reset_accelerate()
+    yield load_script(DREAMBOOTH).main
+    reset_accelerate()
 
 
 def test_the_script_trains_saves_paints_and_describes_sdxl(sdxl_folder, photographs, tmp_path):
     flags = [*flags_of(sdxl_folder, photographs, tmp_path / "toy"), "--max_train_steps", "2"]
     flags += ["--num_validation_images", "1", "--num_inference_steps", "2", "--gradient_checkpointing"]
-    done = launch(*flags)
+    done = launch(DREAMBOOTH, *flags)
     assert done.returncode == 0, done.stderr
     assert {"README.md", "grid.png", WEIGHTS_NAME} <= {path.name for path in (tmp_path / "toy").iterdir()}
     tensors = load_file(tmp_path / "toy" / WEIGHTS_NAME)
@@ -335,7 +314,9 @@ def test_sdxl_trains_and_paints_in_bfloat16(script_main, sdxl_folder, photograph
 def test_two_processes_learn_what_one_learns_of_sdxl(sdxl_folder, photographs, tmp_path):
     for processes, batch in ((1, 4), (2, 2)):
         flags = [*flags_of(sdxl_folder, photographs, tmp_path / str(processes)), "--num_validation_images", "0"]
-        done = launch(*flags, "--max_train_steps", "3", "--train_batch_size", str(batch), processes=processes)
+        done = launch(
+            DREAMBOOTH, *flags, "--max_train_steps", "3", "--train_batch_size", str(batch), processes=processes
+        )
         assert done.returncode == 0, done.stderr
     one, two = (load_file(tmp_path / str(processes) / WEIGHTS_NAME) for processes in (1, 2))
     assert one.keys() == two.keys()

@@ -1,68 +1,21 @@
 """`train_dreambooth_ether.py` from end to end, as a user calls it."""
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import re
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from scripts import DREAMBOOTH, launch, vectors
 
 from ether_diffusion.attention import EtherAttnProcessor
 from ether_diffusion.checkpoint import WEIGHTS_NAME
-from ether_diffusion.miniature.world import subjects
 
-SCRIPT = Path(__file__).parents[1] / "train_dreambooth_ether.py"
 PROMPT = "a photo of sks toy"
-QUICK = ["--max_train_steps", "3", "--num_validation_images", "0", "--learning_rate", "0.05"]
-
-
-@pytest.fixture(scope="session")
-def photographs(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("photographs")
-    for k in range(3):
-        subjects()[0].view(k).render().image.save(folder / f"{k}.png")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def script():
-    spec = importlib.util.spec_from_file_location("train_dreambooth_ether", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def train(script, photographs, tiny_pipeline_folder, tmp_path):
-    """The script's own main, in this process: train(*flags) -> (result, output folder)."""
-
-    def call(*flags: str, output: str = "out"):
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        needed = {
-            "--pretrained_model_name_or_path": str(tiny_pipeline_folder),
-            "--instance_data_dir": str(photographs),
-            "--instance_prompt": PROMPT,
-            "--output_dir": str(tmp_path / output),
-        }
-        given = [word for flag, value in needed.items() if flag not in flags for word in (flag, value)]
-        extra = [word for k, word in enumerate(QUICK) if QUICK[k - k % 2] not in flags]
-        result = script.main([*given, *extra, *flags])
-        return result, tmp_path / output
-
-    yield call
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
 
 
 def paint(pipe) -> np.ndarray:
@@ -71,22 +24,13 @@ def paint(pipe) -> np.ndarray:
     return pipe(PROMPT, num_inference_steps=3, generator=generator, output_type="np").images[0]
 
 
-def launch(*flags: str, processes: int = 1, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "accelerate.commands.launch", str(SCRIPT), *flags]
-    if processes > 1:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), *command[3:]]
-    return subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "ACCELERATE_USE_CPU": "true", **environment}
-    )
-
-
 def test_the_command_of_the_readme_trains_saves_paints_and_describes(photographs, tiny_pipeline_folder, tmp_path):
     flags = ["--pretrained_model_name_or_path", str(tiny_pipeline_folder), "--instance_data_dir", str(photographs)]
     flags += ["--instance_prompt", PROMPT, "--output_dir", str(tmp_path / "toy"), "--max_train_steps", "4"]
     flags += ["--num_validation_images", "2", "--num_inference_steps", "3", "--report_to", "tensorboard"]
     flags += ["--train_text_encoder", "--gradient_checkpointing", "--gradient_accumulation_steps", "2"]
     flags += ["--validation_prompt", "sks toy", "toy"]
-    done = launch(*flags)
+    done = launch(DREAMBOOTH, *flags)
     assert done.returncode == 0, done.stderr
     assert "training: 100%" in done.stderr and "loss=" in done.stderr
     folder = tmp_path / "toy"
@@ -133,10 +77,6 @@ def test_two_runs_with_one_seed_give_the_same_adapter_bit_for_bit(train, method)
     assert not all(torch.equal(tensor, other[key]) for key, tensor in files[0].items())
 
 
-def flat(folder: Path) -> torch.Tensor:
-    return torch.cat([tensor.flatten() for _, tensor in sorted(load_file(folder / WEIGHTS_NAME).items())])
-
-
 @pytest.mark.parametrize(
     "flags",
     [
@@ -161,7 +101,7 @@ def flat(folder: Path) -> torch.Tensor:
     ids=lambda flags: "-".join(flags).replace("--", ""),
 )
 def test_every_flag_changes_what_is_learned(train, flags):
-    usual, changed = flat(train(output="usual")[1]), flat(train(*flags, output="changed")[1])
+    usual, changed = vectors(train(output="usual")[1]), vectors(train(*flags, output="changed")[1])
     assert usual.shape != changed.shape or not torch.equal(usual, changed)
 
 
@@ -187,46 +127,22 @@ def test_blocks_shape_the_vectors(train):
 
 
 def test_gradient_checkpointing_changes_memory_and_not_the_result(train):
-    plain = flat(train(output="plain")[1])
-    torch.testing.assert_close(flat(train("--gradient_checkpointing", output="less")[1]), plain, rtol=1e-4, atol=1e-5)
+    plain = vectors(train(output="plain")[1])
+    torch.testing.assert_close(
+        vectors(train("--gradient_checkpointing", output="less")[1]), plain, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_the_attention_backend_changes_the_processor_and_not_the_result(train, monkeypatch):
-    plain, used = flat(train(output="plain")[1]), []
+    plain, used = vectors(train(output="plain")[1]), []
     call = EtherAttnProcessor.__call__
     monkeypatch.setattr(EtherAttnProcessor, "__call__", lambda *a, **k: (used.append(a[0].backend), call(*a, **k))[1])
-    torch.testing.assert_close(flat(train("--attention_backend", "sdpa", output="own")[1]), plain)
+    torch.testing.assert_close(vectors(train("--attention_backend", "sdpa", output="own")[1]), plain)
     assert set(used) == {"sdpa"}
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--attention_backend", "sdpa", "--enable_xformers_memory_efficient_attention"], "contradicts"),
-        pytest.param(
-            ["--enable_xformers_memory_efficient_attention"],
-            r"--attention_backend xformers: .* pip install 'ether-diffusion\[xformers\]'",
-            marks=pytest.mark.skipif(importlib.util.find_spec("xformers") is not None, reason="xformers is installed"),
-        ),
-        (["--instance_data_dir", "nowhere"], "nowhere: there is no such folder"),
-        (["--pretrained_model_name_or_path", "./nowhere"], "nowhere: there is no such folder"),
-        (["--resolution", "15"], "--resolution: got 15, needs a multiple of 2"),
-        (["--target_modules", "to_query"], "no layer is called 'to_query'"),
-        (["--num_blocks", "7"], "num_blocks=7 does not divide the input dimension 16; try 1, 2, 4, 8, 16"),
-        (["--output_dir", "/proc/out"], "--output_dir /proc/out: cannot be written to"),
-    ],
-)
-def test_bad_input_is_one_clear_error_before_any_weights_are_read(train, flags, message, monkeypatch, capsys):
-    def no_loading(*args, **kwargs):
-        raise AssertionError("the weights were read before the input was checked")
-
-    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", no_loading)
-    with pytest.raises(SystemExit, match=message):
-        train(*flags)
-
-
 @pytest.mark.parametrize("kind", ["empty", "not a picture", "truncated"])
-def test_bad_pictures_are_named_before_any_weights_are_read(train, tmp_path, monkeypatch, kind):
+def test_bad_pictures_are_named_before_any_weights_are_read(train, tmp_path, monkeypatch, capsys, kind):
     folder = tmp_path / "photographs"
     folder.mkdir()
     if kind != "empty":
@@ -235,8 +151,9 @@ def test_bad_pictures_are_named_before_any_weights_are_read(train, tmp_path, mon
         (folder / "bad.jpg").write_bytes(b"hello" if kind == "not a picture" else content[: len(content) // 2])
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", None)
     message = {"empty": "no picture", "not a picture": "bad.jpg: is not", "truncated": "bad.jpg: .*truncated"}[kind]
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(SystemExit):
         train("--instance_data_dir", str(folder))
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_an_absolute_logging_dir_is_taken_as_it_is(train, tmp_path):
@@ -250,10 +167,8 @@ def test_two_processes_learn_what_one_learns(photographs, tiny_pipeline_folder, 
     flags += ["--instance_prompt", PROMPT, "--max_train_steps", "4", "--num_validation_images", "0"]
     for processes, batch in ((1, 4), (2, 2)):
         folder = tmp_path / str(processes)
-        done = launch(
-            *flags, "--train_batch_size", str(batch), "--output_dir", str(folder), processes=processes,
-            OMP_NUM_THREADS="1",
-        )  # fmt: skip
+        more = ["--train_batch_size", batch, "--output_dir", folder]
+        done = launch(DREAMBOOTH, *flags, *more, processes=processes)
         assert done.returncode == 0, done.stderr
         assert f"{processes} process" in done.stderr
-    torch.testing.assert_close(flat(tmp_path / "2"), flat(tmp_path / "1"), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(vectors(tmp_path / "2"), vectors(tmp_path / "1"), rtol=1e-3, atol=1e-4)

@@ -6,30 +6,29 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
+from scripts import reset_accelerate
 
-from ether_diffusion import EtherConfig, EtherLayer
+from ether_diffusion import EtherConfig
 from ether_diffusion.training.adapters import add_adapters, check_targets, trained_parameters
+from ether_diffusion.training.command_line import InputError, build_parser, flatten, parse_options
 from ether_diffusion.training.families import family_of
 from ether_diffusion.training.loop import train
 from ether_diffusion.training.objective import denoising_loss, sample_losses
 from ether_diffusion.training.options import (
     AdapterOptions,
-    InputError,
     InstanceDataOptions,
     OptimizationOptions,
     ValidationOptions,
-    build_parser,
-    flatten,
-    parse_options,
+    ViewOptions,
 )
-from ether_diffusion.training.preview import base_model, compare, side_by_side
+from ether_diffusion.training.preview import Preview, is_due, side_by_side
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     data: InstanceDataOptions
+    views: ViewOptions
     adapter: AdapterOptions
     optimization: OptimizationOptions
     validation: ValidationOptions
@@ -43,7 +42,7 @@ def test_flags_become_options_and_defaults_stay():
         Options, [*NEEDED, "--method", "ether", "--target_modules", "to_q", "to_v", "--random_flip"]
     )
     assert options.adapter.method == "ether" and options.adapter.target_modules == ("to_q", "to_v")
-    assert options.data.random_flip and not options.data.center_crop
+    assert options.views.random_flip and not options.views.center_crop
     assert options.optimization == OptimizationOptions()
     flat = flatten(options)
     assert flat["target_modules"] == "to_q, to_v" and flat["resolution"] == "default"
@@ -68,7 +67,7 @@ def test_a_value_that_does_not_fit_is_explained(flags, message):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--no_such_flag"], ["--method", "lora"], ["--max_train_steps", "many"], ["--meth", "ether"]]
+    "flags", [["--no_such_flag"], ["--method", "dora"], ["--max_train_steps", "many"], ["--meth", "ether"]]
 )
 def test_unknown_flags_and_choices_end_the_program(flags, capsys):
     with pytest.raises(SystemExit):
@@ -82,9 +81,21 @@ def test_help_names_every_flag():
         assert all(f"--{name}" in text for name in group.type.__dataclass_fields__)
 
 
-def test_the_default_learning_rate_is_the_methods_own():
-    assert OptimizationOptions(learning_rate=0.5).learning_rate_of("ether") == 0.5
-    assert OptimizationOptions().learning_rate_of("ether") > 0
+def test_steps_and_learning_rates_become_definite():
+    fixed = {"default_learning_rate": 0.25, "epoch_samples": 10, "processes": 2}
+    usual = OptimizationOptions().resolve(**fixed)
+    assert (usual.steps, usual.learning_rate, usual.text_encoder_lr) == (200, 0.25, None)
+    epochs = OptimizationOptions(num_train_epochs=3, train_batch_size=4, gradient_accumulation_steps=2).resolve(
+        **fixed
+    )
+    assert epochs.steps == 2  # 30 pictures, 16 a step
+    scaled = OptimizationOptions(learning_rate=0.5, text_encoder_lr=0.125, train_batch_size=4, scale_lr=True)
+    scaled = scaled.resolve(**fixed)
+    assert (scaled.learning_rate, scaled.text_encoder_lr) == (4.0, 1.0)
+    assert scaled.resolve(**fixed) == scaled
+    assert OptimizationOptions(optimizer="prodigy").resolve(**fixed).learning_rate == 1.0
+    with pytest.raises(ValueError, match="not resolved"):
+        _ = OptimizationOptions(num_train_epochs=3).steps
 
 
 def test_an_unknown_target_lists_the_names_there_are(tiny_pipeline):
@@ -152,14 +163,13 @@ class Quadratic(torch.nn.Module):
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
     yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    reset_accelerate()
 
 
 def run(objective, **options):
-    options = OptimizationOptions(**options)
+    options = OptimizationOptions(learning_rate=0.1, **options)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=options.gradient_accumulation_steps)
-    return train(accelerator, objective, [objective.weight], options, learning_rate=0.1)
+    return train(accelerator, objective, [{"params": [objective.weight], "lr": 0.1}], options)
 
 
 def test_the_loop_visits_every_sample_once_and_converges():
@@ -172,8 +182,7 @@ def test_the_loop_visits_every_sample_once_and_converges():
 def test_accumulation_is_a_larger_batch():
     whole, parts = Quadratic(), Quadratic()
     first = run(whole, max_train_steps=5, train_batch_size=6)
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    reset_accelerate()
     second = run(parts, max_train_steps=5, train_batch_size=2, gradient_accumulation_steps=3)
     assert sum(parts.seen, []) == sum(whole.seen, [])
     assert second.losses == pytest.approx(first.losses) and parts.weight.item() == pytest.approx(whole.weight.item())
@@ -187,7 +196,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step():
 def test_warm_up_lets_the_learning_rate_rise():
     slow, fast = Quadratic(), Quadratic()
     run(slow, max_train_steps=4, lr_scheduler="constant_with_warmup", lr_warmup_steps=100)
-    AcceleratorState._reset_state(True)
+    reset_accelerate()
     run(fast, max_train_steps=4)
     assert slow.weight.item() < 0.1 * fast.weight.item()
 
@@ -206,21 +215,36 @@ def test_the_starts_follow_from_the_seed_and_leave_the_global_state(tiny_pipelin
     assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
 
 
-def test_the_grid_shows_base_and_tuned_and_leaves_the_model_as_it_was(tiny_pipeline):
+def test_the_grid_shows_the_model_before_and_after(tiny_pipeline):
+    options = ValidationOptions(num_validation_images=2, num_inference_steps=2)
+    preview = Preview(family_of(tiny_pipeline), ["a dog", "a cat"], options, 0)
+    unchanged, _ = preview.compare()
     torch.manual_seed(0)
     tiny_pipeline.unet.add_adapter(EtherConfig(init_weights=False))
-    layers = [m for m in tiny_pipeline.unet.modules() if isinstance(m, EtherLayer)]
-    layers[0].set_scale("default", 0.5)
-    before = [dict(layer.scaling) for layer in layers]
-    options = ValidationOptions(num_validation_images=2, num_inference_steps=2)
-    grid, tuned = compare(tiny_pipeline, [tiny_pipeline.unet], ["a dog", "a cat"], options, 0)
-    assert [dict(layer.scaling) for layer in layers] == before
+    grid, tuned = preview.compare()
     assert len(tuned) == 4 and grid.width > 2 * 128 and grid.height > 4 * 128
-    with base_model([tiny_pipeline.unet]):
-        assert all(set(layer.scaling.values()) == {0.0} for layer in layers)
-    pixels = np.asarray(grid)
     row = grid.height // 4
-    assert not np.array_equal(pixels[:row], pixels[row : 2 * row])
+
+    def rows(picture: Image.Image) -> list[np.ndarray]:
+        return [np.asarray(picture)[k * row + 40 : (k + 1) * row] for k in range(4)]  # without the titles
+
+    assert all(np.array_equal(rows(unchanged)[k], rows(unchanged)[k + 1]) for k in (0, 2))
+    assert all(np.array_equal(rows(unchanged)[k], rows(grid)[k]) for k in (0, 2))
+    assert not any(np.array_equal(rows(grid)[k], rows(grid)[k + 1]) for k in (0, 2))
+
+
+@pytest.mark.parametrize(
+    ("given", "painted"),
+    [
+        ({}, []),
+        ({"validation_steps": 3}, [3, 6, 9]),
+        ({"validation_epochs": 1}, [3, 5, 8]),
+        ({"validation_epochs": 2}, [5]),
+    ],
+)
+def test_pictures_are_due_after_steps_or_epochs_and_not_at_the_end(given, painted):
+    due = is_due(ValidationOptions(**given), epoch_samples=5, step_samples=2, steps=10)
+    assert [step for step in range(1, 11) if due(step)] == painted
 
 
 def test_large_pictures_are_not_enlarged():

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ether_diffusion.checkpoint import WEIGHTS_NAME
+import yaml
+
 from ether_diffusion.training.families import ModelSource
 from ether_diffusion.training.loop import TrainingResult
+from ether_diffusion.training.memory import format_bytes
+from ether_diffusion.training.state import PREFIX
 
 CARD_NAME, GRID_NAME = "README.md", "grid.png"
+
+WHERE = "{where}"
+"""In a card's lines of code: the place of the weights, as a Python string."""
+
+AVERAGED_STEPS = 50
 
 
 def launch_command(script: str, arguments: Sequence[str]) -> str:
@@ -19,77 +28,163 @@ def launch_command(script: str, arguments: Sequence[str]) -> str:
     return shlex.join(["accelerate", "launch", Path(script).name, *arguments])
 
 
+def size_of(weights: Path) -> int:
+    """Bytes of a file, or of all weights in a folder but for those of checkpoints."""
+    if not weights.is_dir():
+        return weights.stat().st_size
+    paths = [path.relative_to(weights) for path in weights.rglob("*.safetensors")]
+    kept = [path for path in paths if not any(part.startswith((PREFIX, ".")) for part in path.parts)]
+    return sum((weights / path).stat().st_size for path in kept)
+
+
+def figures_of(
+    result: TrainingResult,
+    *,
+    pictures: int,
+    parameters: int,
+    weights: Path,
+    learning_rates: Mapping[str, float],
+) -> dict[str, str]:
+    """The figures of a run, name -> text, in the order of the card's table.
+
+    Args:
+        result: of the training.
+        pictures: number of training pictures.
+        parameters: number of trained parameters.
+        weights: file or folder that holds them.
+        learning_rates: of the schedule's plateau, by what has it, e.g. {"denoiser": 1e-3, "text encoder": 5e-4}; the
+            name of a single one is not shown.
+    """
+    steps = len(result.losses)
+    count = min(AVERAGED_STEPS, steps)
+    rates = [f"{rate:g}" if len(learning_rates) == 1 else f"{name} {rate:g}" for name, rate in learning_rates.items()]
+    return {
+        "pictures": f"{pictures:,}",
+        "trained parameters": f"{parameters:,}",
+        "size of the weights": format_bytes(size_of(weights)),
+        "learning rate": ", ".join(rates),
+        "steps": f"{steps:,}",
+        f"mean loss, first {count} steps": f"{sum(result.losses[:count]) / count:.4f}",
+        f"mean loss, last {count} steps": f"{sum(result.losses[-count:]) / count:.4f}",
+        "time": f"{result.seconds:.0f} s",
+        "time per step, mean": f"{result.seconds / steps:.3g} s",
+        "peak memory": format_bytes(result.peak_memory),
+    }
+
+
 def write_card(
     folder: Path,
     *,
     source: ModelSource,
-    method: str,
+    title: str,
+    tags: Sequence[str],
+    paper: str | None,
+    loading: str,
+    weights: Path,
     prompt: str,
     prompts: Sequence[str],
-    parameters: int,
-    learning_rate: float,
+    figures: Mapping[str, str],
     command: str,
-    result: TrainingResult,
     with_pictures: bool,
+    hub_id: str | None = None,
 ) -> Path:
-    """Write `README.md` beside the adapter and return its path.
+    """Write `README.md` into the output folder and return its path.
 
     Args:
         folder: the output folder.
         source: the base model; a local path appears by its last part alone.
-        method, learning_rate, parameters: what was trained.
+        title: the method as people write it, e.g. "ETHER+".
+        tags: for the Hub's search, besides "diffusers" and "text-to-image".
+        paper: the method's arXiv id.
+        loading: lines of Python that put the result on `pipe`, the base model, or that begin with `pipe = ` and need
+            none; what they import first is listed with the rest. `{where}` in them becomes the folder's name or the
+            repository's id, in quotes: `pipe.load_ether_weights({where})`.
+        weights: file with the result, or the folder where there are several; its name and size are stated.
         prompt: the instance prompt; `prompts`: those of the sample pictures.
+        figures: name -> text, see `figures_of`.
         command: as typed.
-        result: of the training.
         with_pictures: whether the grid is there.
+        hub_id: the repository that the folder is uploaded to.
     """
-    title = {"ether": "ETHER", "ether_plus": "ETHER+"}[method]
     header = {
         "library_name": "diffusers",
-        "tags": ["ether", "peft", "diffusers", "text-to-image", "dreambooth"],
+        "tags": list(dict.fromkeys(["diffusers", "text-to-image", *tags])),
         "instance_prompt": prompt,
     }
     if source.on_hub:  # the Hub only takes ids of its own models here
         header["base_model"] = source.path
-    yaml = "\n".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in header.items())
-    loading = (
-        "from ether_diffusion import miniature\n\npipe = miniature.load_pipeline()"
-        if source.is_miniature
-        else f"from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({source.name!r})"
-    )
+    reference = "" if paper is None else f" ([arXiv:{paper}](https://arxiv.org/abs/{paper}))"
     samples = ""
     if with_pictures:
-        listed = "\n".join(f"- {each}" for each in prompts)
+        listed = "\n".join(f"- {_span(each)}" for each in prompts)
         samples = f"\n## Samples\n\nBase and tuned model from the same seeds:\n\n{listed}\n\n![samples]({GRID_NAME})\n"
-    last = result.losses[-50:]
+    rows = "\n".join(f"| {_cell(name)} | {_cell(text)} |" for name, text in figures.items())
+    place = "this folder" if weights.resolve() == folder.resolve() else _span(weights.name)
     text = f"""---
-{yaml}
+{yaml.safe_dump(header, allow_unicode=True, sort_keys=False, width=float("inf")).rstrip()}
 ---
 
-# {title} adapter: {prompt}
+# {title}: {_span(prompt)}
 
-A DreamBooth adapter for **{source.name}**, trained with {title}
-([arXiv:2405.20271](https://arxiv.org/abs/2405.20271)): {parameters:,} parameters in `{WEIGHTS_NAME}`
-({(folder / WEIGHTS_NAME).stat().st_size / 1024:.0f} kB).
+**{source.name}**, finetuned with {title}{reference}.
+The result is in {place}: {format_bytes(size_of(weights))}.
 {samples}
 ## Use
 
-```python
-import ether_diffusion
-{loading}
-pipe.load_ether_weights("{folder.name}")
-image = pipe({prompt!r}).images[0]
-```
+{_block(_usage(source, loading, hub_id or folder.resolve().name, prompt), "python")}
 
 ## Training
 
-{len(result.losses)} steps in {result.seconds:.0f} s at learning rate {learning_rate:g}; mean loss of the last
-{len(last)} steps: {sum(last) / len(last):.4f}.
+| | |
+|---|---|
+{rows}
 
-```
-{command}
-```
+{_block(command)}
 """
     path = folder / CARD_NAME
     path.write_text(text, "utf-8")
     return path
+
+
+def _usage(source: ModelSource, loading: str, where: str, prompt: str) -> str:
+    """The Python code that paints a first picture."""
+    lines = loading.replace(WHERE, json.dumps(where, ensure_ascii=False)).splitlines()
+    imports = [line for line in lines if line.startswith(("import ", "from "))]
+    lines = [line for line in lines if line.strip() and line not in imports]
+    if not any(line.startswith("pipe = ") for line in lines):
+        needed, opening = _opening(source)
+        imports.append(needed)
+        lines.insert(0, opening)
+    return "\n".join([*dict.fromkeys(imports), "", *lines, f"image = pipe({prompt!r}).images[0]"])
+
+
+def _opening(source: ModelSource) -> tuple[str, str]:
+    """What opens the base model: an import and a statement."""
+    if source.is_miniature:
+        return "from ether_diffusion import miniature", "pipe = miniature.load_pipeline()"
+    options = {"revision": source.revision, "variant": source.variant}
+    given = [repr(source.name), *(f"{name}={value!r}" for name, value in options.items() if value is not None)]
+    return "from diffusers import DiffusionPipeline", f"pipe = DiffusionPipeline.from_pretrained({', '.join(given)})"
+
+
+def _longest_ticks(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
+
+
+def _block(code: str, language: str = "") -> str:
+    """A fenced block, whatever the code contains."""
+    fence = "`" * max(3, _longest_ticks(code) + 1)
+    return f"{fence}{language}\n{code}\n{fence}"
+
+
+def _span(text: str) -> str:
+    """Text as it is, in one line and without a meaning in Markdown."""
+    text = " ".join(text.split())
+    ticks = "`" * (_longest_ticks(text) + 1)
+    padding = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{ticks}{padding}{text}{padding}{ticks}"
+
+
+def _cell(text: str) -> str:
+    """Text that stays in its cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|")

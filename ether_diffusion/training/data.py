@@ -1,243 +1,321 @@
-"""Instance pictures: find them, read them strictly, and cut training views from them."""
+"""What is trained on: pictures with their prompts, from a folder or a data set, and the views that samples show."""
 
-import re
-import struct
-import zlib
-from collections.abc import Sequence
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
-from ether_diffusion.training.options import InputError
+from ether_diffusion.training.command_line import InputError
+from ether_diffusion.training.images import find_images, read_image, to_pixels
+from ether_diffusion.training.options import InstanceDataOptions
 from ether_diffusion.training.seeds import generator
-
-# HEIC is here although Pillow needs a plugin for it: a photograph left out in silence is worse than an error.
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif"}
+from ether_diffusion.training.views import (
+    Framing,
+    Size,
+    Target,
+    View,
+    center_view,
+    crop_size,
+    cut,
+    frame,
+    nearest_target,
+    shrink,
+    shrunk_size,
 )
 
-# What Pillow's decoders raise on damaged files.
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+METADATA_NAME, METADATA_FILE_KEY, METADATA_CAPTION_KEY = "metadata.jsonl", "file_name", "text"
 
 _KEPT_IMAGES = 64
 
 
-def find_images(folder: str | Path) -> list[Path]:
-    """The pictures that lie directly in a folder, in an order that is the same on every machine.
+@dataclass(frozen=True)
+class Example:
+    """A picture with its prompt.
 
-    Hidden files and files of other kinds (captions, notes) are ignored.
+    name: what to call it in a message.
+    prompt: the text that it is trained under.
+    read: gives the picture as upright RGB; raises `InputError` where it is damaged.
+    """
+
+    name: str
+    prompt: str
+    read: Callable[[], Image.Image]
+
+
+# Where examples come from ---------------------------------------------------------------------------------------
+
+
+def find_examples(options: InstanceDataOptions) -> list[Example]:
+    """The instance pictures that the options name, each under its own caption or the instance prompt.
 
     Raises:
-        InputError: no such folder, or no pictures in it.
+        InputError: no pictures there, captions that cannot be read, or `datasets` is missing.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        arrived = "is a file, not a folder" if folder.exists() else "there is no such folder"
-        raise InputError(f"--instance_data_dir {folder}: {arrived}")
-    files = [each for each in folder.iterdir() if each.is_file() and not each.name.startswith(".")]
-    images = [each for each in files if each.suffix.lower() in IMAGE_SUFFIXES]
-    if not images:
-        raise InputError(
-            f"--instance_data_dir {folder}: holds {len(files)} files but no picture; "
-            "put JPEG, PNG, WebP or BMP files directly into it"
-        )
-    # Numbers count as numbers, so that 10.jpg follows 9.jpg.
-    return sorted(images, key=lambda each: [part.zfill(20) for part in re.split(r"(\d+)", each.name)] + [each.name])
+    if options.dataset_name is not None:
+        return _from_data_set(options)
+    folder = Path(str(options.instance_data_dir))
+    paths = find_images(folder)
+    captions = _captions_beside(paths) | _captions_in_metadata(folder, options.caption_column)
+    return examples_of(paths, options.instance_prompt, captions)
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """Read a picture as upright 8-bit RGB.
-
-    EXIF orientation is applied, transparency is composited on white, greyscale, palette, CMYK and 16-bit pictures are
-    converted; of an animation, the first frame.
-
-    Raises:
-        InputError: not a picture, or damaged; names the file.
-    """
-    path = Path(path)
-    try:
-        image = Image.open(path)
-    except _DAMAGE as error:
-        raise InputError(f"{path}: is not a picture that can be read ({error})") from error
-    with image:
-        try:
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
-        except _DAMAGE as error:
-            raise InputError(f"{path}: the picture is truncated or damaged ({error})") from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        # Pillow's own conversion clips 16-bit values at 255 instead of scaling them.
-        values = np.asarray(image, dtype=np.float64)
-        scale = 257.0 if values.max(initial=0.0) > 255 else 1.0
-        return Image.fromarray((values / scale).round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
-
-
-@dataclass(frozen=True)
-class View:
-    """One square cut from one picture: its number, the corner of the square in pixels, and whether it is mirrored."""
-
-    image: int
-    left: int
-    top: int
-    flip: bool
-
-
-@dataclass(frozen=True)
-class Framing:
-    """How a training view came out of its picture, in pixels, vertical before horizontal.
-
-    original_size: (height, width) of the picture as it was read.
-    crop_top_left: (top, left) corner of the view, after the picture was scaled (and mirrored) as the view is.
-    target_size: (height, width) of the view.
-    """
-
-    original_size: tuple[int, int]
-    crop_top_left: tuple[int, int]
-    target_size: tuple[int, int]
-
-
-class InstanceImages:
-    """Square training views of a few pictures of a subject, addressed by the global index of the sample.
-
-    Sample s belongs to epoch s // len(paths); every epoch visits every picture once, in an order of its own. The
-    order, the place of the crop and the mirroring follow from (seed, s) alone.
+def examples_of(paths: Sequence[Path], prompt: str, captions: dict[str, str] | None = None) -> list[Example]:
+    """Picture files as examples.
 
     Args:
-        paths: the picture files.
-        prompt: the instance prompt, the same for every picture.
-        resolution: side of a view in pixels; the shorter side of a picture is fitted to it.
-        center_crop: cut at the centre instead of at a random place.
-        random_flip: mirror with probability one half.
-        seed: of the run.
+        paths: the files.
+        prompt: of every picture that has no caption.
+        captions: file name -> caption.
+    """
+    captions = {} if captions is None else captions
+    return [Example(str(path), captions.get(path.name, prompt), partial(read_image, path)) for path in paths]
+
+
+def _captions_beside(paths: Sequence[Path]) -> dict[str, str]:
+    """File name -> text of the .txt file of the same name, where there is one that is not blank."""
+    captions = {}
+    for path in paths:
+        file = path.with_suffix(".txt")
+        if file.is_file():
+            try:
+                text = file.read_text("utf-8-sig").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise InputError(f"{file}: the caption cannot be read as UTF-8 text ({error})") from error
+            if text:
+                captions[path.name] = " ".join(text.split())
+    return captions
+
+
+def _captions_in_metadata(folder: Path, column: str | None) -> dict[str, str]:
+    """File name -> caption in `metadata.jsonl`: one JSON object a line, with the keys file_name and text."""
+    file = folder / METADATA_NAME
+    if not file.is_file():
+        if column is not None:
+            raise InputError(f"--caption_column {column}: there is no {METADATA_NAME} in {folder}")
+        return {}
+    key = METADATA_CAPTION_KEY if column is None else column
+    captions: dict[str, str] = {}
+    try:
+        lines = file.read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read as UTF-8 text ({error})") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{where}: is not JSON ({error})") from error
+        if not isinstance(row, dict) or not isinstance(row.get(METADATA_FILE_KEY), str):
+            raise InputError(f"{where}: needs an object with a text under {METADATA_FILE_KEY!r}")
+        name = row[METADATA_FILE_KEY]
+        if not (folder / name).is_file() or Path(name).name != name:
+            raise InputError(f"{where}: there is no file {name!r} directly in {folder}")
+        if not isinstance(row.get(key), str):
+            raise InputError(f"{where}: needs a text under {key!r}; its keys are {', '.join(row)}")
+        if row[key].strip():
+            captions[name] = row[key].strip()
+    return captions
+
+
+def _from_data_set(options: InstanceDataOptions) -> list[Example]:
+    rows = open_data_set(
+        str(options.dataset_name),
+        options.dataset_config_name,
+        image_columns=[options.image_column],
+        caption_column=options.caption_column,
+    )
+
+    def read(number: int, name: str) -> Image.Image:
+        return read_cell(rows[number][options.image_column], name)
+
+    captions: Sequence[Any] = rows[options.caption_column] if options.caption_column else [None] * len(rows)
+    examples = []
+    for number, caption in enumerate(captions):
+        name = f"--dataset_name {options.dataset_name}, row {number}"
+        if isinstance(caption, (list, tuple)):
+            caption = next(iter(caption), None)
+        if caption is not None and not isinstance(caption, str):
+            raise InputError(f"{name}: its {options.caption_column} is a {type(caption).__name__}, needs a text")
+        prompt = caption.strip() if caption and caption.strip() else options.instance_prompt
+        examples.append(Example(name, prompt, partial(read, number, name)))
+    return examples
+
+
+def open_data_set(
+    name: str, config_name: str | None, *, image_columns: Sequence[str], caption_column: str | None
+) -> Any:
+    """The split train of a data set on the Hub or in a folder, its pictures as they are stored.
 
     Raises:
-        InputError: a file that is no picture, or a damaged one: all files are read here, before any training.
+        InputError: `datasets` is missing, there is no such data set, or it lacks a column; names those that it has.
+    """
+    if importlib.util.find_spec("datasets") is None:
+        raise InputError('--dataset_name: the package datasets is missing; pip install "ether-diffusion[datasets]"')
+    import datasets
+
+    given = f"--dataset_name {name}"
+    try:
+        rows = datasets.load_dataset(name, config_name, split="train")
+    except Exception as error:  # whatever its builders, the file system or the Hub raise
+        raise InputError(f"{given}: cannot be loaded ({type(error).__name__}: {error})") from error
+    wanted = [("image_column", column) for column in image_columns]
+    if caption_column is not None:
+        wanted.append(("caption_column", caption_column))
+    for flag, column in wanted:
+        if column not in rows.column_names:
+            raise InputError(f"--{flag} {column}: {given} has the columns {', '.join(rows.column_names)}")
+    if not len(rows):
+        raise InputError(f"{given}: has no rows")
+    for column in image_columns:
+        try:
+            # Read by our own reader, which is strict and upright, instead of the data set's.
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+        except Exception as error:  # pyarrow's and datasets' own, of many classes
+            kind = rows.features[column]
+            raise InputError(f"--image_column {column}: holds {kind}, no pictures") from error
+    return rows
+
+
+def read_cell(cell: dict[str, Any] | None, name: str) -> Image.Image:
+    """A picture as `datasets` stores it: its bytes, or the path of its file."""
+    if not cell or (cell.get("bytes") is None and not cell.get("path")):
+        raise InputError(f"{name}: has no picture")
+    if cell.get("bytes") is not None:
+        return read_image(io.BytesIO(cell["bytes"]), name)
+    return read_image(cell["path"], name)
+
+
+# Views of them --------------------------------------------------------------------------------------------------
+
+
+class TrainingImages:
+    """Training views of a few pictures, addressed by the global index of the sample.
+
+    An epoch visits every picture `repeats` times, in an order of its own; sample s belongs to epoch s // len(images).
+    The order, the place of the crop and the mirroring follow from (seed, s) alone.
+
+    Args:
+        examples: the pictures and their prompts.
+        targets: (height, width) in pixels that a view can have; every picture has the one whose aspect ratio is
+            nearest to its own.
+        center_crop: cut at the centre instead of at a random place.
+        random_flip: mirror with probability one half.
+        repeats: how often each picture comes in an epoch.
+        fixed_crops: one crop for each repeat of a picture, the same in every epoch, so that there are few views.
+        group_size: samples of one forward pass over all processes; where targets differ, the order keeps so many
+            samples of one target together.
+        seed: of the run.
+
+    Attributes:
+        prompts: of each picture.
+        fingerprint: SHA-256 over the pixels and prompts of all: equal for equal data, wherever it lies.
+
+    Raises:
+        InputError: a file that is no picture, or a damaged one: all are read here, before any training.
     """
 
     def __init__(
         self,
-        paths: Sequence[Path],
+        examples: Sequence[Example],
         *,
-        prompt: str,
-        resolution: int,
+        targets: Sequence[Target],
         center_crop: bool = False,
         random_flip: bool = False,
+        repeats: int = 1,
+        fixed_crops: bool = False,
+        group_size: int = 1,
         seed: int = 0,
     ):
-        self.paths = list(paths)
-        self.prompt = prompt
-        self.resolution = resolution
+        self.examples = list(examples)
+        self.prompts = [example.prompt for example in self.examples]
         self.center_crop = center_crop
         self.random_flip = random_flip
+        self.repeats = repeats
+        self.fixed_crops = fixed_crops
+        self.group_size = group_size
         self.seed = seed
         self._picture = lru_cache(maxsize=_KEPT_IMAGES)(self._read)
         self._order = lru_cache(maxsize=2)(self._shuffle)
-        self.original_sizes = [self._picture(number)[1] for number in range(len(self.paths))]
+        self.original_sizes: list[Size] = []
+        self.targets: list[Target] = []
+        digest = hashlib.sha256()
+        for example in self.examples:
+            image = example.read()
+            self.original_sizes.append(image.size)
+            self.targets.append(targets[nearest_target(image.size, targets)])
+            digest.update(hashlib.sha256(f"{image.size} {example.prompt}".encode() + image.tobytes()).digest())
+        self.fingerprint = f"sha256:{digest.hexdigest()[:16]}"
 
     def __len__(self) -> int:
-        return len(self.paths)
+        """Samples in an epoch."""
+        return len(self.examples) * self.repeats
 
     def view(self, sample: int) -> View:
         """Which part of which picture sample number `sample` shows."""
-        epoch, place = divmod(sample, len(self.paths))
-        image = self._order(epoch)[place]
-        if self.center_crop:
-            center = center_view(self.original_sizes[image], self.resolution)
-            left, top = center.left, center.top
-        else:
-            width, height = shrunk_size(self.original_sizes[image], self.resolution)
-            side = min(width, height)
-            draw = generator(self.seed, "crop", sample)
-            left = int(torch.randint(width - side + 1, (), generator=draw))
-            top = int(torch.randint(height - side + 1, (), generator=draw))
+        epoch, place = divmod(sample, len(self))
+        number = self._order(epoch)[place]
         flip = self.random_flip and bool(torch.rand((), generator=generator(self.seed, "flip", sample)) < 0.5)
-        return View(image, left, top, flip)
+        crop = generator(self.seed, *(("fixed crop", number) if self.fixed_crops else ("crop", sample)))
+        return self._crop(number % len(self.examples), crop, flip)
+
+    def all_views(self) -> Iterator[View]:
+        """Every view that can come, where crops are fixed or central."""
+        for number in range(len(self)):
+            for flip in (False, True)[: 1 + self.random_flip]:
+                yield self._crop(number % len(self.examples), generator(self.seed, "fixed crop", number), flip)
+
+    def prompt(self, view: View) -> str:
+        """The prompt of the view's picture."""
+        return self.prompts[view.image]
 
     def pixels(self, view: View) -> torch.Tensor:
-        """The view as (3, resolution, resolution), float32, from -1 (black) to 1 (white)."""
-        return to_pixels(cut(self._picture(view.image)[0], view, self.resolution))
+        """The view as (3, height, width) of its target, float32, from -1 (black) to 1 (white)."""
+        return to_pixels(cut(self._picture(view.image), view, self.targets[view.image]))
 
     def framing(self, view: View) -> Framing:
         """Size and crop of the view."""
-        return frame(self.original_sizes[view.image], view, self.resolution)
+        return frame(self.original_sizes[view.image], view, self.targets[view.image])
 
-    def _read(self, number: int) -> tuple[Image.Image, tuple[int, int]]:
-        """A picture, reduced for training, and the (width, height) that it had."""
-        image = read_image(self.paths[number])
-        return shrink(image, self.resolution), image.size
+    def _crop(self, image: int, draw: torch.Generator, flip: bool) -> View:
+        original, target = self.original_sizes[image], self.targets[image]
+        if self.center_crop:
+            center = center_view(original, target)
+            return View(image, center.left, center.top, flip)
+        size = shrunk_size(original, target)
+        width, height = crop_size(size, target)
+        left = int(torch.randint(size[0] - width + 1, (), generator=draw))
+        top = int(torch.randint(size[1] - height + 1, (), generator=draw))
+        return View(image, left, top, flip)
+
+    def _read(self, number: int) -> Image.Image:
+        """A picture, reduced for training."""
+        return shrink(self.examples[number].read(), self.targets[number])
 
     def _shuffle(self, epoch: int) -> list[int]:
-        return torch.randperm(len(self.paths), generator=generator(self.seed, "order", epoch)).tolist()
-
-
-def shrink(image: Image.Image, resolution: int) -> Image.Image:
-    """Reduce a picture until its shorter side is `resolution`; smaller pictures stay as they are."""
-    size = shrunk_size(image.size, resolution)
-    return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
-
-
-def shrunk_size(size: tuple[int, int], resolution: int) -> tuple[int, int]:
-    """The (width, height) to which `shrink` brings a picture of this one."""
-    width, height = size
-    side = min(width, height)
-    if side <= resolution:
-        return size
-    return max(resolution, round(width * resolution / side)), max(resolution, round(height * resolution / side))
-
-
-def cut(image: Image.Image, view: View, resolution: int) -> Image.Image:
-    """The square of a view, brought to `resolution` x `resolution` pixels.
-
-    Only the square is enlarged, so a small picture that is far longer than wide costs no more than a square one.
-    """
-    side = min(image.size)
-    square = image.crop((view.left, view.top, view.left + side, view.top + side))
-    if side != resolution:
-        square = square.resize((resolution, resolution), Image.Resampling.LANCZOS)
-    return ImageOps.mirror(square) if view.flip else square
-
-
-def frame(original_size: tuple[int, int], view: View, resolution: int) -> Framing:
-    """Size and crop of a view of a picture that was read at this (width, height).
-
-    The corner counts in the picture scaled by resolution / shorter side. A mirrored view is cut from the mirrored
-    picture, so what counts is then the margin to the right of the square.
-    """
-    width, height = shrunk_size(original_size, resolution)
-    side = min(width, height)
-    left = width - side - view.left if view.flip else view.left
-    return Framing(
-        original_size=(original_size[1], original_size[0]),
-        crop_top_left=(round(view.top * resolution / side), round(left * resolution / side)),
-        target_size=(resolution, resolution),
-    )
-
-
-def center_view(size: tuple[int, int], resolution: int) -> View:
-    """The central square of a picture that was read at this (width, height), without any chance."""
-    width, height = shrunk_size(size, resolution)
-    side = min(width, height)
-    return View(0, (width - side) // 2, (height - side) // 2, flip=False)
-
-
-def center_square(image: Image.Image, resolution: int) -> Image.Image:
-    """The central square of a picture at `resolution` x `resolution` pixels."""
-    return cut(shrink(image.convert("RGB"), resolution), center_view(image.size, resolution), resolution)
-
-
-def to_pixels(image: Image.Image) -> torch.Tensor:
-    """An RGB picture as a tensor: (3, height, width), float32, from -1 (black) to 1 (white)."""
-    values = torch.from_numpy(np.array(image, dtype=np.float32))  # (h, w, 3)
-    return values.permute(2, 0, 1).div(127.5).sub(1.0)
+        """Number of the picture, plus the count of pictures times number of the repeat, at each place of an epoch."""
+        draw = generator(self.seed, "order", epoch)
+        order = torch.randperm(len(self), generator=draw).tolist()
+        if len(set(self.targets)) == 1:
+            return order
+        by_target: dict[Target, list[int]] = {}
+        for number in order:
+            by_target.setdefault(self.targets[number % len(self.examples)], []).append(number)
+        whole, rest = [], []
+        for numbers in by_target.values():
+            groups = [numbers[k : k + self.group_size] for k in range(0, len(numbers), self.group_size)]
+            (whole if len(groups[-1]) == self.group_size else rest).append(groups.pop())
+            whole += groups
+        shuffled = [whole[k] for k in torch.randperm(len(whole), generator=draw)]
+        return [number for group in [*shuffled, *rest] for number in group]

@@ -2,88 +2,113 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers.optimization import get_scheduler
 from torch import nn
 from tqdm.auto import tqdm
 
-from ether_diffusion.training.options import InputError, OptimizationOptions, RunOptions
-from ether_diffusion.training.state import Checkpoints, Interrupted, RunState, StopSignals
+from ether_diffusion.training.command_line import InputError
+from ether_diffusion.training.ema import RunningAverage
+from ether_diffusion.training.memory import current_memory, format_bytes, peak_memory, start_measuring
+from ether_diffusion.training.optimizers import make_optimizer, make_schedule
+from ether_diffusion.training.options import OptimizationOptions, PerformanceOptions, RunOptions
+from ether_diffusion.training.state import (
+    Checkpoints,
+    Interrupted,
+    RunState,
+    StopSignals,
+    random_state,
+    set_random_state,
+)
+from ether_diffusion.training.trackers import PROJECT, check_trackers, init_kwargs, tracker_names
 
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """losses: the mean loss of every optimiser step, over all processes. seconds: wall time of the loop.
+    """What a run has come to; it counts from the first step, before any stop.
 
-    Both count from the first step, before any stop.
+    losses: the mean loss of every optimiser step, over all processes.
+    seconds: wall time of the loop.
+    peak_memory: bytes that this process used at most, since it started or went on.
     """
 
     losses: list[float]
     seconds: float
+    peak_memory: int = 0
 
 
 def check_output_dir(folder: str | Path) -> Path:
-    """Create the output folder and make sure that it can be written to.
+    """Make sure that the output folder can be written to, or made; nothing is left behind.
 
     Raises:
         InputError: it cannot.
     """
     folder = Path(folder)
+    existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=existing):
             return folder
     except OSError as error:
         raise InputError(f"--output_dir {folder}: cannot be written to ({error})") from error
 
 
-def make_accelerator(run: RunOptions, optimization: OptimizationOptions) -> Accelerator:
+def make_accelerator(run: RunOptions, performance: PerformanceOptions, accumulation: int) -> Accelerator:
     """Devices, processes, precision and trackers.
+
+    Args:
+        run: output folder and trackers.
+        performance: precision.
+        accumulation: forward passes per optimiser step.
 
     Raises:
         InputError: a precision that this machine does not have, or a tracker that is not installed.
     """
-    if run.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
-        raise InputError("--report_to tensorboard: the package is missing; pip install tensorboard")
+    check_trackers(run.report_to)
     logging_dir = Path(run.output_dir, run.logging_dir)  # an absolute logging_dir takes the place of both
     try:
-        return Accelerator(
-            mixed_precision=run.mixed_precision,
-            gradient_accumulation_steps=optimization.gradient_accumulation_steps,
-            log_with=None if run.report_to == "none" else run.report_to,
+        accelerator = Accelerator(
+            mixed_precision=performance.mixed_precision,
+            gradient_accumulation_steps=accumulation,
+            log_with=tracker_names(run.report_to) or None,
             project_dir=str(logging_dir),
         )
     except ValueError as error:
-        precision = run.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        precision = performance.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         raise InputError(f"--mixed_precision {precision}: not on this machine ({error})") from error
+    if accelerator.mixed_precision not in WEIGHT_DTYPES:
+        raise InputError(
+            f"mixed precision {accelerator.mixed_precision}: came from `accelerate launch`, needs one of "
+            f"{', '.join(WEIGHT_DTYPES)}"
+        )
+    if performance.allow_tf32:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"  # convolutions have it already
+    return accelerator
 
 
 def train(
     accelerator: Accelerator,
     objective: nn.Module,
-    parameters: Sequence[nn.Parameter],
+    groups: Sequence[dict[str, Any]],
     options: OptimizationOptions,
     *,
-    learning_rate: float,
     checkpoints: Checkpoints | None = None,
     tracked: dict[str, Any] | None = None,
-    after_step: Callable[[int], None] | None = None,
+    validate: Callable[[int], None] | None = None,
+    validate_after: Callable[[int], bool] = lambda step: False,
 ) -> TrainingResult:
-    """Minimise an objective with AdamW.
+    """Minimise an objective.
 
     Step s covers the global samples [s·G, (s+1)·G), G = accumulation steps × processes × batch size, so a run on two
     processes sees the same samples as one with a batch twice as large.
@@ -91,13 +116,14 @@ def train(
     Args:
         accelerator: prepared here for objective and optimiser.
         objective: maps global sample indices to a loss for each, (b,).
-        parameters: what is trained.
-        options: steps, batch, schedule, AdamW.
-        learning_rate: of the schedule's plateau.
+        groups: what is trained, as optimisers take parameters: dictionaries with "params" and "lr".
+        options: steps, batch, schedule, optimiser; resolved.
         checkpoints: where to start and what to save; without them the run starts at the beginning, saves nothing and
             leaves signals alone.
         tracked: options to log with the run.
-        after_step: called with the number of steps done, after each, on every process.
+        validate: called with the number of steps done, on every process, with everything in evaluation mode, the
+            running average in place of the last values, and the random generators set back afterwards.
+        validate_after: whether to do so after this number of steps.
 
     Raises:
         FloatingPointError: a loss that is not finite; names the step and the last checkpoint. Nothing is saved then.
@@ -105,35 +131,32 @@ def train(
         InputError: the checkpoint to start from is of other vectors.
         OSError: a checkpoint could not be written.
     """
-    betas = (options.adam_beta1, options.adam_beta2)
-    optimizer = torch.optim.AdamW(
-        parameters, lr=learning_rate, betas=betas, weight_decay=options.adam_weight_decay, eps=options.adam_epsilon
-    )
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    optimizer = make_optimizer(groups, options)
     # Stepped here, once per optimiser step: Accelerate's own wrapper would step once per process.
-    schedule = get_scheduler(
-        options.lr_scheduler,
-        optimizer,
-        num_warmup_steps=options.lr_warmup_steps,
-        num_training_steps=options.max_train_steps,
-    )
+    schedule = make_schedule(optimizer, options)
+    average = RunningAverage(parameters, options.ema_decay) if options.use_ema else None
     names = {parameter: name for name, parameter in objective.named_parameters()}
-    state = RunState({names[each]: each for each in parameters}, optimizer, schedule, accelerator.scaler)
+    state = RunState({names[each]: each for each in parameters}, optimizer, schedule, accelerator.scaler, average)
     wrapped, prepared = accelerator.prepare(objective, optimizer)
     wrapped.train()
     if checkpoints is not None:
         checkpoints.restore(state, accelerator)
-    accelerator.init_trackers("ether", config=tracked)
+    if accelerator.log_with:
+        accelerator.init_trackers(PROJECT, config=tracked, init_kwargs=init_kwargs(accelerator.logging_dir))
+    start_measuring(accelerator.device)
     started = time.perf_counter() - state.seconds
     with (
         StopSignals() if checkpoints is not None else nullcontext() as signals,
         tqdm(
-            total=options.max_train_steps,
+            total=options.steps,
             initial=state.step,
             desc="training",
             disable=not accelerator.is_local_main_process,
         ) as bar,
     ):
-        for step in range(state.step, options.max_train_steps):
+        for step in range(state.step, options.steps):
+            begun = time.perf_counter()
             total = torch.zeros((), device=accelerator.device)
             for part in range(options.gradient_accumulation_steps):
                 samples = _samples(accelerator, options, step, part)
@@ -145,21 +168,35 @@ def train(
             if not math.isfinite(mean):
                 last = "" if checkpoints is None else f"; {checkpoints.describe_last()}"
                 raise FloatingPointError(
-                    f"the loss is {mean} at step {step + 1} of {options.max_train_steps}; try a lower "
+                    f"the loss is {mean} at step {step + 1} of {options.steps}; try a lower "
                     f"--learning_rate, or --mixed_precision bf16 or no{last}"
                 )
             accelerator.clip_grad_norm_(parameters, options.max_grad_norm)
             prepared.step()
-            rate = schedule.get_last_lr()[0]
+            rates = schedule.get_last_lr()
             schedule.step()
             prepared.zero_grad()
+            if average is not None and not accelerator.optimizer_step_was_skipped:
+                average.update()
             state.losses.append(mean)
             state.seconds = time.perf_counter() - started
-            accelerator.log({"train/loss": mean, "train/learning_rate": rate}, step=step + 1)
+            figures = {"train/loss": mean, "train/learning_rate": rates[0]}
+            if len(rates) > 1:
+                figures["train/text_encoder_learning_rate"] = rates[1]
+            figures["train/seconds_per_step"] = time.perf_counter() - begun
+            figures["train/memory"] = current_memory(accelerator.device)
+            accelerator.log(figures, step=step + 1)
+            bar.set_postfix(
+                loss=f"{mean:.4f}",
+                lr=f"{rates[0]:.2e}",
+                step=f"{figures['train/seconds_per_step']:.2f}s",
+                memory=format_bytes(figures["train/memory"]),
+                refresh=False,
+            )
             bar.update()
-            bar.set_postfix(loss=f"{mean:.4f}", lr=f"{rate:.2e}")
-            if after_step is not None:
-                after_step(step + 1)
+            if validate is not None and validate_after(step + 1):
+                with _set_aside(wrapped, average):
+                    validate(step + 1)
             if checkpoints is not None and checkpoints.due(state.step):
                 checkpoints.save(state, accelerator)
             if stopped:
@@ -168,10 +205,25 @@ def train(
             _, stopped = _agree(accelerator, torch.zeros((), device=accelerator.device), signals)
         if checkpoints is not None and stopped:
             path = checkpoints.save(state, accelerator)
-            raise Interrupted(stopped, state.step, options.max_train_steps, path)
+            raise Interrupted(stopped, state.step, options.steps, path)
     accelerator.wait_for_everyone()
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False).eval()
-    return TrainingResult(state.losses, state.seconds)
+    if average is not None:
+        average.apply()
+    return TrainingResult(state.losses, state.seconds, peak_memory(accelerator.device))
+
+
+@contextmanager
+def _set_aside(wrapped: nn.Module, average: RunningAverage | None) -> Iterator[None]:
+    """Everything as it is for painting; on leaving, as it was."""
+    found = random_state()
+    wrapped.eval()
+    try:
+        with nullcontext() if average is None else average.applied():
+            yield
+    finally:
+        wrapped.train()
+        set_random_state(found)
 
 
 def _agree(accelerator: Accelerator, loss: torch.Tensor, signals: StopSignals | None) -> tuple[float, int]:

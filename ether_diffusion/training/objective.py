@@ -4,6 +4,7 @@ Axes: b samples, (c, h, w) latents.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +12,13 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 
-from ether_diffusion.training.data import InstanceImages, View, center_square, center_view, frame, to_pixels
+from ether_diffusion.training.data import TrainingImages
 from ether_diffusion.training.families import Family, family_of
 from ether_diffusion.training.families.base import Conditioning
-from ether_diffusion.training.seeds import generator
+from ether_diffusion.training.images import to_pixels
+from ether_diffusion.training.options import PerformanceOptions
+from ether_diffusion.training.seeds import derive, generator
+from ether_diffusion.training.views import Framing, View, center_cut, center_view, frame
 
 _KEPT_VIEWS = 512
 
@@ -30,8 +34,71 @@ def sample_losses(prediction: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(dim=1)
 
 
+@dataclass(frozen=True)
+class Sample:
+    """What one prediction is asked about: latents and noise (c, h, w), and what goes with them."""
+
+    latents: Tensor
+    noise: Tensor
+    timestep: int
+    prompt: str
+    framing: Framing
+
+
+class PictureSet:
+    """Pictures as the objective draws samples from them.
+
+    Args:
+        images: the views.
+        family: encodes them.
+        seed: of all that is drawn: latents, noise and timestep of a sample follow from (seed, index) alone.
+        noise_offset: size of a shift of each channel's noise.
+    """
+
+    def __init__(self, images: TrainingImages, family: Family, *, seed: int, noise_offset: float = 0.0):
+        self.images, self.family, self.seed, self.noise_offset = images, family, seed, noise_offset
+        self._moments: dict[View, Tensor] = {}
+        self._kept_views = _KEPT_VIEWS
+
+    def draw(self, index: int) -> Sample:
+        """Sample number `index`, on the device."""
+        view, device = self.images.view(index), self.family.device
+        latents = self.family.make_latents(self._encode(view), generator(self.seed, "latents", index))
+        draw = generator(self.seed, "noise", index)
+        noise = torch.randn(latents.shape, generator=draw)
+        if self.noise_offset:
+            noise += self.noise_offset * torch.randn(len(noise), 1, 1, generator=draw)
+        timestep = self.family.draw_timestep(generator(self.seed, "timestep", index))
+        framing = self.images.framing(view)
+        return Sample(latents.to(device), noise.to(device), timestep, self.images.prompt(view), framing)
+
+    @torch.no_grad()
+    def _encode(self, view: View) -> Tensor:
+        """The autoencoder's answer for a view, kept: with few pictures and crops most views come back.
+
+        Views are encoded one by one, so that the result does not depend on the batch.
+        """
+        if view not in self._moments:
+            if len(self._moments) >= self._kept_views:
+                del self._moments[next(iter(self._moments))]
+            with self.family.at_work("vae"):
+                self._moments[view] = self.family.encode_pixels(self.images.pixels(view))
+        return self._moments[view]
+
+    def encode_all(self) -> None:
+        """Encode every view that can come; needs images with fixed or central crops. They are kept on the CPU."""
+        views = list(self.images.all_views())
+        self._kept_views = len(views)
+        with self.family.at_work("vae"):
+            for view in views:
+                self._moments[view] = self._encode(view).cpu()
+
+
 class DreamBoothObjective(nn.Module):
-    """Denoise views of the subject under the instance prompt.
+    """Denoise views of the subject under their prompts, and views of its class under the class prompt.
+
+    The loss of a sample is weight(t) · |target − prediction|², mean over the latent's elements, plus
+    `prior_loss_weight` times the same of a class picture.
 
     A module, so that one wrapper (precision, data parallel) holds all that is trained. `forward` takes the global
     indices of the samples; each draws its crop, mirroring, latents, noise and timestep from (seed, index) alone.
@@ -41,18 +108,37 @@ class DreamBoothObjective(nn.Module):
         images: the subject's pictures.
         trained: names of the components that are trained.
         seed: of the run.
+        class_images: pictures of the class, for prior preservation.
+        prior_loss_weight: of their loss.
+        snr_gamma: γ of `Family.min_snr_weights`; None weighs all timesteps alike.
+        noise_offset: size of a random shift of each channel's noise.
 
-    Source: DreamBooth, arXiv:2208.12242, without prior preservation.
+    Source: DreamBooth, arXiv:2208.12242, section 3.2.
     """
 
-    def __init__(self, family: Family, images: InstanceImages, *, trained: Sequence[str], seed: int):
+    def __init__(
+        self,
+        family: Family,
+        images: TrainingImages,
+        *,
+        trained: Sequence[str],
+        seed: int,
+        class_images: TrainingImages | None = None,
+        prior_loss_weight: float = 1.0,
+        snr_gamma: float | None = None,
+        noise_offset: float = 0.0,
+    ):
         super().__init__()
         self.family = family
-        self.images = images
-        self.seed = seed
         self.components = nn.ModuleDict({name: family.component(name) for name in trained})
+        self.prior_loss_weight = prior_loss_weight
+        self.snr_gamma = snr_gamma
         family.freeze_unused()
-        self._moments: dict[View, Tensor] = {}
+        self.subject = PictureSet(images, family, seed=seed, noise_offset=noise_offset)
+        self.prior = None
+        if class_images is not None:
+            seed = derive(seed, "class pictures")
+            self.prior = PictureSet(class_images, family, seed=seed, noise_offset=noise_offset)
         self._fixed_conditioning: dict[str, Conditioning] = {}
 
     def forward(self, samples: Sequence[int]) -> Tensor:
@@ -60,47 +146,56 @@ class DreamBoothObjective(nn.Module):
 
         samples: global indices of the samples, b of them.
         """
+        drawn = [self.subject.draw(sample) for sample in samples]
+        if self.prior is None:
+            return self._losses(drawn)
+        drawn += [self.prior.draw(sample) for sample in samples]
+        own, prior = self._losses(drawn).chunk(2)
+        return own + self.prior_loss_weight * prior
+
+    def prepare(self, options: PerformanceOptions) -> None:
+        """Encode pictures and prompts now, where asked to, and take off the device what is not needed any more."""
+        pictures = [each for each in (self.subject, self.prior) if each is not None]
+        if options.cache_latents:
+            for each in pictures:
+                each.encode_all()
+            self.family.park("vae")
+        if options.pre_compute_text_embeddings:
+            with self.family.at_work(*self.family.text_encoders):
+                for each in pictures:
+                    self._condition(each.images.prompts)
+            self.family.park(*self.family.text_encoders)
+
+    def _losses(self, drawn: Sequence[Sample]) -> Tensor:
+        """The loss of each of these samples: (b,); one prediction for all that have one shape."""
+        by_shape: dict[torch.Size, list[int]] = {}
+        for k, sample in enumerate(drawn):
+            by_shape.setdefault(sample.latents.shape, []).append(k)
+        parts = [self._losses_of_one_shape([drawn[k] for k in numbers]) for numbers in by_shape.values()]
+        order = [k for numbers in by_shape.values() for k in numbers]
+        return torch.cat(parts)[torch.tensor(order, device=parts[0].device).argsort()]
+
+    def _losses_of_one_shape(self, drawn: Sequence[Sample]) -> Tensor:
         family = self.family
-        device = next(self.components.parameters()).device
-        views = [self.images.view(sample) for sample in samples]
-        drawn = [self._draw(sample, view) for sample, view in zip(samples, views, strict=True)]
-        latents, noise = (torch.stack(each).to(device) for each in (zip(*drawn, strict=True)))  # (b, c, h, w)
-        timesteps = torch.tensor(
-            [family.draw_timestep(generator(self.seed, "timestep", sample)) for sample in samples], device=device
-        )
-        noisy = family.add_noise(latents, noise, timesteps)
+        latents, noise = (torch.stack(each) for each in zip(*((d.latents, d.noise) for d in drawn), strict=True))
+        timesteps = torch.tensor([sample.timestep for sample in drawn], device=latents.device)
+        noisy = family.add_noise(latents, noise, timesteps)  # (b, c, h, w)
         conditioning = {
-            **self._condition([self.images.prompt] * len(views)),
-            **family.encode_framings([self.images.framing(view) for view in views]),
+            **self._condition([sample.prompt for sample in drawn]),
+            **family.encode_framings([sample.framing for sample in drawn]),
         }
         prediction = family.predict(noisy, timesteps, conditioning)
-        return sample_losses(prediction, family.target(latents, noise, timesteps))
-
-    def _draw(self, sample: int, view: View) -> tuple[Tensor, Tensor]:
-        """Latents and noise of one sample, (c, h, w) each."""
-        latents = self.family.make_latents(self._encode(view), generator(self.seed, "latents", sample))
-        noise = torch.randn(latents.shape, generator=generator(self.seed, "noise", sample))
-        return latents, noise.to(latents.device)
-
-    @torch.no_grad()
-    def _encode(self, view: View) -> Tensor:
-        """The autoencoder's answer for a view, kept: with few pictures and crops most views come back.
-
-        Views are encoded one by one, so that the result does not depend on the batch.
-        """
-        if view not in self._moments:
-            if len(self._moments) >= _KEPT_VIEWS:
-                del self._moments[next(iter(self._moments))]
-            self._moments[view] = self.family.encode_pixels(self.images.pixels(view))
-        return self._moments[view]
+        losses = sample_losses(prediction, family.target(latents, noise, timesteps))
+        return losses if self.snr_gamma is None else losses * family.min_snr_weights(timesteps, self.snr_gamma)
 
     def _condition(self, prompts: Sequence[str]) -> Conditioning:
         """The encoded prompts; computed once where no text encoder is trained."""
         if any(name in self.components for name in self.family.text_encoders):
             return self.family.encode_prompts(prompts)
-        for prompt in prompts:
-            if prompt not in self._fixed_conditioning:
-                with torch.no_grad():
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._fixed_conditioning]
+        if new:
+            with torch.no_grad(), self.family.at_work(*self.family.text_encoders):
+                for prompt in new:
                     self._fixed_conditioning[prompt] = self.family.encode_prompts([prompt])
         return join_conditioning([self._fixed_conditioning[prompt] for prompt in prompts])
 
@@ -151,11 +246,12 @@ def denoising_loss(
         )
     family = family_of(pipe)
     side = family.native_resolution if resolution is None else resolution
-    latents = family.make_latents(family.encode_pixels(to_pixels(center_square(image, side))), None)  # (c, h, w)
+    target = (side, side)
+    latents = family.make_latents(family.encode_pixels(to_pixels(center_cut(image, target))), None)  # (c, h, w)
     middles = [int((part + 0.5) * family.timestep_count / timesteps) for part in range(timesteps)]
     drawn = [torch.randn(latents.shape, generator=generator(seed, "held-out noise", each)) for each in range(noises)]
     grid = [(step, noise) for step in middles for noise in drawn]
-    framing = frame(image.size, center_view(image.size, side), side)
+    framing = frame(image.size, center_view(image.size, target), target)
     conditioning = {**family.encode_prompts([prompt]), **family.encode_framings([framing])}
     total = 0.0
     for start in range(0, len(grid), batch_size):

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
-from torch import nn
 
-from ether_diffusion.layers import EtherLayer
+from ether_diffusion.training.families import Family
 from ether_diffusion.training.options import ValidationOptions
+from ether_diffusion.training.trackers import log_pictures
 
 SMALLEST_CELL = 128  # pixels; smaller pictures are enlarged, so that a person can see them
 GAP, FONT_SIZE = 8, 16
-
-
-@contextmanager
-def base_model(models: Iterable[nn.Module]) -> Iterator[None]:
-    """The models without their ETHER adapters; on leaving, every layer is as it was."""
-    layers = [module for model in models for module in model.modules() if isinstance(module, EtherLayer)]
-    with ExitStack() as undo:
-        for layer in layers:
-            undo.callback(layer.scaling.update, dict(layer.scaling))
-            layer.scaling.update(dict.fromkeys(layer.scaling, 0.0))
-        yield
 
 
 @torch.no_grad()
@@ -74,25 +64,55 @@ def _shortened(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.I
     return text + "…"
 
 
-def compare(
-    pipe: DiffusionPipeline,
-    models: Sequence[nn.Module],
-    prompts: Sequence[str],
-    options: ValidationOptions,
-    seed: int,
-) -> tuple[Image.Image, list[Image.Image]]:
-    """For every prompt a row of the base model above a row of the tuned one, and the tuned pictures alone.
+class Preview:
+    """Pictures of base and tuned model from the same seeds: for every prompt a row of the one above one of the other.
+
+    The base is painted when this is made, so make it before anything is added to the pipeline.
 
     Args:
-        pipe: the pipeline with its adapters.
-        models: its adapted components.
+        family: the pipeline's family.
         prompts: one pair of rows each.
         options: pictures per prompt, steps, guidance.
         seed: of the first picture of each row.
     """
-    rows: list[tuple[str, list[Image.Image]]] = []
-    for prompt in prompts:
-        with base_model(models):
-            rows.append((f"base: {prompt}", paint(pipe, prompt, options, seed)))
-        rows.append((f"tuned: {prompt}", paint(pipe, prompt, options, seed)))
-    return side_by_side(rows), [picture for _, pictures in rows[1::2] for picture in pictures]
+
+    def __init__(self, family: Family, prompts: Sequence[str], options: ValidationOptions, seed: int):
+        self.family, self.prompts, self.options, self.seed = family, list(prompts), options, seed
+        self.base = self._paint()
+
+    def compare(self) -> tuple[Image.Image, list[Image.Image]]:
+        """The grid, and the tuned pictures alone."""
+        tuned = self._paint()
+        rows: list[tuple[str, list[Image.Image]]] = []
+        for prompt, before, after in zip(self.prompts, self.base, tuned, strict=True):
+            rows += [(f"base: {prompt}", before), (f"tuned: {prompt}", after)]
+        return side_by_side(rows), [picture for pictures in tuned for picture in pictures]
+
+    def report(self, accelerator: Accelerator, path: Path, step: int) -> None:
+        """Save the grid and send the tuned pictures to the trackers."""
+        grid, tuned = self.compare()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        grid.save(path)
+        log_pictures(accelerator, "validation", tuned, step)
+
+    def _paint(self) -> list[list[Image.Image]]:
+        with self.family.at_work(*self.family.modules()):
+            return [paint(self.family.pipe, prompt, self.options, self.seed) for prompt in self.prompts]
+
+
+def is_due(options: ValidationOptions, *, epoch_samples: int, step_samples: int, steps: int) -> Callable[[int], bool]:
+    """Whether to paint after a step of the training, by --validation_steps or --validation_epochs.
+
+    Args:
+        options: how often.
+        epoch_samples: pictures in an epoch.
+        step_samples: pictures that one step sees.
+        steps: in all; the last one is painted in any case, when the training is over.
+    """
+    if options.validation_steps is not None:
+        period, unit = options.validation_steps, 1
+    elif options.validation_epochs is not None:
+        period, unit = options.validation_epochs * epoch_samples, step_samples
+    else:
+        return lambda step: False
+    return lambda step: step < steps and step * unit // period > (step - 1) * unit // period

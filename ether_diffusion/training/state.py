@@ -32,7 +32,9 @@ from accelerate.utils import gather_object
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from ether_diffusion.training.options import InputError, StateOptions
+from ether_diffusion.training.command_line import InputError
+from ether_diffusion.training.ema import RunningAverage
+from ether_diffusion.training.options import StateOptions
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +45,8 @@ FORMAT_VERSION = 1
 STEADY_SCHEDULES = ("constant", "constant_with_warmup")
 """Learning rates that do not depend on the number of steps in all."""
 
-SIZE_FACTOR, OVERHEAD_BYTES = 4, 1 << 20
-"""Size of a checkpoint: so many times the vectors (themselves, AdamW's two moments, and as much again), and a rest."""
+SIZE_FACTOR, OVERHEAD_BYTES = 6, 1 << 20
+"""Size of a checkpoint: so many times the vectors (themselves, their average, Prodigy's four states), and a rest."""
 SLACK_BYTES = 64 << 20
 """Room for the adapter's file, the pictures, the card and the logs."""
 
@@ -71,6 +73,7 @@ class RunState:
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler | None = None
+    average: RunningAverage | None = None
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -85,6 +88,7 @@ class RunState:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
             "losses": list(self.losses),
             "seconds": self.seconds,
         }
@@ -110,6 +114,8 @@ class RunState:
         self.schedule.load_state_dict(snapshot.state["schedule"])
         if self.scaler is not None:
             self.scaler.load_state_dict(snapshot.state["scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(snapshot.state["average"])
         self.losses, self.seconds = list(snapshot.state["losses"]), snapshot.state["seconds"]
 
 
@@ -257,7 +263,7 @@ def check_same_run(snapshot: Snapshot, run: Mapping[str, Any]) -> None:
     Raises:
         InputError: an option that has changed; names it, and its value then and now.
     """
-    for name in sorted(set(snapshot.run) | set(run)):
+    for name in dict.fromkeys([*run, *snapshot.run]):
         then, now = snapshot.run.get(name, "not there"), run.get(name, "not there")
         if then == now:
             continue
@@ -273,7 +279,7 @@ class Checkpoints:
     """The checkpoints of one run: where it starts, and how it saves.
 
     Args:
-        folder: the output folder; it is there.
+        folder: the output folder; made when there is something to write.
         options: how often, how many, and what to go on from.
         run: name of the option -> value, for all that the result depends on; `max_train_steps` and `lr_scheduler`
             are among them.
@@ -312,6 +318,16 @@ class Checkpoints:
         path, named = Path(given), self.folder / given
         return named if named.is_dir() and not path.exists() else path
 
+    def bind(self, name: str, value: str) -> None:
+        """Add something to what the result depends on, once it is known.
+
+        Raises:
+            InputError: it differs from what it was in the checkpoint to start from.
+        """
+        self.run[name] = value
+        if self.start is not None:
+            check_same_run(self.start, {**self.start.run, name: value})
+
     def check_space(self, parameters: int) -> None:
         """Make sure that the disk has room for the checkpoints still to come and for what the run leaves.
 
@@ -326,7 +342,8 @@ class Checkpoints:
         if self.options.checkpoints_total_limit is not None:
             count = min(count, self.options.checkpoints_total_limit + 1)
         needed = (4 * parameters * SIZE_FACTOR + OVERHEAD_BYTES) * count + SLACK_BYTES
-        free = shutil.disk_usage(self.folder).free
+        existing = next(each for each in (self.folder, *self.folder.absolute().parents) if each.exists())
+        free = shutil.disk_usage(existing).free
         if free < needed:
             raise InputError(
                 f"--output_dir {self.folder}: {free / 1e6:.0f} MB are free, but {count} checkpoints and the adapter "
@@ -427,11 +444,3 @@ class StopSignals:
     def _note(self, number: int, _: FrameType | None) -> None:
         self.number = number
         self.__exit__()
-
-
-def fingerprint(paths: Sequence[Path]) -> str:
-    """SHA-256 over the contents of files, in order: equal for equal data, wherever it lies."""
-    total = hashlib.sha256()
-    for path in paths:
-        total.update(hashlib.sha256(path.read_bytes()).digest())
-    return f"sha256:{total.hexdigest()[:16]}"

@@ -5,10 +5,10 @@ The loop, the objective and the pictures use `Family` alone; a new family is a n
 
 from diffusers import DiffusionPipeline
 
+from ether_diffusion.training.command_line import InputError
 from ether_diffusion.training.families.base import Blueprint, Family, ModelSource
 from ether_diffusion.training.families.sdxl import StableDiffusionXL
 from ether_diffusion.training.families.stable_diffusion import StableDiffusion
-from ether_diffusion.training.options import InputError
 
 FAMILIES: tuple[type[Family], ...] = (StableDiffusion, StableDiffusionXL)
 

@@ -12,8 +12,10 @@ from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from ether_diffusion import miniature
-from ether_diffusion.training.data import Framing
-from ether_diffusion.training.options import InputError, ModelOptions
+from ether_diffusion.attention import enable_ether_attention
+from ether_diffusion.training.command_line import InputError
+from ether_diffusion.training.options import ModelOptions, PerformanceOptions, ViewOptions, parse_buckets
+from ether_diffusion.training.views import Framing, Target
 
 MINIATURE_NAME = "ether-diffusion miniature"
 
@@ -94,22 +96,29 @@ class Blueprint:
     native_resolution: int
     resolution_multiple: int
 
-    def fit_resolution(self, resolution: int | None) -> int:
-        """The resolution asked for, or the native one.
+    def targets(self, options: ViewOptions) -> list[Target]:
+        """The (height, width) that training pictures can have: the buckets or the resolution asked for, or the native
+        square.
 
         Raises:
             InputError: the models cannot take pictures of this size.
         """
-        if resolution is None:
-            return self.native_resolution
-        if resolution % self.resolution_multiple:
-            below = resolution // self.resolution_multiple * self.resolution_multiple
-            fits = " or ".join(str(size) for size in (below, below + self.resolution_multiple) if size)
-            raise InputError(
-                f"--resolution: got {resolution}, needs a multiple of {self.resolution_multiple} (the autoencoder's "
-                f"factor): {fits}; the model's native size is {self.native_resolution}"
-            )
-        return resolution
+        if options.aspect_ratio_buckets is not None:
+            targets = list(parse_buckets(options.aspect_ratio_buckets))
+            flag = f"--aspect_ratio_buckets {options.aspect_ratio_buckets}"
+        else:
+            side = self.native_resolution if options.resolution is None else options.resolution
+            targets, flag = [(side, side)], "--resolution"
+        factor = self.resolution_multiple
+        for side in (side for target in targets for side in target):
+            if side % factor:
+                below = side // factor * factor
+                fits = " or ".join(str(size) for size in (below, below + factor) if size)
+                raise InputError(
+                    f"{flag}: got {side}, needs a multiple of {factor} (the autoencoder's factor): {fits}; the "
+                    f"model's native size is {self.native_resolution}"
+                )
+        return targets
 
 
 class Family(ABC):
@@ -127,6 +136,8 @@ class Family(ABC):
 
     def __init__(self, pipe: DiffusionPipeline):
         self.pipe = pipe
+        self.device = self.component(self.denoiser).device
+        self._parked: set[str] = set()
 
     @classmethod
     @abstractmethod
@@ -177,6 +188,15 @@ class Family(ABC):
         """What the denoiser should answer, float32."""
 
     @abstractmethod
+    def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
+        """Weights of the losses at these timesteps (b,), float32.
+
+        min(SNR, γ) / SNR for noise targets, min(SNR, γ) / (SNR + 1) for velocity targets, SNR = ᾱ / (1 − ᾱ).
+
+        Source: Min-SNR, arXiv:2303.09556, section 3.4.
+        """
+
+    @abstractmethod
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """What the denoiser answers, in the shape of the latents.
 
@@ -186,21 +206,62 @@ class Family(ABC):
     def component(self, name: str) -> nn.Module:
         return getattr(self.pipe, name)
 
-    def freeze(self, device: torch.device) -> None:
-        """All components to the device, in evaluation mode and without gradients."""
-        self.pipe.to(device)
-        for component in self.pipe.components.values():
-            if isinstance(component, nn.Module):
-                component.eval().requires_grad_(False)
+    def modules(self) -> dict[str, nn.Module]:
+        """The components that have weights."""
+        return {name: each for name, each in self.pipe.components.items() if isinstance(each, nn.Module)}
+
+    def freeze(self, device: torch.device, parked: Sequence[str] = ()) -> None:
+        """All components to the device, in evaluation mode and without gradients.
+
+        parked: those that stay in the CPU's memory except where `at_work` brings them in.
+        """
+        self.device = device
+        self._parked = set(parked)
+        for name, component in self.modules().items():
+            component.to("cpu" if name in self._parked else device)
+            component.eval().requires_grad_(False)
+
+    def park(self, *names: str) -> None:
+        """Take components off the device; `at_work` brings them in."""
+        self._parked |= set(names)
+        for name in names:
+            self.component(name).to("cpu")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @contextmanager
+    def at_work(self, *names: str) -> Iterator[None]:
+        """Components on the device; on leaving, those that were parked are so again."""
+        visitors = [name for name in names if name in self._parked]
+        self._parked -= set(visitors)
+        try:
+            for name in visitors:
+                self.component(name).to(self.device)
+            yield
+        finally:
+            if visitors:
+                self.park(*visitors)
 
     def freeze_unused(self) -> None:  # noqa: B027 (most families use all of their layers)
         """Take the gradients from layers on which `predict` does not depend: data parallel training refuses them."""
 
-    def enable_gradient_checkpointing(self, components: Sequence[str]) -> None:
-        """Recompute activations of these components in the backward pass."""
-        for name in components:
-            model = self.component(name)
-            if isinstance(model, ModelMixin):
-                model.enable_gradient_checkpointing()
+    def speed_up(self, options: PerformanceOptions, *, trained: Sequence[str]) -> None:
+        """Attention backend, gradient checkpointing and compilation; called when the adapters are on.
+
+        trained: names of the components that are trained.
+        """
+        denoiser = self.component(self.denoiser)
+        if options.attention:
+            enable_ether_attention(denoiser, options.attention)
+        if options.gradient_checkpointing:
+            for name in trained:
+                model = self.component(name)
+                if isinstance(model, ModelMixin):
+                    model.enable_gradient_checkpointing()
+                else:
+                    model.activation_checkpointing_enable()  # transformers' name for it
+        if options.compile:  # at the first call; block by block where the model is made of equal ones
+            if getattr(denoiser, "_repeated_blocks", None):
+                denoiser.compile_repeated_blocks()
             else:
-                model.activation_checkpointing_enable()  # transformers' name for it
+                denoiser.compile()

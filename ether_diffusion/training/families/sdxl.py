@@ -8,10 +8,10 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from ether_diffusion.training.data import Framing
+from ether_diffusion.training.command_line import InputError
 from ether_diffusion.training.families.base import Blueprint, Conditioning, ModelSource
 from ether_diffusion.training.families.unet import UNetFamily
-from ether_diffusion.training.options import InputError
+from ether_diffusion.training.views import Framing
 
 SIZE_COUNT = 6  # two numbers each of original size, crop and target size
 
@@ -47,14 +47,14 @@ class StableDiffusionXL(UNetFamily):
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         states, _, pooled, _ = self.pipe.encode_prompt(
-            list(prompts), num_images_per_prompt=1, do_classifier_free_guidance=False
+            list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         return {"encoder_hidden_states": states, "text_embeds": pooled}  # (b, tokens, both widths), (b, projection)
 
     def encode_framings(self, framings: Sequence[Framing]) -> Conditioning:
         rows = [[*each.original_size, *each.crop_top_left, *each.target_size] for each in framings]
         # In float32 whatever the model's precision: bfloat16 would round a size of 1333 to 1336.
-        return {"time_ids": torch.tensor(rows, dtype=torch.float32, device=self.pipe.unet.device)}  # (b, 6)
+        return {"time_ids": torch.tensor(rows, dtype=torch.float32, device=self.device)}  # (b, 6)
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         vae = self.pipe.vae
@@ -76,7 +76,8 @@ class StableDiffusionXL(UNetFamily):
 
     def freeze_unused(self) -> None:
         # The first encoder is read before its last layer, and its pooled output not at all.
-        self.pipe.text_encoder.encoder.layers[-1].requires_grad_(False)
+        for unread in (self.pipe.text_encoder.encoder.layers[-1], self.pipe.text_encoder.final_layer_norm):
+            unread.requires_grad_(False)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ class StableDiffusion(UNetFamily):
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         states, _ = self.pipe.encode_prompt(
-            list(prompts), self.pipe.text_encoder.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            list(prompts), self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         return {"encoder_hidden_states": states}  # (b, tokens, width)
 

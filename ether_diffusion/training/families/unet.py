@@ -6,11 +6,12 @@ from typing import Any, ClassVar
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.training_utils import compute_snr
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from ether_diffusion.training.command_line import InputError
 from ether_diffusion.training.families.base import Blueprint, Family, ModelSource
-from ether_diffusion.training.options import InputError
 
 PREDICTIONS = ("epsilon", "v_prediction")
 
@@ -105,6 +106,12 @@ class UNetFamily(Family):
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         return self.schedule.add_noise(latents, noise, timesteps)
+
+    def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
+        ratio = compute_snr(self.schedule, timesteps).float()
+        if self.schedule.config.prediction_type == "v_prediction":
+            return ratio.clamp(max=gamma) / (ratio + 1)
+        return (gamma / ratio).clamp(max=1)  # 1 as well where the SNR is 0, at the end of some schedules
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         if self.schedule.config.prediction_type == "v_prediction":

@@ -1,0 +1,73 @@
+"""How a training script starts and ends: options read, errors told in one line, exit codes."""
+
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ether_diffusion.training.command_line import InputError, parse_options
+from ether_diffusion.training.state import Interrupted
+
+logger = logging.getLogger(__name__)
+
+Options = TypeVar("Options")
+Result = TypeVar("Result")
+
+WRONG_INPUT, FAILED = 2, 1
+"""Exit codes; a signal ends a run with 128 + its number."""
+
+
+def launch_command(script: str, arguments: Sequence[str]) -> str:
+    """The command as it was typed, but for the place of the script."""
+    return shlex.join(["accelerate", "launch", Path(script).name, *arguments])
+
+
+def run_script(
+    run: Callable[[Options, str], Result],
+    options: type[Options],
+    *,
+    script: str,
+    description: str | None,
+    arguments: Sequence[str] | None = None,
+) -> Result:
+    """Read the command line and run; an error that needs no traceback becomes one line on stderr.
+
+    Args:
+        run: called with the options and the command as it was typed.
+        options: a dataclass of option groups.
+        script: the script's file.
+        description: what `--help` says first.
+        arguments: the words after the script's name; `sys.argv[1:]` if None.
+
+    Raises:
+        SystemExit: with `WRONG_INPUT`, `FAILED`, or 128 + the number of the signal that stopped the run.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("ether_diffusion.training").setLevel(logging.INFO)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        return run(parse_options(options, arguments, description), launch_command(script, arguments))
+    except Interrupted as stop:
+        _tell(str(stop))
+        raise SystemExit(stop.exit_code) from stop
+    except InputError as error:
+        _tell(f"error: {error}")
+        raise SystemExit(WRONG_INPUT) from error
+    except (FloatingPointError, OSError) as error:
+        _tell(f"error: {error}")
+        raise SystemExit(FAILED) from error
+
+
+def _tell(message: str) -> None:
+    """Say it once, however many processes there are."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)
+
+
+def narrate(message: str, *values: Any) -> None:
+    """Log progress, once for all processes."""
+    if os.environ.get("RANK", "0") == "0":
+        logger.info(message, *values)

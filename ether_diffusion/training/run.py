@@ -1,0 +1,211 @@
+"""One training run from its options to what it leaves: what the scripts have in common."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import nn
+
+from ether_diffusion.training.adapters import add_adapters, rehearse
+from ether_diffusion.training.card import GRID_NAME, figures_of, write_card
+from ether_diffusion.training.command_line import InputError, binding, flatten
+from ether_diffusion.training.entry import narrate
+from ether_diffusion.training.families import Family, ModelSource, family_at
+from ether_diffusion.training.hub import check_hub, log_patterns, upload
+from ether_diffusion.training.loop import WEIGHT_DTYPES, TrainingResult, check_output_dir, make_accelerator, train
+from ether_diffusion.training.methods import configs_of, loading_code, read_method, save_trained
+from ether_diffusion.training.optimizers import check_optimizer, parameter_groups
+from ether_diffusion.training.options import TrainingOptions
+from ether_diffusion.training.preview import Preview, is_due
+from ether_diffusion.training.state import Checkpoints
+
+VALIDATION_FOLDER = "validation"
+
+Options = TypeVar("Options", bound=TrainingOptions)
+
+
+class TrainingRun(Generic[Options]):
+    """A run: checked when it is made, then `check`, `load`, `train` and `finish`, in this order, by every process.
+
+    Args:
+        options: of the script.
+        command: as it was typed.
+
+    Attributes:
+        options: once `check` was called, with definite steps and learning rates.
+        source, family_class: the base model.
+        method, configs: what is trained; component -> its config.
+        parameter_count: of what is trained.
+        targets: (height, width) that training pictures can have.
+        output_dir: where everything goes; not made yet.
+        accelerator: devices and processes.
+
+    Raises:
+        InputError: what the user gave cannot be used. No weights were read and nothing was written.
+    """
+
+    def __init__(self, options: Options, command: str):
+        self.options, self.command = options, command
+        check_optimizer(options.optimization)
+        self.method = read_method(options.adapter)
+        if self.method.learning_rate is None and options.optimization.learning_rate is None:
+            raise InputError(f"--learning_rate: is missing; there is no default for {self.method.title}")
+        self.source = ModelSource.from_options(options.model)
+        self.family_class = family_at(self.source)
+        blueprint = self.family_class.read_blueprint(self.source)
+        self.configs = configs_of(self.method, self.family_class, options.adapter)
+        self.parameter_count = rehearse(blueprint.models, self.configs)
+        self.targets = blueprint.targets(options.views)
+        self.output_dir = check_output_dir(options.run.output_dir)
+        self.accelerator = make_accelerator(
+            options.run, options.performance, options.optimization.gradient_accumulation_steps
+        )
+
+    @property
+    def precision(self) -> str:
+        """The mixed precision: no, fp16 or bf16."""
+        return self.accelerator.mixed_precision
+
+    @property
+    def view_options(self) -> dict[str, Any]:
+        """How pictures are cut, as `TrainingImages` takes it."""
+        return {
+            "targets": self.targets,
+            "center_crop": self.options.views.center_crop,
+            "random_flip": self.options.views.random_flip,
+            "fixed_crops": self.options.performance.cache_latents,
+            "group_size": self.options.optimization.train_batch_size * self.accelerator.num_processes,
+            "seed": self.options.run.seed,
+        }
+
+    def check(self, *, epoch_samples: int, depends_on: Mapping[str, str]) -> None:
+        """The rest of what can fail, which needs to know the data.
+
+        Args:
+            epoch_samples: pictures in one epoch.
+            depends_on: more that the result depends on: flag that named it -> fingerprint.
+
+        Raises:
+            InputError: nothing to go on from, too little room on the disk, or no way to the Hub.
+        """
+        processes = self.accelerator.num_processes
+        optimization = self.options.optimization.resolve(
+            default_learning_rate=self.method.learning_rate or 0.0, epoch_samples=epoch_samples, processes=processes
+        )
+        self.options = replace(self.options, optimization=optimization)
+        self.epoch_samples = epoch_samples
+        given = {**binding(self.options), **depends_on, "method": self.method.name}
+        given |= {"mixed_precision": self.precision, "num_processes": processes}
+        if self.options.adapter.adapter_config is not None:
+            content = Path(self.options.adapter.adapter_config).read_bytes()
+            given["adapter_config"] = f"sha256:{hashlib.sha256(content).hexdigest()[:16]}"
+        self.checkpoints = Checkpoints(self.output_dir, self.options.state, given)
+        self.checkpoints.check_space(self.parameter_count)
+        self.hub_id = check_hub(self.options.run) if self.accelerator.is_main_process else None
+
+    def load(self, prompts: Sequence[str]) -> Family:
+        """The model with its adapter, when it has painted what it makes of these prompts without one."""
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        performance = self.options.performance
+        # Weights that are all trained are kept in float32; those beside adapters stay as they are, in half precision.
+        dtype = torch.float32 if None in self.configs.values() else WEIGHT_DTYPES[self.precision]
+        self.family = self.family_class.load(self.source, dtype)
+        idle = self.family.modules().keys() - {self.family.denoiser, *self.configs}
+        self.family.freeze(self.accelerator.device, parked=sorted(idle) if performance.offload else ())
+        self.preview = None
+        if self.options.validation.num_validation_images and self.accelerator.is_main_process:
+            self.preview = Preview(self.family, prompts, self.options.validation, self.options.run.seed)
+        self.models: dict[str, nn.Module] = {name: self.family.component(name) for name in self.configs}
+        add_adapters(self.models, self.configs, seed=self.options.run.seed)
+        self.family.speed_up(performance, trained=list(self.configs))
+        return self.family
+
+    def train(self, objective: nn.Module, what: str) -> TrainingResult:
+        """Minimise an objective, with all that the options say.
+
+        Args:
+            objective: maps global sample indices to a loss for each; what needs a gradient in it is trained.
+            what: the data, in words, for the log.
+        """
+        optimization, processes = self.options.optimization, self.accelerator.num_processes
+        objective.prepare(self.options.performance)
+        where = f"{processes} process{'es' * (processes > 1)} ({self.accelerator.device.type})"
+        name = self.source.name
+        narrate("%s: %d parameters on %s, %s, %s", self.method.title, self.parameter_count, name, what, where)
+        return train(
+            self.accelerator,
+            objective,
+            parameter_groups(self.models, denoiser=self.family.denoiser, options=optimization),
+            optimization,
+            checkpoints=self.checkpoints,
+            tracked={**flatten(self.options), "method": self.method.name},
+            validate=self._validate,
+            validate_after=is_due(
+                self.options.validation,
+                epoch_samples=self.epoch_samples,
+                step_samples=optimization.samples_per_step(processes),
+                steps=optimization.steps,
+            ),
+        )
+
+    def finish(self, result: TrainingResult, *, prompt: str, pictures: int) -> None:
+        """Leave the weights, a grid of pictures and a model card in the output folder, and upload them if asked to.
+
+        Args:
+            result: of the training.
+            prompt: that names what was learned.
+            pictures: how many were trained on.
+
+        Raises:
+            OSError: the disk is full, or the upload failed.
+        """
+        if self.accelerator.is_main_process:
+            # The weights first: whatever happens to the pictures, they are there.
+            weights = save_trained(
+                self.family.pipe, self.configs, self.output_dir, method=self.method, metadata={"prompt": prompt}
+            )
+            narrate("weights: %s", weights)
+            if self.preview is not None:
+                self.preview.report(self.accelerator, self.output_dir / GRID_NAME, len(result.losses))
+                narrate("pictures: %s", self.output_dir / GRID_NAME)
+            self._write_card(result, weights, prompt, pictures)
+            if self.hub_id is not None:
+                narrate("uploaded: %s", upload(self.output_dir, self.hub_id, ignore=log_patterns(self.options.run)))
+        self.accelerator.end_training()
+
+    def _validate(self, step: int) -> None:
+        if self.preview is not None:
+            path = self.output_dir / VALIDATION_FOLDER / f"step-{step:06}.png"
+            self.preview.report(self.accelerator, path, step)
+
+    def _write_card(self, result: TrainingResult, weights: Path, prompt: str, pictures: int) -> None:
+        optimization = self.options.optimization
+        rates = {"denoiser": optimization.learning_rate}
+        if optimization.text_encoder_lr is not None:
+            rates["text encoders"] = optimization.text_encoder_lr
+        write_card(
+            self.output_dir,
+            source=self.source,
+            title=self.method.title,
+            tags=["dreambooth", "peft", self.method.name],
+            paper=self.method.paper,
+            loading=loading_code(self.method, list(self.configs)),
+            weights=weights,
+            prompt=prompt,
+            prompts=() if self.preview is None else self.preview.prompts,
+            figures=figures_of(
+                result,
+                pictures=pictures,
+                parameters=self.parameter_count,
+                weights=weights,
+                learning_rates=rates,
+            ),
+            command=self.command,
+            with_pictures=self.preview is not None,
+            hub_id=self.hub_id,
+        )

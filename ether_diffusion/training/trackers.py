@@ -1,0 +1,89 @@
+"""Where a run is logged: TensorBoard and Weights & Biases, both through Accelerate."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from PIL import Image
+
+from ether_diffusion.training.command_line import InputError
+
+PROJECT = "ether-diffusion"
+"""Name of the project on Weights & Biases, and of TensorBoard's folder inside `--logging_dir`."""
+
+TRACKERS = ("tensorboard", "wandb")
+"""Values of `--report_to` that name a tracker; each is the name of its package as well."""
+
+
+def _is_installed(package: str) -> bool:
+    spec = importlib.util.find_spec(package)
+    # A folder without code, such as the `wandb` that runs leave behind, passes for a package too; it has no origin.
+    return spec is not None and spec.origin is not None
+
+
+def tracker_names(report_to: str) -> list[str]:
+    """The trackers that `--report_to` stands for, as `Accelerator(log_with=… or None)` takes them.
+
+    Args:
+        report_to: one of `TRACKERS`, "all" for those that are installed, or "none".
+    """
+    if report_to == "all":
+        return [name for name in TRACKERS if _is_installed(name)]
+    return [] if report_to == "none" else [report_to]
+
+
+def check_trackers(report_to: str) -> None:
+    """Make sure that what `--report_to` names is installed, and that W&B knows the user where it works online.
+
+    Raises:
+        InputError: a package is missing, or nobody is logged in.
+    """
+    names = tracker_names(report_to)
+    if report_to == "all" and not names:
+        raise InputError(f"--report_to all: none is installed; pip install {' or '.join(TRACKERS)}")
+    for name in names:
+        if not _is_installed(name):
+            raise InputError(f"--report_to {name}: the package is missing; pip install {name}")
+    if "wandb" in names:
+        _check_login(report_to)
+
+
+def _check_login(report_to: str) -> None:
+    import wandb
+
+    if wandb.setup().settings.mode not in ("online", "shared"):
+        return
+    reason = "nobody is logged in"
+    try:
+        logged_in = wandb.login(prompt=False)
+    except wandb.errors.Error as error:
+        logged_in, reason = False, str(error)
+    if not logged_in:
+        raise InputError(f"--report_to {report_to}: W&B: {reason}; `wandb login`, or set WANDB_MODE=offline")
+
+
+def init_kwargs(logging_dir: str | Path) -> dict[str, dict[str, Any]]:
+    """What `Accelerator.init_trackers` passes on, so that all trackers write below one folder, which is created."""
+    # Where the folder is missing, wandb writes to another place.
+    Path(logging_dir).mkdir(parents=True, exist_ok=True)
+    return {"wandb": {"dir": str(logging_dir)}}
+
+
+def log_pictures(accelerator: Accelerator, title: str, pictures: Sequence[Image.Image], step: int) -> None:
+    """Log pictures of one size to every tracker of the run; without trackers this does nothing.
+
+    Args:
+        accelerator: its trackers are initialised.
+        title: what they are shown under, e.g. the prompt.
+        pictures: at least one.
+        step: optimiser steps done; W&B drops what is older than what it has.
+    """
+    batch = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])  # (n, h, w, 3), uint8
+    for tracker in accelerator.trackers:
+        options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({title: batch}, step=step, **options)

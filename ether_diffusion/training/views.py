@@ -1,0 +1,123 @@
+"""Training views: which rectangle of a picture is cut out, and how that is told to the model.
+
+Sizes of pictures are (width, height), as Pillow has them; targets are (height, width), as models have them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image, ImageOps
+
+Size = tuple[int, int]
+"""(width, height) in pixels."""
+Target = tuple[int, int]
+"""(height, width) in pixels of a training picture."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One rectangle cut from one picture: the picture's number, the corner in pixels, and whether it is mirrored.
+
+    The corner counts in the picture as `shrink` leaves it.
+    """
+
+    image: int
+    left: int
+    top: int
+    flip: bool
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How a training view came out of its picture, in pixels, vertical before horizontal.
+
+    original_size: (height, width) of the picture as it was read.
+    crop_top_left: (top, left) corner of the view, after the picture was scaled (and mirrored) as the view is.
+    target_size: (height, width) of the view.
+    """
+
+    original_size: tuple[int, int]
+    crop_top_left: tuple[int, int]
+    target_size: tuple[int, int]
+
+
+def nearest_target(size: Size, targets: Sequence[Target]) -> int:
+    """The number of the target whose aspect ratio is nearest to the picture's; of equals, the one nearest in area.
+
+    Ratios are compared as ratios: 1:2 is as far from 1:1 as 2:1 is.
+    """
+    width, height = size
+
+    def distance(number: int) -> tuple[float, float]:
+        rows, columns = targets[number]
+        ratio = width * rows / (height * columns)
+        area = width * height / (rows * columns)
+        return round(max(ratio, 1 / ratio), 6), max(area, 1 / area)
+
+    return min(range(len(targets)), key=distance)
+
+
+def shrunk_size(size: Size, target: Target) -> Size:
+    """The size to which `shrink` brings a picture of this one."""
+    width, height = size
+    rows, columns = target
+    if width <= columns or height <= rows:
+        return size
+    scale = max(rows / height, columns / width)
+    return max(columns, round(width * scale)), max(rows, round(height * scale))
+
+
+def shrink(image: Image.Image, target: Target) -> Image.Image:
+    """Reduce a picture until it just covers the target; one that does not cover it stays as it is."""
+    size = shrunk_size(image.size, target)
+    return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
+
+
+def crop_size(size: Size, target: Target) -> Size:
+    """The largest rectangle of the target's proportions in a shrunk picture: the target itself where it fits."""
+    width, height = size
+    rows, columns = target
+    scale = max(rows / height, columns / width, 1.0)
+    return min(width, max(1, round(columns / scale))), min(height, max(1, round(rows / scale)))
+
+
+def cut(image: Image.Image, view: View, target: Target) -> Image.Image:
+    """The rectangle of a view of a shrunk picture, brought to the target's size.
+
+    Only the rectangle is enlarged, so a small picture that is far longer than wide costs no more than a square one.
+    """
+    width, height = crop_size(image.size, target)
+    rectangle = image.crop((view.left, view.top, view.left + width, view.top + height))
+    rows, columns = target
+    if rectangle.size != (columns, rows):
+        rectangle = rectangle.resize((columns, rows), Image.Resampling.LANCZOS)
+    return ImageOps.mirror(rectangle) if view.flip else rectangle
+
+
+def frame(original_size: Size, view: View, target: Target) -> Framing:
+    """Size and crop of a view of a picture that was read at this size.
+
+    The corner counts in the picture scaled so that the view has the target's size. A mirrored view is cut from the
+    mirrored picture, so what counts is then the margin to the right of the rectangle.
+    """
+    size = shrunk_size(original_size, target)
+    width, height = crop_size(size, target)
+    rows, columns = target
+    left = size[0] - width - view.left if view.flip else view.left
+    return Framing(
+        original_size=(original_size[1], original_size[0]),
+        crop_top_left=(round(view.top * rows / height), round(left * columns / width)),
+        target_size=target,
+    )
+
+
+def center_view(original_size: Size, target: Target) -> View:
+    """The central rectangle of a picture that was read at this size, without any chance."""
+    size = shrunk_size(original_size, target)
+    width, height = crop_size(size, target)
+    return View(0, (size[0] - width) // 2, (size[1] - height) // 2, flip=False)
+
+
+def center_cut(image: Image.Image, target: Target) -> Image.Image:
+    """The central rectangle of a picture at the target's size."""
+    return cut(shrink(image.convert("RGB"), target), center_view(image.size, target), target)

@@ -1,0 +1,47 @@
+"""What tests do with the training scripts: call them in this process, launch them as users do."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+
+from ether_diffusion.checkpoint import WEIGHTS_NAME
+
+ROOT = Path(__file__).parents[1]
+DREAMBOOTH = ROOT / "train_dreambooth_ether.py"
+
+
+def load_script(path: Path) -> ModuleType:
+    """A script as a module, the same one at every call."""
+    if path.stem not in sys.modules:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up
+        spec.loader.exec_module(module)
+    return sys.modules[path.stem]
+
+
+def reset_accelerate() -> None:
+    """Forget the devices and precision of the last run in this process."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+def launch(script: Path, *flags: object, processes: int = 1, **environment: str) -> subprocess.CompletedProcess:
+    """`accelerate launch` on the CPU; more than one process through torchrun, which really starts them."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", str(script), *map(str, flags)]
+    if processes > 1:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), *command[3:]]
+    variables = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=variables)
+
+
+def vectors(folder: Path) -> torch.Tensor:
+    """All that an ETHER adapter's file holds, as one vector."""
+    return torch.cat([tensor.flatten() for _, tensor in sorted(load_file(folder / WEIGHTS_NAME).items())])
