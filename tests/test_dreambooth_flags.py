@@ -18,6 +18,7 @@ from PIL import Image
 from pipelines import paint
 from safetensors.torch import load_file
 from scripts import DREAMBOOTH, launch, load_script, vectors
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from zoo import sdxl
 
 import ether_diffusion  # noqa: F401  (gives pipelines their *_ether_* methods)
@@ -295,7 +296,11 @@ def test_a_run_does_not_go_on_with_other_class_pictures(train, painted, capsys):
 
 def test_grids_are_painted_after_steps_and_at_the_end(train):
     flags = ["--num_validation_images", 2, "--num_inference_steps", 1, "--validation_prompt", "sks toy", "a toy"]
-    _, folder = train(*flags, "--validation_steps", 2, "--max_train_steps", 5)
+    _, folder = train(*flags, "--validation_steps", 2, "--max_train_steps", 5, "--report_to", "tensorboard")
+    logged = EventAccumulator(str(folder / "logs" / "ether-diffusion")).Reload()
+    assert [each.step for each in logged.Images("validation")] == [2, 4, 5]
+    figures = {"train/loss", "train/learning_rate", "train/memory", "train/seconds_per_step"}
+    assert figures <= set(logged.Tags()["scalars"])
     grids = sorted(path.name for path in (folder / "validation").iterdir())
     assert grids == ["step-000002.png", "step-000004.png"] and (folder / "grid.png").exists()
     early, late = (np.asarray(Image.open(folder / "validation" / name)) for name in grids)

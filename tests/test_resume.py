@@ -371,6 +371,52 @@ def test_a_run_killed_twice_and_interrupted_once_ends_with_the_same_file(script,
     assert adapter(folder) == adapter(whole)
 
 
+def trained_bytes(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{path.relative_to(folder)} {name}": tensor
+        for path in sorted(folder.rglob("*.safetensors"))
+        if "checkpoint-" not in str(path)
+        for name, tensor in load_file(path).items()
+    }
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "--use_ema --train_text_encoder --text_encoder_lr 0.01",
+        "--optimizer prodigy",
+        "--mixed_precision fp16",
+        "--mixed_precision bf16 --cache_latents --pre_compute_text_embeddings --offload",
+        "--method lora --lr_scheduler cosine_with_restarts --lr_num_cycles 2",
+        "--method oft --snr_gamma 5 --noise_offset 0.1",
+        "--method vera --gradient_accumulation_steps 2",
+        "--method full --use_ema --learning_rate 0.001",
+        "--validation_steps 1 --num_validation_images 1 --num_inference_steps 1",
+    ],
+)
+def test_with_every_kind_of_state_a_resumed_run_ends_with_the_same_file(script, flags, tmp_path, more):
+    words = [*flags, "--max_train_steps", "5", "--checkpointing_steps", "2", *more.split()]
+    folders = tmp_path / "whole", tmp_path / "resumed"
+    whole = script.main([*words, "--output_dir", str(folders[0])])
+    folders[1].mkdir()
+    shutil.copytree(folders[0] / "checkpoint-2", folders[1] / "checkpoint-2")
+    reset_accelerate()
+    random.seed(1), np.random.seed(2), torch.manual_seed(3)
+    again = script.main([*words, "--output_dir", str(folders[1]), "--resume_from_checkpoint", "latest"])
+    first, second = map(trained_bytes, folders)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert again.losses == whole.losses
+
+
+def test_dropout_goes_on_where_it_was(script, flags, tmp_path):
+    config = {"peft_type": "LORA", "r": 2, "lora_dropout": 0.5, "target_modules": ["to_q", "to_v"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    test_with_every_kind_of_state_a_resumed_run_ends_with_the_same_file(
+        script, flags, tmp_path, f"--adapter_config {tmp_path / 'config.json'} --validation_steps 1"
+        " --num_validation_images 1 --num_inference_steps 1"
+    )  # fmt: skip
+
+
 @pytest.mark.slow
 def test_twenty_kills_at_random_times_change_no_bit(script, flags, tmp_path):
     flags = [*flags, "--max_train_steps", "60", "--checkpointing_steps", "7", "--checkpoints_total_limit", "2"]

@@ -80,20 +80,19 @@ class Preview:
         self.family, self.prompts, self.options, self.seed = family, list(prompts), options, seed
         self.base = self._paint()
 
-    def compare(self) -> tuple[Image.Image, list[Image.Image]]:
-        """The grid, and the tuned pictures alone."""
-        tuned = self._paint()
+    def compare(self) -> Image.Image:
+        """The grid, with the model as it is now."""
         rows: list[tuple[str, list[Image.Image]]] = []
-        for prompt, before, after in zip(self.prompts, self.base, tuned, strict=True):
+        for prompt, before, after in zip(self.prompts, self.base, self._paint(), strict=True):
             rows += [(f"base: {prompt}", before), (f"tuned: {prompt}", after)]
-        return side_by_side(rows), [picture for pictures in tuned for picture in pictures]
+        return side_by_side(rows)
 
     def report(self, accelerator: Accelerator, path: Path, step: int) -> None:
-        """Save the grid and send the tuned pictures to the trackers."""
-        grid, tuned = self.compare()
+        """Save the grid, and send it to the trackers."""
+        grid = self.compare()
         path.parent.mkdir(parents=True, exist_ok=True)
         grid.save(path)
-        log_pictures(accelerator, "validation", tuned, step)
+        log_pictures(accelerator, "validation", [grid], step)
 
     def _paint(self) -> list[list[Image.Image]]:
         with self.family.at_work(*self.family.modules()):
