@@ -71,9 +71,9 @@ def run(options: Options, command: str) -> TrainingResult:
         snr_gamma=options.optimization.snr_gamma,
         noise_offset=options.optimization.noise_offset,
     )
-    what = f"{len(examples)} pictures" + (f" and {len(class_images)} of the class" if class_images else "")
+    what = f"{len(examples):,} pictures" + (f" and {len(class_images)} of the class" if class_images else "")
     result = training.train(objective, what)
-    training.finish(result, prompt=data.instance_prompt, pictures=len(examples))
+    training.finish(result, prompt=data.instance_prompt, pictures=what)
     return result
 
 

@@ -1,36 +1,39 @@
-"""Learning rate and steps for ETHER and ETHER+ on the miniature: what the script's defaults are chosen by.
+"""Learning rate and steps of each method on the miniature: what the script's defaults are chosen by.
 
     python benchmarks/learning_rate_sweep.py --output_dir out/sweep
 
 Every subject of the miniature's world is learned from five views. Measured along the way, over fixed noises and
 timesteps: the denoising loss on the sixth view (does it know the subject?) and on pictures of the world (has it
-forgotten anything?). Prints a table and writes it as JSON.
+forgotten anything?). Prints a table and writes it as JSON, row by row: the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import tempfile
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from measuring import machine
+from result_file import ResultFile
 
-from ether_diffusion import EtherConfig
 from ether_diffusion.miniature import FOLDER, load_pipeline
 from ether_diffusion.miniature.evaluate import checksum
 from ether_diffusion.miniature.world import VIEWS, Subject, draw_scene, subjects
-from ether_diffusion.training.adapters import add_adapters, trained_parameters
-from ether_diffusion.training.data import InstanceImages, find_images
+from ether_diffusion.training.adapters import add_adapters
+from ether_diffusion.training.data import TrainingImages, examples_of
 from ether_diffusion.training.families import family_of
+from ether_diffusion.training.images import find_images
 from ether_diffusion.training.loop import train
+from ether_diffusion.training.methods import configs_of, read_method
 from ether_diffusion.training.objective import DreamBoothObjective, denoising_loss
-from ether_diffusion.training.options import OptimizationOptions
+from ether_diffusion.training.optimizers import parameter_groups
+from ether_diffusion.training.options import ETHER_METHODS, METHODS, AdapterOptions, OptimizationOptions
 
 
-def measure(pipe, subject: Subject) -> tuple[float, float]:
+def measure(pipe: DiffusionPipeline, subject: Subject) -> tuple[float, float]:
     """Denoising loss on the view that was held out, and on eight pictures of the world."""
     view = subject.view(VIEWS - 1)
     own = denoising_loss(pipe, view.render().image, f"a photo of sks {subject.class_name}")
@@ -44,22 +47,25 @@ def learn(subject: Subject, method: str, rate: float, checkpoints: list[int], se
     pipe = load_pipeline()
     family = family_of(pipe)
     family.freeze(torch.device("cpu"))
-    configs = {"unet": EtherConfig(method=method)}
-    models = {"unet": pipe.unet}
+    adapter = AdapterOptions(method=method)
+    configs = configs_of(read_method(adapter), type(family), adapter)
+    models = {name: family.component(name) for name in configs}
     add_adapters(models, configs, seed=seed)
+    options = OptimizationOptions(max_train_steps=max(checkpoints), learning_rate=rate)
     measured = []
     with tempfile.TemporaryDirectory() as folder:
         for k in range(VIEWS - 1):
             subject.view(k).render().image.save(Path(folder, f"{k}.png"))
-        prompt = f"a photo of sks {subject.class_name}"
-        images = InstanceImages(find_images(folder), prompt=prompt, resolution=family.native_resolution, seed=seed)
+        examples = examples_of(find_images(folder), f"a photo of sks {subject.class_name}")
+        side = family.native_resolution
+        images = TrainingImages(examples, targets=[(side, side)], group_size=options.train_batch_size, seed=seed)
         train(
             Accelerator(cpu=True),
-            DreamBoothObjective(family, images, trained=["unet"], seed=seed),
-            trained_parameters(models, configs),
-            OptimizationOptions(max_train_steps=max(checkpoints)),
-            learning_rate=rate,
-            after_step=lambda step: measured.append(measure(pipe, subject)) if step in checkpoints else None,
+            DreamBoothObjective(family, images, trained=list(configs), seed=seed),
+            parameter_groups(models, denoiser=family.denoiser, options=options),
+            options,
+            validate=lambda step: measured.append(measure(pipe, subject)),
+            validate_after=lambda step: step in checkpoints,
         )
     return measured
 
@@ -67,32 +73,42 @@ def learn(subject: Subject, method: str, rate: float, checkpoints: list[int], se
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(ETHER_METHODS))
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-3, 1e-2, 1e-1, 1.0])
     parser.add_argument("--steps", type=int, nargs="+", default=[100, 200, 400])
     parser.add_argument("--subjects", type=int, default=3, help="how many of the world's subjects")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     chosen = subjects()[:: max(1, len(subjects()) // args.subjects)][: args.subjects]
 
-    base = [measure(load_pipeline(), subject) for subject in chosen]
-    rows = []
-    for method in ("ether", "ether_plus"):
-        for rate in args.learning_rates:
-            runs = [learn(subject, method, rate, args.steps, args.seed) for subject in chosen]
-            for k, steps in enumerate(sorted(args.steps)):
-                own, prior = (sum(run[k][j] for run in runs) / len(runs) for j in (0, 1))
-                rows.append({"method": method, "learning_rate": rate, "steps": steps, "held_out": own, "prior": prior})
-                print(f"{method:12}{rate:>8.0e}{steps:>6}{own:>10.4f}{prior:>10.4f}", flush=True)
-    report = {
+    base = mean([measure(load_pipeline(), subject) for subject in chosen])
+    settings = {
         "weights_sha256": checksum(FOLDER),
-        "machine": platform.processor() or platform.machine(),
+        "seed": args.seed,
         "subjects": [subject.name for subject in chosen],
-        "base": {name: sum(b[j] for b in base) / len(base) for j, name in enumerate(("held_out", "prior"))},
-        "rows": rows,
     }
-    (args.output_dir / "learning_rate_sweep.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(f"{'base':26}{report['base']['held_out']:>10.4f}{report['base']['prior']:>10.4f}")
+    results = ResultFile(args.output_dir / "learning_rate_sweep.json", settings, machine=machine(), base=base)
+    print(f"{'':12}{'rate':>8}{'steps':>6}{'held out':>10}{'prior':>10}")
+    print(f"{'base':26}{base['held_out']:>10.4f}{base['prior']:>10.4f}", flush=True)
+    for method in args.methods:
+        for rate in args.learning_rates:
+            keys = [{"method": method, "learning_rate": rate, "steps": steps} for steps in sorted(set(args.steps))]
+            missing = [key for key in keys if results.find(**key) is None]
+            if missing:
+                steps = [key["steps"] for key in missing]
+                runs = [learn(subject, method, rate, steps, args.seed) for subject in chosen]
+                for key, of_subjects in zip(missing, zip(*runs, strict=True), strict=True):
+                    results.add({**key, **mean(of_subjects)})
+            for row in (results.find(**key) for key in keys):
+                print(
+                    f"{method:12}{rate:>8.0e}{row['steps']:>6}{row['held_out']:>10.4f}{row['prior']:>10.4f}",
+                    flush=True,
+                )
+
+
+def mean(measured: list[tuple[float, float]] | tuple[tuple[float, float], ...]) -> dict[str, float]:
+    """The two losses, each as its mean over the subjects."""
+    return {name: sum(each[j] for each in measured) / len(measured) for j, name in enumerate(("held_out", "prior"))}
 
 
 if __name__ == "__main__":

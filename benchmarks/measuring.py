@@ -1,4 +1,4 @@
-"""Paired timing, memory and the description of the machine, shared by the speed benchmarks."""
+"""Paired timing, memory and the description of the machine, shared by the benchmarks."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import contextlib
 import platform
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import diffusers
 import peft
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 
 def machine() -> dict[str, str | int]:
@@ -78,3 +81,60 @@ def bytes_saved(model: torch.nn.Module) -> Iterator[list[int]]:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield result
     result.append(sum(kept.values()))
+
+
+class LiveBytes(TorchDispatchMode):
+    """While entered, the bytes of all storages that were made inside and are alive; tensors may be without data.
+
+    A storage counts in whole blocks of 512 bytes, as CUDA's allocator hands them out.
+    """
+
+    block = 512
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        self._now = self._peak = 0
+
+    def now(self) -> int:
+        return self._now
+
+    def peak(self) -> int:
+        """The most since `restart`."""
+        return self._peak
+
+    def restart(self) -> int:
+        """Forget the peak so far. Returns the bytes alive now."""
+        self._peak = self._now
+        return self._now
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for each in tree_iter(result):
+            if isinstance(each, torch.Tensor) and (storage := each.untyped_storage()) not in self._seen:
+                size = -(-storage.nbytes() // self.block) * self.block
+                self._seen.add(storage)
+                self._now += size
+                self._peak = max(self._peak, self._now)
+                weakref.finalize(storage, self._forget, size)
+        return result
+
+    def _forget(self, size: int) -> None:
+        self._now -= size
+
+
+class CudaBytes:
+    """The same three questions to CUDA's allocator, which counts from the moment this is made."""
+
+    def __init__(self) -> None:
+        self._start = torch.cuda.memory_allocated()
+
+    def now(self) -> int:
+        return torch.cuda.memory_allocated() - self._start
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated() - self._start
+
+    def restart(self) -> int:
+        torch.cuda.reset_peak_memory_stats()
+        return self.now()

@@ -7,6 +7,7 @@ from . import loaders
 from .attention import EtherAttnProcessor, disable_ether_attention, enable_ether_attention
 from .checkpoint import EtherFileError
 from .config import EtherConfig
+from .control import ControlEncoder, EtherControlPipeline, EtherControlXLPipeline, inject
 from .layers import EtherConv2d, EtherLayer, EtherLinear
 from .model import EtherModel, register
 
@@ -14,8 +15,11 @@ register()
 loaders.install()
 
 __all__ = [
+    "ControlEncoder",
     "EtherAttnProcessor",
     "EtherConfig",
+    "EtherControlPipeline",
+    "EtherControlXLPipeline",
     "EtherConv2d",
     "EtherFileError",
     "EtherLayer",
@@ -23,5 +27,6 @@ __all__ = [
     "EtherModel",
     "disable_ether_attention",
     "enable_ether_attention",
+    "inject",
 ]
 __version__ = "0.1.0"

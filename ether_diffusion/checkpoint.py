@@ -1,7 +1,8 @@
 """The adapter file: vectors and configs of one adapter on the components of a pipeline, and every check on it.
 
 `pytorch_ether_weights.safetensors` holds `<component>.<module path>.<vector>` tensors of shape (n, d/n) and, in the
-safetensors metadata, one JSON document under "ether" and, under "sha256", a digest over both.
+safetensors metadata, one JSON document under "ether" and, under "sha256", a digest over both. From format version 2 on
+it may also hold weights that were trained as a whole: a control encoder, or modules of a component.
 
 The digest tells damage, not malice: whoever changes a file can sign it again. So nothing that a file says is believed
 before it is checked, and nothing in it (a name, a pattern, a path) is opened, run or matched.
@@ -12,11 +13,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import stat
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -28,11 +30,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .config import ETHER, EtherConfig
+from .control import CONTROL, ControlEncoder
 from .functional import normalize
 from .layers import EtherLayer
 
 WEIGHTS_NAME = "pytorch_ether_weights.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of files with whole weights; others are written as version 1, which earlier releases read."""
 PEFT_WEIGHTS_NAME, PEFT_CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 VECTORS = EtherLayer.adapter_layer_names
@@ -40,14 +44,20 @@ CONFIG_FIELDS = (
     "method", "num_blocks", "sides", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     "bias", "modules_to_save",
 )  # fmt: skip
-DOCUMENT_FIELDS = ("format_version", "configs", "versions", "base_model", "base_fingerprint")
+DOCUMENT_FIELDS = ("format_version", "configs", "weights", "versions", "base_model", "base_fingerprint")
 """What a file says of itself, besides what its writer adds (the prompt)."""
+ENCODER_FIELDS = ("out_channels", "conditioning_channels", "block_out_channels", "interpolation")
 VECTOR_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 # Far above any real adapter; below them, reading costs at most about as much memory as the file, and some megabytes.
 MAX_HEADER_BYTES = 4 << 20
 MAX_VECTORS = 1 << 14
 MAX_WIDTH = 1 << 20
+MAX_WEIGHT = 1 << 24  # numbers in one whole tensor
+MAX_WEIGHTS = 1 << 26  # numbers in all whole tensors together
+MAX_CHANNELS = 1 << 14
+MAX_LEVELS = 8
+MAX_MODULES = 256
 MAX_DOCUMENT_BYTES = 1 << 20
 MAX_DOCUMENT_VALUES = 20_000
 MAX_HEADER_VALUES = 8 * MAX_VECTORS + MAX_DOCUMENT_VALUES  # eight to an entry: name, type, two sizes, two offsets, …
@@ -76,16 +86,30 @@ class EtherFileError(ValueError):
 
 
 @dataclass
+class WholeWeights:
+    """Weights of one component that were trained as they are: parameter path -> tensor of any shape.
+
+    `about` says which they are: {"config": …} of a control encoder, of which they are all parameters, or {"modules":
+    [paths]} in a component of the pipeline, of which they are all parameters.
+    """
+
+    about: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+@dataclass
 class Checkpoint:
     """One adapter: for each component its config and its vectors, `<module path>.<vector>` -> (n, d/n).
 
     The key of `configs` and `tensors` is the component's name in the pipeline; None where a file does not name it.
+    `weights` are what it holds besides vectors, by component; those of a control encoder under "control_encoder".
     """
 
     configs: dict[str | None, EtherConfig]
     tensors: dict[str | None, dict[str, Tensor]]
     metadata: dict[str, Any] = field(default_factory=dict)
     source: str = "state dict"
+    weights: dict[str, WholeWeights] = field(default_factory=dict)
 
 
 def expected_vectors(config: EtherConfig) -> tuple[str, ...]:
@@ -135,7 +159,7 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     read again is not written.
 
     Raises:
-        ValueError: a config with `bias` or `modules_to_save`, a vector that is broken, or nothing to write.
+        ValueError: a config with `bias` or `modules_to_save`, a vector or weight that is broken, or nothing to write.
         OSError: the disk is full, or the folder cannot be written.
     """
     tensors = {
@@ -143,16 +167,21 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         for component, vectors in checkpoint.tensors.items()
         for key, tensor in vectors.items()
     }
+    for component, whole in checkpoint.weights.items():
+        tensors |= {f"{component}.{key}": tensor.detach().cpu().contiguous() for key, tensor in whole.tensors.items()}
     if not tensors:
         raise ValueError("there is no ETHER adapter to save")
     document = {
         **checkpoint.metadata,
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if checkpoint.weights else 1,
         "configs": {component: _config_fields(component, c) for component, c in checkpoint.configs.items()},
         "versions": {
             name: version(name) for name in ("ether-diffusion", "diffusers", "peft", "torch", "transformers")
         },
     }
+    document.pop("weights", None)
+    if checkpoint.weights:
+        document["weights"] = {component: whole.about for component, whole in checkpoint.weights.items()}
     text = json.dumps(document, sort_keys=True)
     _interpret(f"{path} was not saved", tensors, text)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -257,9 +286,12 @@ def _open(path: Path, needs: str | None = None) -> tuple[dict[str, Tensor], dict
                 )
             if len(names) > MAX_VECTORS:
                 raise EtherFileError(f"{path} holds {len(names)} tensors; an adapter has {MAX_VECTORS} at most")
+            components, total = _announced(header.get("ether", "")) if needs == "ether" else (), 0
             for name in names:
-                entry = file.get_slice(name)
-                _check_entry(f"{path}: {name}", entry.get_dtype(), entry.get_shape())
+                entry, whole = file.get_slice(name), _is_whole(name, components)
+                _check_entry(f"{path}: {name}", entry.get_dtype(), entry.get_shape(), whole)
+                total += math.prod(entry.get_shape()) if whole else 0
+            _check_total(path, total)
             return {name: file.get_tensor(name) for name in names}, header
     except EtherFileError:
         raise
@@ -267,10 +299,37 @@ def _open(path: Path, needs: str | None = None) -> tuple[dict[str, Tensor], dict
         raise EtherFileError(f"{path} is not a whole safetensors file (cut short or damaged): {error}") from error
 
 
-def _check_entry(where: str, dtype: str, shape: list[int]) -> None:
-    """What a header says of one tensor. Raises EtherFileError: a type or shape that no vector has."""
+def _announced(text: str) -> Collection[str] | None:
+    """The components of which a document says that the file holds whole weights; None: the document is broken."""
+    try:
+        document = _parse("", text.encode())
+        _check_document("", document)
+        return _weights_entry("", document)
+    except EtherFileError:
+        return None  # `_interpret` says what is wrong with it, once the digest has shown that nothing is damaged
+
+
+def _is_whole(name: str, components: Collection[str] | None) -> bool:
+    """Whether a tensor of this name is a whole weight of one of the components (None: of any), not a vector."""
+    return name.rpartition(".")[2] not in VECTORS and (components is None or name.partition(".")[0] in components)
+
+
+def _check_total(where: str | Path, numbers: int) -> None:
+    if numbers > MAX_WEIGHTS:
+        raise EtherFileError(f"{where}: the whole weights have {numbers} numbers; {MAX_WEIGHTS} at most fit")
+
+
+def _check_entry(where: str, dtype: str, shape: Sequence[int], whole: bool = False) -> None:
+    """What a header says of one tensor. Raises EtherFileError: a type or shape that no vector, or no weight, has."""
     if dtype not in VECTOR_DTYPES:
         raise EtherFileError(f"{where} is made of {dtype}; {', '.join(VECTOR_DTYPES)} fit")
+    if whole:
+        if not 1 <= len(shape) <= 4 or 0 in shape or math.prod(shape) > MAX_WEIGHT:
+            raise EtherFileError(
+                f"{where} has shape {tuple(shape)}; one to four axes, none of length 0, with {MAX_WEIGHT} numbers at "
+                "most, fit"
+            )
+        return
     if len(shape) != 2 or 0 in shape or shape[0] * shape[1] > MAX_WIDTH:
         raise EtherFileError(
             f"{where} has shape {tuple(shape)}; (blocks, width) fits, with {MAX_WIDTH} numbers at most"
@@ -418,6 +477,74 @@ def _check_document(where: str, document: Mapping[str, Any]) -> None:
         raise EtherFileError(f"{where}: versions={document['versions']!r} is not library -> version")
 
 
+def _check_weights(where: str, component: str, about: Any, tensors: Mapping[str, Tensor]) -> WholeWeights:
+    """Whole weights of one component, against what the document says that they are.
+
+    Raises:
+        EtherFileError: an entry of another form, a name too many or too few, another shape, or numbers that are not
+            finite.
+    """
+    kind = "config" if component == CONTROL else "modules"
+    if not isinstance(about, dict) or set(about) != {kind}:
+        raise EtherFileError(f'{where}: the entry in "weights" is {about!r}; {{"{kind}": …}} fits')
+    if component == CONTROL:
+        _check_encoder(where, about["config"], tensors)
+    else:
+        _check_modules(where, about["modules"], tensors)
+    for name, tensor in tensors.items():
+        _check_entry(f"{where}: {name}", _dtype_name(tensor), tuple(tensor.shape), whole=True)
+        if not all(torch.isfinite(part).all() for part in tensor.detach().reshape(-1).split(MAX_WIDTH)):
+            raise EtherFileError(f"{where}: {name} is not made of finite numbers but of NaN or infinity")
+    return WholeWeights(about, dict(tensors))
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return next((name for name, dtype in VECTOR_DTYPES.items() if dtype == tensor.dtype), str(tensor.dtype))
+
+
+def _check_modules(where: str, modules: Any, tensors: Mapping[str, Tensor]) -> None:
+    listed = isinstance(modules, list) and all(isinstance(path, str) and path for path in modules)
+    if not listed or not 0 < len(modules) <= MAX_MODULES or len(set(modules)) != len(modules):
+        raise EtherFileError(
+            f"{where}: modules={modules!r} is not a list of module paths, each once, {MAX_MODULES} at most"
+        )
+    if within := next((a for a in modules for b in modules if a.startswith(f"{b}.")), None):
+        raise EtherFileError(f"{where}: modules: {within} lies within another that is listed")
+    for name in tensors:
+        if not any(name.startswith(f"{path}.") for path in modules):
+            raise EtherFileError(f"{where}: {name} is in none of the modules that are listed: {', '.join(modules)}")
+    for path in modules:
+        if not any(name.startswith(f"{path}.") for name in tensors):
+            raise EtherFileError(f"{where}: the module {path} is listed, but there are no weights of it")
+
+
+def _check_encoder(where: str, values: Any, tensors: Mapping[str, Tensor]) -> None:
+    if not isinstance(values, dict) or set(values) != set(ENCODER_FIELDS):
+        held = sorted(values) if isinstance(values, dict) else repr(values)
+        raise EtherFileError(f"{where}: the config has {held}; needed are {', '.join(ENCODER_FIELDS)}")
+    numbers, widths = [values["out_channels"], values["conditioning_channels"]], values["block_out_channels"]
+    numbers += widths if isinstance(widths, list) else [None]
+    if not all(type(n) is int and 1 <= n <= MAX_CHANNELS for n in numbers) or len(numbers) > 2 + MAX_LEVELS:
+        raise EtherFileError(
+            f"{where}: the config has out_channels, conditioning_channels and block_out_channels {numbers}; whole "
+            f"numbers from 1 to {MAX_CHANNELS}, and {MAX_LEVELS} widths at most, fit"
+        )
+    try:
+        with torch.device("meta"):  # shapes alone: the sizes are the file's
+            needed = {name: tuple(p.shape) for name, p in ControlEncoder(**values).named_parameters()}
+    except (TypeError, ValueError) as error:
+        raise EtherFileError(f"{where}: the config is not valid: {error}") from error
+    if wrong := sorted(set(needed) ^ set(tensors)):
+        raise EtherFileError(
+            f"{where}: {wrong[0]} {'is missing' if wrong[0] in needed else 'is no weight of a control encoder'}"
+        )
+    for name, shape in needed.items():
+        if tuple(tensors[name].shape) != shape:
+            raise EtherFileError(
+                f"{where}: {name} has shape {tuple(tensors[name].shape)}, but the config needs {shape}"
+            )
+
+
 def _interpret(where: str, tensors: Mapping[str, Tensor], text: str) -> Checkpoint:
     """The checkpoint that tensors and a document of a pipeline file make up.
 
@@ -426,7 +553,10 @@ def _interpret(where: str, tensors: Mapping[str, Tensor], text: str) -> Checkpoi
     """
     document = _parse(f"{where}: the metadata", text.encode())
     _check_document(where, document)
-    parts, configs = _split_components(where, tensors), document.get("configs")
+    about, configs = _weights_entry(where, document), document.get("configs")
+    whole = {name: tensor for name, tensor in tensors.items() if _is_whole(name, about)}
+    vectors = {name: tensor for name, tensor in tensors.items() if name not in whole}
+    parts = _split_components(where, vectors) if vectors or not whole else {}
     if not isinstance(configs, dict) or set(configs) != set(parts):
         held = sorted(configs) if isinstance(configs, dict) else f"no components ({configs!r})"
         raise EtherFileError(f"{where}: there are vectors for {sorted(parts)}, but configs for {held}")
@@ -438,7 +568,30 @@ def _interpret(where: str, tensors: Mapping[str, Tensor], text: str) -> Checkpoi
                 f"{where}: {component}: the config has {unknown}; known are {', '.join(CONFIG_FIELDS)}"
             )
         _check_vectors(f"{where}: {component}", built[component], parts[component])
-    return Checkpoint(built, parts, document, where)
+    by_component: dict[str, dict[str, Tensor]] = {component: {} for component in about}
+    for name, tensor in whole.items():
+        component, _, key = name.partition(".")
+        by_component[component][key] = tensor
+    _check_total(where, sum(tensor.numel() for tensor in whole.values()))
+    weights = {
+        component: _check_weights(f"{where}: {component}", component, about[component], own)
+        for component, own in by_component.items()
+    }
+    return Checkpoint(built, parts, document, where, weights)
+
+
+def _weights_entry(where: str, document: Mapping[str, Any]) -> dict[str, Any]:
+    """What a document says of whole weights, by component.
+
+    Raises:
+        EtherFileError: not by component. In a file of version 1, such an entry is a remark of its writer.
+    """
+    about = document.get("weights", {}) if document["format_version"] > 1 else {}
+    if not isinstance(about, dict):
+        raise EtherFileError(f"{where}: weights={about!r} is not component -> what is held of it")
+    if wrong := [component for component in about if not component or "." in component]:
+        raise EtherFileError(f"{where}: weights: {wrong[0]!r} is not the name of a component")
+    return about
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -7,14 +7,14 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("inspect", "export", "merge")
+COMMANDS = ("inspect", "export", "merge", "evaluate-control")
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ether-diffusion", description=__doc__)
     commands = parser.add_subparsers(metavar="command", required=True)
     for name in COMMANDS:
-        module = importlib.import_module(f"ether_diffusion.commands.{name}")
+        module = importlib.import_module(f"ether_diffusion.commands.{name.replace('-', '_')}")
         command = commands.add_parser(
             name, help=module.HELP, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
         )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from peft import inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .checkpoint import DOCUMENT_FIELDS, Checkpoint, EtherFileError, canonical_path
+from .checkpoint import DOCUMENT_FIELDS, ENCODER_FIELDS, Checkpoint, EtherFileError, WholeWeights, canonical_path
 from .config import EtherConfig
+from .control import CONTROL, Control, ControlEncoder
 from .layers import EtherLayer
 
 FINGERPRINT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -33,12 +35,21 @@ def ether_layers(model: nn.Module) -> Iterator[tuple[str, EtherLayer]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, EtherLayer))
 
 
+def controls_of(pipe: DiffusionPipeline) -> dict[str, Control]:
+    """The pipeline's control encoders, by the names of their adapters; a stock pipeline has none."""
+    return getattr(pipe, "controls", {})
+
+
 def adapters_of(pipe: DiffusionPipeline) -> dict[str, list[str]]:
-    """ETHER adapters and the components that carry them: name -> components."""
+    """ETHER adapters and what carries them, the control encoder included: name -> components."""
     found: dict[str, list[str]] = {}
     for component, model in models_of(pipe).items():
         for name in dict.fromkeys(name for _, layer in ether_layers(model) for name in layer.ether_u):
             found.setdefault(name, []).append(component)
+        if (held := held_whole(model)) and component not in found.setdefault(held.adapter_name, []):
+            found[held.adapter_name].append(component)
+    for name in controls_of(pipe):
+        found.setdefault(name, []).append(CONTROL)
     return found
 
 
@@ -142,6 +153,74 @@ def _name_component(checkpoint: Checkpoint, models: Mapping[str, nn.Module]) -> 
     return Checkpoint({component: config}, {component: tensors}, checkpoint.metadata, checkpoint.source)
 
 
+def _encoder_for(pipe: DiffusionPipeline, where: str, whole: WholeWeights) -> ControlEncoder:
+    """The encoder that sound weights of a checkpoint make up, once it is clear that it fits the pipeline.
+
+    Raises:
+        EtherFileError: a pipeline that holds no encoders, or of another architecture.
+    """
+    if not hasattr(pipe, "check_control"):
+        raise EtherFileError(
+            f"{where}: the adapter has a control encoder, which a {type(pipe).__name__} does not apply: load it onto "
+            "an EtherControlPipeline (for SDXL, EtherControlXLPipeline)"
+        )
+    # The start that PyTorch draws is not the one that is kept.
+    with torch.random.fork_rng(devices=[]):
+        encoder = ControlEncoder(**whole.about["config"]).eval().requires_grad_(False)
+    if obstacle := pipe.check_control(encoder):
+        raise EtherFileError(f"{where}: the encoder {obstacle}; it was made for another architecture")
+    with torch.no_grad():
+        for name, parameter in encoder.named_parameters():
+            parameter.copy_(whole.tensors[name])
+    return encoder.to(pipe.device) if pipe.device.type != "meta" else encoder
+
+
+def _parameters_for(where: str, model: nn.Module, whole: WholeWeights) -> dict[str, nn.Parameter]:
+    """The parameters of a model that whole weights are written over, once all is checked.
+
+    Raises:
+        EtherFileError: names the first module or parameter that does not fit.
+    """
+    found = whole_parameters(where, model, whole.about["modules"])
+    if differing := sorted(set(found) ^ set(whole.tensors)):
+        here, name = f"this {type(model).__name__}", differing[0]
+        lacks = f"the file has no {name}, but {here} has" if name in found else f"{here} has no {name}"
+        raise EtherFileError(f"{where}: {lacks}; the adapter was made for another architecture")
+    for name, parameter in found.items():
+        shape = tuple(whole.tensors[name].shape)
+        if shape != tuple(parameter.shape):
+            raise EtherFileError(
+                f"{where}: {name} has shape {shape}, but the weight here has {tuple(parameter.shape)}; the adapter "
+                "was made for another architecture"
+            )
+    return found
+
+
+def whole_parameters(where: str, model: nn.Module, modules: Sequence[str]) -> dict[str, nn.Parameter]:
+    """All parameters of some modules of a model, by their paths in it.
+
+    Raises:
+        EtherFileError: no such module, one without parameters, with an adapter in it, within another that is listed,
+            quantised, or offloaded.
+    """
+    known, found = dict(model.named_modules()), {}
+    for path in modules:
+        if path not in known or path == "":
+            raise EtherFileError(f"{where}: {path} does not exist in this {type(model).__name__}")
+        own = {f"{path}.{name}": parameter for name, parameter in known[path].named_parameters()}
+        if any(isinstance(module, BaseTunerLayer) for module in known[path].modules()):
+            raise EtherFileError(f"{where}: {path} carries an adapter here, so its own weights cannot be replaced")
+        if not own or set(own) & set(found):
+            raise EtherFileError(f"{where}: {path} {'is listed twice' if own else 'has no parameters'}")
+        for name, parameter in own.items():
+            if parameter.is_meta or not parameter.is_floating_point():
+                raise EtherFileError(
+                    f"{where}: {name} is quantised or offloaded here: load the model without that first"
+                )
+        found |= own
+    return found
+
+
 def plan(pipe: DiffusionPipeline, checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, dict[str, dict]]]:
     """Check a checkpoint against a pipeline without changing it: component -> module path -> vectors.
 
@@ -151,7 +230,7 @@ def plan(pipe: DiffusionPipeline, checkpoint: Checkpoint) -> tuple[Checkpoint, d
     models = models_of(pipe)
     if None in checkpoint.configs:
         checkpoint = _name_component(checkpoint, models)
-    if unknown := sorted(set(checkpoint.tensors) - set(models)):
+    if unknown := sorted((set(checkpoint.tensors) | set(checkpoint.weights)) - set(models) - {CONTROL}):
         raise EtherFileError(
             f"{checkpoint.source} adapts {', '.join(unknown)}, which this {type(pipe).__name__} does not have; it has "
             f"{', '.join(models)}"
@@ -162,6 +241,12 @@ def plan(pipe: DiffusionPipeline, checkpoint: Checkpoint) -> tuple[Checkpoint, d
         )
         for component, tensors in checkpoint.tensors.items()
     }
+    for component, whole in checkpoint.weights.items():
+        where = f"{checkpoint.source}: {component}"
+        if component == CONTROL:
+            _encoder_for(pipe, where, whole)
+        else:
+            _parameters_for(where, models[component], whole)
     return checkpoint, found
 
 
@@ -170,6 +255,7 @@ def plan(pipe: DiffusionPipeline, checkpoint: Checkpoint) -> tuple[Checkpoint, d
 
 def free_name(pipe: DiffusionPipeline) -> str:
     taken = {name for model in models_of(pipe).values() for name in getattr(model, "peft_config", {})}
+    taken |= set(adapters_of(pipe))
     return next(name for k in range(len(taken) + 1) if (name := f"default_{k}") not in taken)
 
 
@@ -188,13 +274,36 @@ def put_on(
             raise ValueError(f"an adapter called {adapter_name!r} is already on {component}: choose another name")
         if any(layer.merged for _, layer in ether_layers(model)):
             raise ValueError(f"{component} has a fused ETHER adapter: call unfuse_ether before loading another")
+    if adapter_name in adapters_of(pipe):
+        raise ValueError(f"an adapter called {adapter_name!r} is already on this pipeline: choose another name")
+    for component in checkpoint.weights:
+        if held := held_whole(models[component]) if component in models else None:
+            raise ValueError(
+                f"{component}: {', '.join(held.modules)} are those of the adapter {held.adapter_name!r}, and only one "
+                "adapter can replace weights of a component: delete it first (delete_adapters)"
+            )
     checkpoint, found = plan(pipe, checkpoint)
     active = {component: _activation(models[component]) for component in found}
+    controls = {name: control.active for name, control in controls_of(pipe).items()}
     try:
         for component, layers in found.items():
             _inject(models[component], checkpoint.configs[component], layers, adapter_name, low_cpu_mem_usage)
             models[component].peft_config[adapter_name].said = _said(checkpoint)
+        for component, whole in checkpoint.weights.items():
+            where = f"{checkpoint.source}: {component}"
+            if component == CONTROL:
+                pipe.add_control(adapter_name, _encoder_for(pipe, where, whole))
+                pipe.controls[adapter_name].said = _said(checkpoint)
+            else:
+                _replace_whole(models[component], where, whole, adapter_name, _said(checkpoint))
+        for name, control in controls_of(pipe).items():
+            control.active = name == adapter_name
     except BaseException:
+        controls_of(pipe).pop(adapter_name, None)
+        for name, was in controls.items():
+            pipe.controls[name].active = was
+        for component in set(checkpoint.weights) - set(found) - {CONTROL}:
+            take_off(models[component], adapter_name)
         for component in found:
             take_off(models[component], adapter_name)
             for layer, (names, trained) in active[component].items():
@@ -202,6 +311,48 @@ def put_on(
                 for parameter, requires_grad in trained:
                     parameter.requires_grad_(requires_grad)
         raise
+
+
+WHOLE = "_ether_whole"
+
+
+@dataclass
+class HeldWhole:
+    """On a model: the adapter whose weights stand in some of its modules, and what stood there before."""
+
+    adapter_name: str
+    modules: list[str]
+    originals: dict[str, Tensor]
+    said: dict[str, Any] = field(default_factory=dict)
+
+    def places(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Where the originals belong, found by name: offloading exchanges parameters, and adapters wrap modules.
+
+        Raises:
+            ValueError: weights that are fused, or on the meta device. Nothing has changed then.
+        """
+        now = {without_base_layer(name): parameter for name, parameter in model.named_parameters()}
+        places = {name: now[name] for name in self.originals}
+        if offloaded := next((name for name, parameter in places.items() if parameter.is_meta), None):
+            raise ValueError(f"{offloaded} is offloaded, and cannot be put back: end the offloading first")
+        for path, layer in ether_layers(model):
+            if layer.merged and f"{without_base_layer(path)}.weight" in places:
+                raise ValueError(f"{path} has a fused ETHER adapter, and cannot be put back: call unfuse_ether first")
+        return places
+
+
+def held_whole(model: nn.Module) -> HeldWhole | None:
+    """What an adapter replaced in a model, if any did."""
+    return model.__dict__.get(WHOLE)
+
+
+def _replace_whole(model: nn.Module, where: str, whole: WholeWeights, adapter_name: str, said: dict[str, Any]) -> None:
+    parameters = _parameters_for(where, model, whole)
+    originals = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    setattr(model, WHOLE, HeldWhole(adapter_name, list(whole.about["modules"]), originals, said))
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(whole.tensors[name])
 
 
 def _activation(model: nn.Module) -> dict[BaseTunerLayer, tuple[Any, list[tuple[nn.Parameter, bool]]]]:
@@ -274,11 +425,38 @@ def swap(pipe: DiffusionPipeline, checkpoint: Checkpoint, adapter_name: str) -> 
             if layers[path].merged or any(old[name][adapter_name].is_meta for name in vectors):
                 raise ValueError(f"hotswap: {component}: {path} is fused or offloaded; undo that first")
             targets += [(old[name][adapter_name], vector) for name, vector in vectors.items()]
+    targets += _whole_targets(pipe, checkpoint, adapter_name)
     with torch.no_grad():
         for parameter, vector in targets:
             parameter.copy_(vector)
     for component in found:
         models_of(pipe)[component].peft_config[adapter_name].said = _said(checkpoint)
+    for component in checkpoint.weights:
+        held = controls_of(pipe)[adapter_name] if component == CONTROL else held_whole(models_of(pipe)[component])
+        held.said = _said(checkpoint)
+
+
+def _whole_targets(pipe: DiffusionPipeline, checkpoint: Checkpoint, adapter_name: str) -> list[tuple[Tensor, Tensor]]:
+    """The parameters that a checkpoint's whole weights would be written over, each with its tensor.
+
+    Raises:
+        ValueError: the adapter does not hold weights of the same kind.
+    """
+    models, now = models_of(pipe), whole_of(pipe, adapter_name)
+    here = {component: whole.about for component, whole in now.items()}
+    if here != (new := {component: _tidy(whole.about) for component, whole in checkpoint.weights.items()}):
+        raise ValueError(
+            f"hotswap: {checkpoint.source} holds the whole weights {new}, but the adapter {adapter_name!r} {here}; "
+            "load it under another name"
+        )
+    targets: list[tuple[Tensor, Tensor]] = []
+    for component, whole in checkpoint.weights.items():
+        if component == CONTROL:
+            own = dict(controls_of(pipe)[adapter_name].encoder.named_parameters())
+        else:
+            own = _parameters_for(f"{checkpoint.source}: {component}", models[component], whole)
+        targets += [(own[name], tensor) for name, tensor in whole.tensors.items()]
+    return targets
 
 
 def _said(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -309,7 +487,8 @@ def _execution_device(path: str, base: nn.Module) -> torch.device | None:
 def take_off(model: nn.Module, adapter_name: str | None = None) -> None:
     """Remove one ETHER adapter, or all; a layer without any becomes what it wrapped, unmerged.
 
-    Where no adapter of any method is left, the model's own attributes are as they were before the first.
+    Where no adapter of any method is left, the model's own attributes are as they were before the first. Weights that
+    the adapter replaced are put back.
     """
     for path, layer in reversed(list(ether_layers(model))):  # inner ones first: paths lead through the outer ones
         if layer.merged:
@@ -320,6 +499,11 @@ def take_off(model: nn.Module, adapter_name: str | None = None) -> None:
         if not layer.ether_u:
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.base_layer)
+    if (held := held_whole(model)) and adapter_name in (None, held.adapter_name):
+        with torch.no_grad():
+            for name, parameter in held.places(model).items():
+                parameter.copy_(held.originals[name])
+        del model.__dict__[WHOLE]
     configs = getattr(model, "peft_config", {})
     ours = [name for name, config in configs.items() if isinstance(config, EtherConfig)]
     forget(model, [name for name in ours if adapter_name in (None, name)])
@@ -339,14 +523,58 @@ def forget(model: nn.Module, adapter_names: Iterable[str]) -> None:
 # Collecting ---------------------------------------------------------------------------------------------------
 
 
-def collect(pipe: DiffusionPipeline, adapter_name: str) -> Checkpoint:
+def _tidy(about: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry on whole weights in the one form that two of them can be compared in."""
+    if "modules" in about:
+        return {"modules": sorted(about["modules"])}
+    config = {name: about["config"][name] for name in ENCODER_FIELDS}
+    return {"config": config | {"block_out_channels": list(config["block_out_channels"])}}
+
+
+def whole_of(
+    pipe: DiffusionPipeline, adapter_name: str, modules: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, WholeWeights]:
+    """What an adapter holds besides vectors: its control encoder, and modules of components.
+
+    Args:
+        modules: more of the latter, by component: they were trained in place.
+
+    Raises:
+        ValueError: a component or module that is not there, or cannot be held.
+    """
+    weights, models = {}, models_of(pipe)
+    if control := controls_of(pipe).get(adapter_name):
+        config = _tidy({"config": control.encoder.config})
+        tensors = {name: p.detach() for name, p in control.encoder.named_parameters()}
+        weights[CONTROL] = WholeWeights(config, tensors)
+    chosen: dict[str, set[str]] = {}
+    for component, model in models.items():
+        if (held := held_whole(model)) and held.adapter_name == adapter_name:
+            chosen[component] = set(held.modules)
+    for component, paths in (modules or {}).items():
+        if component not in models or isinstance(paths, str) or not paths:
+            raise ValueError(
+                f"whole_modules: {component}: {paths!r}: a list of module paths of one of {', '.join(models)} fits"
+            )
+        chosen[component] = chosen.get(component, set()) | set(paths)
+    for component, paths in sorted(chosen.items()):
+        parameters = whole_parameters(f"whole_modules: {component}", models[component], sorted(paths))
+        tensors = {name: parameter.detach() for name, parameter in parameters.items()}
+        weights[component] = WholeWeights({"modules": sorted(paths)}, tensors)
+    return weights
+
+
+def collect(
+    pipe: DiffusionPipeline, adapter_name: str, whole_modules: Mapping[str, Sequence[str]] | None = None
+) -> Checkpoint:
     """The named adapter as it is on the pipeline, with what identifies its base model."""
     configs: dict[str | None, EtherConfig] = {}
     tensors: dict[str | None, dict[str, Tensor]] = {}
     fingerprints: dict[str, dict[str, str]] = {}
     models = models_of(pipe)
-    for component in adapters_of(pipe)[adapter_name]:
-        model = models[component]
+    for component in adapters_of(pipe).get(adapter_name, ()):
+        if adapter_name not in getattr(model := models.get(component), "peft_config", {}):
+            continue  # the adapter has whole weights of it alone
         layers = {
             canonical_path(component, path): layer
             for path, layer in ether_layers(model)
@@ -360,8 +588,11 @@ def collect(pipe: DiffusionPipeline, adapter_name: str) -> Checkpoint:
         }
         fingerprints[component] = fingerprint(layers)
     said = {name: value for config in configs.values() for name, value in getattr(config, "said", {}).items()}
+    held = [held_whole(model) for model in models.values()] + [controls_of(pipe).get(adapter_name)]
+    for each in held:
+        said |= each.said if each and getattr(each, "adapter_name", adapter_name) == adapter_name else {}
     metadata = said | {"base_model": base_model_name(pipe), "base_fingerprint": fingerprints}
-    return Checkpoint(configs, tensors, metadata)
+    return Checkpoint(configs, tensors, metadata, weights=whole_of(pipe, adapter_name, whole_modules))
 
 
 def fingerprint(layers: Mapping[str, EtherLayer], dtypes: Iterable[str] = tuple(FINGERPRINT_DTYPES)) -> dict[str, str]:

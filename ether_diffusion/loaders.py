@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MethodType
 
@@ -13,7 +13,18 @@ from torch import Tensor
 
 from . import fusing, switching
 from .checkpoint import DOCUMENT_FIELDS, WEIGHTS_NAME, from_state_dict, is_pickle_by_name, write_checkpoint
-from .injection import adapters_of, collect, ether_layers, free_name, models_of, other_base, put_on, swap, take_off
+from .injection import (
+    adapters_of,
+    collect,
+    ether_layers,
+    free_name,
+    held_whole,
+    models_of,
+    other_base,
+    put_on,
+    swap,
+    take_off,
+)
 from .sources import find_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -110,6 +121,7 @@ def save_ether_weights(
     *,
     weight_name: str = WEIGHTS_NAME,
     metadata: Mapping[str, str] | None = None,
+    whole_modules: Mapping[str, Sequence[str]] | None = None,
     push_to_hub: bool = False,
     repo_id: str | None = None,
     commit_message: str | None = None,
@@ -124,20 +136,26 @@ def save_ether_weights(
         adapter_name: needed where several adapters are loaded.
         weight_name: a .safetensors file name.
         metadata: more to record, e.g. {"prompt": "a photo of sks dog"}.
+        whole_modules: modules that were trained as they are, which the file then holds too, as component -> module
+            paths: {"controlnet": ["controlnet_cond_embedding", "controlnet_mid_block"]}. What the adapter was loaded
+            with is held in any case.
         push_to_hub: upload the whole folder (a model card that lies there too) to the Hub when it is written.
         repo_id: where to; default: the folder's name, under the user's own.
         commit_message, private, token, create_pr: as for diffusers' `push_to_hub`.
 
     Raises:
-        ValueError: no adapter, several and no name, a config that a pipeline file cannot hold, or metadata under a
-            name that the file itself uses.
+        ValueError: no adapter, several and no name, a config or a module that a pipeline file cannot hold, or metadata
+            under a name that the file itself uses.
     """
     if Path(weight_name).name != weight_name or Path(weight_name).suffix != ".safetensors":
         kind = "a pickle" if is_pickle_by_name(weight_name) else "not the name of a .safetensors file"
         raise ValueError(f"weight_name={weight_name!r} is {kind}; e.g. {WEIGHTS_NAME}")
     if reserved := sorted(set(metadata or ()) & set(DOCUMENT_FIELDS)):
         raise ValueError(f"metadata: the file itself says what {', '.join(reserved)} is; choose another name")
-    checkpoint = collect(self, _which(self, adapter_name))
+    if whole_modules and adapter_name is None and not adapters_of(self):
+        adapter_name = free_name(self)  # there are no vectors: nothing has a name
+    name = adapter_name if whole_modules and not adapters_of(self) else _which(self, adapter_name)
+    checkpoint = collect(self, name, whole_modules)
     checkpoint.metadata |= dict(metadata or {})
     path = Path(save_directory) / weight_name
     write_checkpoint(path, checkpoint)
@@ -156,8 +174,30 @@ def save_ether_weights(
 def unload_ether_weights(self: DiffusionPipeline) -> None:
     """Remove every ETHER adapter, fused or not: modules, weights and attributes are as before the first load."""
     for model in models_of(self).values():
-        if any(True for _ in ether_layers(model)):
+        if any(True for _ in ether_layers(model)) or held_whole(model):
             take_off(model)
+
+
+def delete_adapters(self: DiffusionPipeline, adapter_names: Sequence[str] | str) -> None:
+    """Remove adapters from every component. What was merged of other adapters stays merged.
+
+    Raises:
+        ValueError: an unknown adapter, or one that is fused. Nothing is deleted then.
+    """
+    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    models = models_of(self).values()
+    carried = {name for model in models for name in getattr(model, "peft_config", {})}
+    # Of an adapter without vectors PEFT knows nothing.
+    whole = {held.adapter_name for model in models if (held := held_whole(model))} - carried
+    others = [name for name in names if name not in whole]
+    for model in models:
+        if (held := held_whole(model)) and held.adapter_name in names:
+            held.places(model)  # raises where they cannot be put back
+    if others or not names:
+        switching.delete_adapters(self, others)
+    for model in models:
+        if (held := held_whole(model)) and held.adapter_name in names:
+            take_off(model, held.adapter_name)
 
 
 METHODS = (
@@ -170,7 +210,7 @@ METHODS = (
     switching.set_adapters,
     switching.get_active_adapters,
     switching.get_list_adapters,
-    switching.delete_adapters,
+    delete_adapters,
     switching.enable_ether,
     switching.disable_ether,
     switching.set_ether_device,

@@ -15,6 +15,7 @@ from ether_diffusion.checkpoint import WEIGHTS_NAME
 
 ROOT = Path(__file__).parents[1]
 DREAMBOOTH = ROOT / "train_dreambooth_ether.py"
+CONTROLNET = ROOT / "train_controlnet_ether.py"
 
 
 def load_script(path: Path) -> ModuleType:

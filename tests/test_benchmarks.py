@@ -51,15 +51,62 @@ def test_a_plot_of_nothing_says_what_to_run(tmp_path):
     assert done.returncode == 2 and "run the benchmarks first" in done.stderr
 
 
-def test_the_learning_rate_sweep_compares_with_the_base_model(tmp_path):
-    call(
-        "learning_rate_sweep.py", "--output_dir", tmp_path, "--learning_rates", 1e-3, "--steps", 1, 2, "--subjects", 1
-    )  # fmt: skip
+def test_the_learning_rate_sweep_goes_on_where_it_was_stopped(tmp_path):
+    flags = ("--output_dir", tmp_path, "--learning_rates", 1e-3, "--subjects", 1, "--steps")
+    call("learning_rate_sweep.py", *flags, 1, "--methods", "ether")
+    first = json.loads((tmp_path / "learning_rate_sweep.json").read_text())
+    call("learning_rate_sweep.py", *flags, 1, 2, "--methods", "ether", "vera")
     report = json.loads((tmp_path / "learning_rate_sweep.json").read_text())
+    assert report["rows"][0] == first["rows"][0]  # and not measured again:
     assert [(row["method"], row["steps"]) for row in report["rows"]] == [
-        (method, steps) for method in ("ether", "ether_plus") for steps in (1, 2)
-    ]
+        ("ether", 1), ("ether", 2), ("vera", 1), ("vera", 2)
+    ]  # fmt: skip
     assert all(row["held_out"] != report["base"]["held_out"] for row in report["rows"])
+
+
+def test_rows_of_other_settings_are_not_mixed(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from result_file import ResultFile
+
+    ResultFile(tmp_path / "rows.json", {"seed": 0}).add({"method": "ether", "loss": 0.5})
+    assert ResultFile(tmp_path / "rows.json", {"seed": 0}).find(method="ether")["loss"] == 0.5
+    with pytest.raises(SystemExit, match="holds rows of seed 0, not 1; take another --output_dir"):
+        ResultFile(tmp_path / "rows.json", {"seed": 1})
+
+
+def test_methods_are_compared_on_a_subject_and_drawn(tmp_path):
+    table = call("compare_methods.py", "--output_dir", tmp_path, "--quick")
+    base, *tuned = json.loads((tmp_path / "compare_methods.json").read_text())["rows"]
+    assert base["method"] == "base" and base["parameters"] == 0
+    assert [row["method"] for row in tuned] == ["ether_plus", "lora"]
+    for row in tuned:
+        assert all(row[figure] != base[figure] for figure in ("held_out", "clip_i", "clip_t"))
+        assert row["parameters"] > 0 and row["seconds"] > 0
+    assert "ETHER+" in table and "LoRA" in table and "miniature, 1 subject " in table
+    sheet = tmp_path / "pictures" / f"miniature_{base['subject']}.png"
+    assert str(sheet) in table and sheet.stat().st_size > 10_000
+
+
+def test_a_learning_rate_of_no_method_is_refused(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "compare_methods.py"), "--output_dir", str(tmp_path)]
+    done = subprocess.run([*command, "--learning_rate", "dora=1"], capture_output=True, text=True)
+    assert done.returncode == 2 and "got 'dora=1', needs METHOD=RATE with one of ether, ether_plus" in done.stderr
+
+
+def test_memory_is_estimated_as_it_is_counted_with_data(tmp_path):
+    rows = {}
+    for device in ("estimate", "cpu"):
+        folder = tmp_path / device
+        flags = ("--device", device, "--workloads", "cpu-small", "--methods", "ether")
+        call("memory.py", "--output_dir", folder, *flags)
+        rows[device] = json.loads((folder / "memory.json").read_text())["rows"]
+    for estimated, counted in zip(rows["estimate"], rows["cpu"], strict=True):
+        assert estimated == {  # kernels on the CPU keep a little more than their shapes say
+            name: pytest.approx(value, rel=0.02) if type(value) is int else value for name, value in counted.items()
+        }
+    plain, cached, checkpointed, _ = rows["cpu"]
+    assert checkpointed["activations"] < plain["activations"]
+    assert cached["weights"] < plain["weights"] < plain["peak"] and cached["peak"] < plain["peak"]
 
 
 def test_a_held_out_photograph_is_measured_before_and_after(tmp_path):

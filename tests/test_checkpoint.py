@@ -89,7 +89,7 @@ def test_what_is_written_comes_back_bit_for_bit(tmp_path, method, blocks, compon
     assert (read.configs[component].method, read.configs[component].num_blocks) == (method, blocks)
     assert read.configs[component].sides == config.sides
     assert read.metadata["prompt"] == "a photo of sks dog"
-    assert read.metadata["format_version"] == FORMAT_VERSION
+    assert read.metadata["format_version"] == 1  # what has vectors alone can be read by every release
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

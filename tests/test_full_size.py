@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5 at its real size, with random weights: the training script, and the stock pipeline after it."""
+"""Stable Diffusion 1.5 at its real size, with random weights: the training scripts, and stock pipelines after them."""
 
 import subprocess
 import sys
@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_tokenizer
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
-from test_train_dreambooth import launch
+from scripts import CONTROLNET, DREAMBOOTH, launch
+from test_control_data import write
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ether_diffusion.checkpoint import WEIGHTS_NAME
@@ -69,7 +70,7 @@ def test_two_steps_at_full_size_give_an_adapter_that_the_stock_pipeline_loads(st
     flags = ["--pretrained_model_name_or_path", str(stable_diffusion), "--instance_data_dir", str(tmp_path)]
     flags += ["--instance_prompt", "a photo of sks dog", "--output_dir", str(tmp_path / "dog"), "--method", "ether"]
     flags += ["--max_train_steps", "2", "--resolution", "64", "--num_validation_images", "0"]
-    done = launch(*flags)
+    done = launch(DREAMBOOTH, *flags)
     assert done.returncode == 0, done.stderr
     tensors = load_file(tmp_path / "dog" / WEIGHTS_NAME)
     assert len(tensors) == 128 and sum(tensor.numel() for tensor in tensors.values()) == 99_456
@@ -78,3 +79,25 @@ def test_two_steps_at_full_size_give_an_adapter_that_the_stock_pipeline_loads(st
     )
     assert loaded.returncode == 0, loaded.stderr
     assert loaded.stdout.split()[-2:] == ["128", "99456"]
+
+
+@pytest.mark.parametrize(
+    ("control_type", "count"),
+    [
+        ("light", 1_086_480 + 99_456),  # the encoder, and a vector in each attention projection
+        ("controlnet", 1_086_480 + 11_479_680 + 45_312),  # the stem, thirteen zero convolutions, half the vectors
+    ],
+)
+def test_two_steps_of_control_at_full_size(stable_diffusion, tmp_path, control_type, count):
+    data = write(tmp_path / "data", sizes=((64, 64), (80, 64)))
+    flags = ["--pretrained_model_name_or_path", stable_diffusion, "--train_data_dir", data, "--method", "ether"]
+    flags += ["--output_dir", tmp_path / "maps", "--max_train_steps", 2, "--resolution", 64]
+    flags += ["--train_batch_size", 1, "--num_validation_images", 0, "--control_type", control_type]
+    done = launch(CONTROLNET, *flags, HF_HOME=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    assert f"ETHER: {count} parameters" in done.stderr
+    tensors = load_file(tmp_path / "maps" / WEIGHTS_NAME)
+    assert sum(tensor.numel() for tensor in tensors.values()) == count
+    if control_type == "controlnet":
+        controlnet = ControlNetModel.from_pretrained(tmp_path / "maps" / "controlnet")
+        assert sum(parameter.numel() for parameter in controlnet.parameters()) == 361_279_120

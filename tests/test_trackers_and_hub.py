@@ -293,7 +293,7 @@ def test_the_size_of_several_weights_is_without_checkpoints_and_other_files(tmp_
 def test_figures_are_those_of_the_run(tmp_path):
     (tmp_path / "weights").write_bytes(bytes(1500))
     result = TrainingResult(losses=[1.0] * 50 + [9.0] + [0.5] * 50, seconds=202.0, peak_memory=3_210_000_000)
-    given = {"pictures": 5, "parameters": 12345, "weights": tmp_path / "weights"}
+    given = {"pictures": "5", "parameters": 12345, "weights": tmp_path / "weights"}
     figures = figures_of(result, learning_rates={"denoiser": 1e-3}, **given)
     assert figures == {
         "pictures": "5",

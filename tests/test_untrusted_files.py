@@ -18,11 +18,12 @@ from peft import get_peft_model
 from pipelines import adapt, assert_unchanged, open_pipeline, snapshot
 from safetensors.torch import load, save
 
-from ether_diffusion import EtherConfig
+from ether_diffusion import ControlEncoder, EtherConfig, EtherControlPipeline
 from ether_diffusion.checkpoint import (
     MAX_DOCUMENT_BYTES,
     MAX_DOCUMENT_VALUES,
     MAX_VECTORS,
+    MAX_WEIGHT,
     MAX_WIDTH,
     WEIGHTS_NAME,
     EtherFileError,
@@ -30,6 +31,7 @@ from ether_diffusion.checkpoint import (
     digest,
     read_checkpoint,
 )
+from ether_diffusion.injection import collect
 
 MEGABYTE = 1 << 20
 SECONDS = 10
@@ -189,15 +191,15 @@ def reshape(rng: Random, content: bytes) -> bytes:
     key = rng.choice(sorted(tensors))
     old = tensors[key]
     shapes = [
-        old.T,
+        old.mT if old.ndim > 1 else old.reshape(1, -1),
         old.flatten(),
         old[None],
-        old[:, :-1],
+        old[..., :-1],
         old[:1],
         old[:0],
         torch.cat([old, old]),
-        old[0, 0],
-        old.repeat(1, 3),
+        old.flatten()[0],
+        old.repeat(*[1] * (old.ndim - 1), 3),
     ]
     tensors[key] = rng.choice(shapes).clone().contiguous()
     return put_together(rng, tensors, metadata)
@@ -216,12 +218,8 @@ def change_numbers(rng: Random, content: bytes) -> bytes:
     tensors, metadata = take_apart(content)
     number = rng.choice([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-45, 1e-31, 1e-20, 3.0, 1e20, 3.4e38])
     for key in rng.sample(sorted(tensors), rng.choice([1, len(tensors)])):
-        blocks, width = tensors[key].shape
-        rows, columns = (
-            rng.choice([slice(None), rng.randrange(blocks)]),
-            rng.choice([slice(None), rng.randrange(width)]),
-        )
-        tensors[key][rows, columns] = number
+        places = tuple(rng.choice([slice(None), rng.randrange(length)]) for length in tensors[key].shape)
+        tensors[key][places] = number
     return put_together(rng, tensors, metadata)
 
 
@@ -230,7 +228,10 @@ def change_the_document(rng: Random, content: bytes) -> bytes:
     if "ether" not in metadata:
         return truncate(rng, content)
     document = json.loads(metadata["ether"])
-    target = rng.choice([document, document["configs"], *document["configs"].values(), document["base_fingerprint"]])
+    targets = [document, document["configs"], *document["configs"].values(), document["base_fingerprint"]]
+    if weights := document.get("weights"):
+        targets += [weights, *weights.values(), weights["control_encoder"]["config"]]
+    target = rng.choice(targets)
     key = rng.choice([*target, "a_new_key"])
     if rng.random() < 0.2:
         target.pop(key, None)
@@ -373,6 +374,144 @@ def test_two_hundred_mutated_files_load_right_or_are_refused_and_change_nothing(
     outcomes = load_mutated_files(tiny_pipeline, good_sources, 204)
     assert outcomes["refused"] > 120
     assert outcomes["loaded"] > 10
+
+
+# Weights that are held whole -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def good_whole(tmp_path, tiny_pipeline_folder) -> Path:
+    """An adapter with vectors, a control encoder, and two modules of the UNet as they are."""
+    pipe = adapt(open_control_pipeline(tiny_pipeline_folder), num_blocks=2)
+    encoder = ControlEncoder(16, block_out_channels=(4, 8))
+    torch.nn.init.normal_(encoder.embedding.conv_out.weight)
+    pipe.add_control("default", encoder)
+    return pipe.save_ether_weights(tmp_path / "whole", whole_modules={"unet": ["conv_out", "conv_norm_out"]})
+
+
+def open_control_pipeline(folder) -> EtherControlPipeline:
+    return EtherControlPipeline.from_pipe(open_pipeline(folder))
+
+
+def load_mutated_wholes(pipe: EtherControlPipeline, path: Path, count: int) -> dict[str, int]:
+    """As `load_mutated_files`, of a file with whole weights."""
+    before, good, outcomes = snapshot(pipe), path.read_bytes(), {"refused": 0, "loaded": 0}
+    for number in range(count):
+        rng, mutate = Random(number), MUTATIONS[number % len(MUTATIONS)]
+        bad = mutate(rng, good)
+        path.write_bytes(bad)
+        what = f"file {number}, {mutate.__name__}"
+        try:
+            with within_bounds(len(bad)):
+                pipe.load_ether_weights(path, "mutated")
+        except EtherFileError as error:
+            assert str(path) in str(error) and str(error).isprintable(), what
+            outcomes["refused"] += 1
+        except BaseException as error:
+            raise AssertionError(f"{what}: {type(error).__name__}") from error
+        else:
+            held = collect(pipe, "mutated")
+            loaded = {f"{part}.{key}": t for part, own in held.tensors.items() for key, t in own.items()}
+            loaded |= {f"{part}.{key}": t for part, own in held.weights.items() for key, t in own.tensors.items()}
+            wanted = canonical(take_apart(bad)[0])
+            assert loaded.keys() == wanted.keys(), what
+            assert all(torch.equal(loaded[key].float(), tensor) for key, tensor in wanted.items()), what
+            assert all(torch.isfinite(tensor).all() for tensor in loaded.values()), what
+            pipe.unload_ether_weights()
+            outcomes["loaded"] += 1
+        assert_unchanged(pipe, before)
+        assert not pipe.controls, what
+    return outcomes
+
+
+def test_mutated_files_with_whole_weights_load_right_or_are_refused(tiny_pipeline_folder, good_whole):
+    outcomes = load_mutated_wholes(open_control_pipeline(tiny_pipeline_folder), good_whole, 102)
+    assert outcomes["refused"] > 70
+    assert outcomes["loaded"] > 4
+
+
+@pytest.mark.slow
+def test_a_thousand_mutated_files_with_whole_weights(tiny_pipeline_folder, good_whole):
+    outcomes = load_mutated_wholes(open_control_pipeline(tiny_pipeline_folder), good_whole, 1020)
+    assert outcomes["refused"] > 700
+    assert outcomes["loaded"] > 40
+
+
+def _set(document: dict, path: str, value: Any) -> None:
+    *steps, last = path.split("/")
+    for step in steps:
+        document = document[step]
+    document[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("weights/control_encoder/config/out_channels", 17, r"conv_out.* has shape \(16, .* needs \(17,"),
+        ("weights/control_encoder/config/out_channels", 1 << 40, "whole numbers from 1 to 16384"),
+        ("weights/control_encoder/config/out_channels", True, "whole numbers from 1 to 16384"),
+        ("weights/control_encoder/config/block_out_channels", [4] * 5000, "8 widths at most"),
+        ("weights/control_encoder/config/block_out_channels", [4, 8, 8], "embedding.blocks.2.bias is missing"),
+        ("weights/control_encoder/config/block_out_channels", [4], "blocks.0.bias is no weight of a control encoder"),
+        ("weights/control_encoder/config/interpolation", "cubic", "the config is not valid: .*'cubic'"),
+        ("weights/control_encoder/config/interpolation", [], "the config is not valid|interpolation"),
+        ("weights/control_encoder/config/path", "/etc/passwd", "the config has .*'path'.*; needed are"),
+        ("weights/control_encoder", {"modules": ["embedding"]}, r'{"config": …} fits'),
+        ("weights/unet", {"config": {}}, r'{"modules": …} fits'),
+        ("weights/unet", ["conv_out"], r'{"modules": …} fits'),
+        ("weights/unet/modules", ["conv_out"], "conv_norm_out.* is in none of the modules"),
+        ("weights/unet/modules", ["conv_out", "conv_norm_out", "conv_in"], "conv_in is listed, but there are no"),
+        ("weights/unet/modules", ["conv_out", "conv_out", "conv_norm_out"], "each once"),
+        ("weights/unet/modules", [f"m{k}" for k in range(15000)], "256 at most"),
+        ("weights/unet/modules", [""], "not a list of module paths"),
+        ("weights/unet/modules", 7, "not a list of module paths"),
+        ("weights/a.b", {"modules": ["c"]}, "'a.b' is not the name of a component"),
+        ("weights/vae", {"modules": ["encoder"]}, "encoder is listed, but there are no weights"),
+        ("weights", {f"c{k}": {} for k in range(4000)}, r"\(blocks, width\) fits"),
+        ("weights", [], "is not component"),
+        ("format_version", 1, r"fits, with|has shape .*\(blocks, width\) fits"),
+        ("format_version", 3, "newer release"),
+    ],
+)
+def test_a_document_that_lies_about_whole_weights_is_refused(tiny_pipeline_folder, good_whole, path, value, message):
+    tensors, metadata = take_apart(good_whole.read_bytes())
+    document = json.loads(metadata["ether"])
+    _set(document, path, value)
+    good_whole.write_bytes(sign(tensors, json.dumps(document)))
+    size = good_whole.stat().st_size
+    with within_bounds(size), pytest.raises(EtherFileError, match=message):
+        read_checkpoint(good_whole)
+
+
+def make_whole(name: str, tensor: torch.Tensor) -> bytes:
+    about = {"unet": {"modules": ["conv_out"]}}
+    return sign({name: tensor}, json.dumps({"format_version": 2, "configs": {}, "weights": about}))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.zeros(1, 1, 1, 1, 1), "one to four axes"),
+        (torch.zeros(()), "one to four axes"),
+        (torch.zeros(0, 4), "none of length 0"),
+        (torch.zeros(MAX_WEIGHT + 1, dtype=torch.float16), f"{MAX_WEIGHT} numbers at most"),
+        (torch.full((3,), math.inf), "finite numbers"),
+        (torch.tensor([1.0, math.nan]).bfloat16(), "finite numbers"),
+        (torch.zeros(3, dtype=torch.int64), "made of I64; F16, BF16, F32, F64 fit"),
+    ],
+)
+def test_a_whole_tensor_that_no_module_has_is_refused(tmp_path, tensor, message):
+    path = tmp_path / WEIGHTS_NAME
+    path.write_bytes(make_whole("unet.conv_out.weight", tensor))
+    with within_bounds(path.stat().st_size), pytest.raises(EtherFileError, match=message):
+        read_checkpoint(path)
+
+
+def test_a_whole_tensor_at_the_limit_is_read_in_twice_its_size(tmp_path):
+    path = tmp_path / WEIGHTS_NAME
+    path.write_bytes(make_whole("unet.conv_out.weight", torch.zeros(MAX_WEIGHT, dtype=torch.float16)))
+    with within_bounds(path.stat().st_size):
+        read_checkpoint(path)
 
 
 @pytest.mark.slow

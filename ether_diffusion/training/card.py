@@ -40,7 +40,7 @@ def size_of(weights: Path) -> int:
 def figures_of(
     result: TrainingResult,
     *,
-    pictures: int,
+    pictures: str,
     parameters: int,
     weights: Path,
     learning_rates: Mapping[str, float],
@@ -49,7 +49,7 @@ def figures_of(
 
     Args:
         result: of the training.
-        pictures: number of training pictures.
+        pictures: number of training pictures, in words.
         parameters: number of trained parameters.
         weights: file or folder that holds them.
         learning_rates: of the schedule's plateau, by what has it, e.g. {"denoiser": 1e-3, "text encoder": 5e-4}; the
@@ -59,7 +59,7 @@ def figures_of(
     count = min(AVERAGED_STEPS, steps)
     rates = [f"{rate:g}" if len(learning_rates) == 1 else f"{name} {rate:g}" for name, rate in learning_rates.items()]
     return {
-        "pictures": f"{pictures:,}",
+        "pictures": pictures,
         "trained parameters": f"{parameters:,}",
         "size of the weights": format_bytes(size_of(weights)),
         "learning rate": ", ".join(rates),

@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -130,11 +130,11 @@ def _captions_in_metadata(folder: Path, column: str | None) -> dict[str, str]:
 
 
 def _from_data_set(options: InstanceDataOptions) -> list[Example]:
+    columns = {"image_column": options.image_column}
+    if options.caption_column is not None:
+        columns["caption_column"] = options.caption_column
     rows = open_data_set(
-        str(options.dataset_name),
-        options.dataset_config_name,
-        image_columns=[options.image_column],
-        caption_column=options.caption_column,
+        str(options.dataset_name), options.dataset_config_name, columns=columns, pictures=("image_column",)
     )
 
     def read(number: int, name: str) -> Image.Image:
@@ -154,37 +154,50 @@ def _from_data_set(options: InstanceDataOptions) -> list[Example]:
 
 
 def open_data_set(
-    name: str, config_name: str | None, *, image_columns: Sequence[str], caption_column: str | None
+    name: str,
+    config_name: str | None,
+    *,
+    columns: Mapping[str, str],
+    pictures: Sequence[str],
+    flag: str = "--dataset_name",
+    streaming: bool = False,
 ) -> Any:
     """The split train of a data set on the Hub or in a folder, its pictures as they are stored.
+
+    Args:
+        name: as `datasets.load_dataset` takes it.
+        config_name: of its configurations.
+        columns: option that names a column -> the column.
+        pictures: those of the options whose columns hold pictures.
+        flag: what the user gave the name with, for the messages.
+        streaming: an iterable that reads the rows as they come.
 
     Raises:
         InputError: `datasets` is missing, there is no such data set, or it lacks a column; names those that it has.
     """
     if importlib.util.find_spec("datasets") is None:
-        raise InputError('--dataset_name: the package datasets is missing; pip install "ether-diffusion[datasets]"')
+        raise InputError(f'{flag}: the package datasets is missing; pip install "ether-diffusion[datasets]"')
     import datasets
 
-    given = f"--dataset_name {name}"
+    given = f"{flag} {name}"
     try:
-        rows = datasets.load_dataset(name, config_name, split="train")
+        rows = datasets.load_dataset(name, config_name, split="train", streaming=streaming)
     except Exception as error:  # whatever its builders, the file system or the Hub raise
         raise InputError(f"{given}: cannot be loaded ({type(error).__name__}: {error})") from error
-    wanted = [("image_column", column) for column in image_columns]
-    if caption_column is not None:
-        wanted.append(("caption_column", caption_column))
-    for flag, column in wanted:
+    if rows.column_names is None:  # a stream of files without a schema
+        rows = rows._resolve_features()
+    for option, column in columns.items():
         if column not in rows.column_names:
-            raise InputError(f"--{flag} {column}: {given} has the columns {', '.join(rows.column_names)}")
-    if not len(rows):
+            raise InputError(f"--{option} {column}: {given} has the columns {', '.join(rows.column_names)}")
+    if not streaming and not len(rows):
         raise InputError(f"{given}: has no rows")
-    for column in image_columns:
+    for option in pictures:
         try:
             # Read by our own reader, which is strict and upright, instead of the data set's.
-            rows = rows.cast_column(column, datasets.Image(decode=False))
+            rows = rows.cast_column(columns[option], datasets.Image(decode=False))
         except Exception as error:  # pyarrow's and datasets' own, of many classes
-            kind = rows.features[column]
-            raise InputError(f"--image_column {column}: holds {kind}, no pictures") from error
+            kind = rows.features[columns[option]]
+            raise InputError(f"--{option} {columns[option]}: holds {kind}, no pictures") from error
     return rows
 
 
@@ -276,9 +289,13 @@ class TrainingImages:
             for flip in (False, True)[: 1 + self.random_flip]:
                 yield self._crop(number % len(self.examples), generator(self.seed, "fixed crop", number), flip)
 
-    def prompt(self, view: View) -> str:
-        """The prompt of the view's picture."""
+    def prompt(self, view: View, sample: int) -> str:
+        """What the view is trained under, when it comes as this sample."""
         return self.prompts[view.image]
+
+    def control(self, view: View) -> torch.Tensor | None:
+        """The control picture of the view, (3, height, width) from 0 to 1; instance pictures have none."""
+        return None
 
     def pixels(self, view: View) -> torch.Tensor:
         """The view as (3, height, width) of its target, float32, from -1 (black) to 1 (white)."""

@@ -69,12 +69,12 @@ def read_image(file: str | Path | BinaryIO, name: str | None = None) -> Image.Im
     with image:
         try:
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            return to_rgb(ImageOps.exif_transpose(image))
         except _DAMAGE as error:
             raise InputError(f"{name}: the picture is truncated or damaged ({error})") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         # Pillow's own conversion clips 16-bit values at 255 instead of scaling them.
         values = np.asarray(image, dtype=np.float64)

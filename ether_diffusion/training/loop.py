@@ -18,6 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ether_diffusion.training.command_line import InputError
+from ether_diffusion.training.distributed import LAYOUTS, Layout
 from ether_diffusion.training.ema import RunningAverage
 from ether_diffusion.training.memory import current_memory, format_bytes, peak_memory, start_measuring
 from ether_diffusion.training.optimizers import make_optimizer, make_schedule
@@ -103,6 +104,7 @@ def train(
     groups: Sequence[dict[str, Any]],
     options: OptimizationOptions,
     *,
+    layout: Layout = "replicated",
     checkpoints: Checkpoints | None = None,
     tracked: dict[str, Any] | None = None,
     validate: Callable[[int], None] | None = None,
@@ -118,6 +120,7 @@ def train(
         objective: maps global sample indices to a loss for each, (b,).
         groups: what is trained, as optimisers take parameters: dictionaries with "params" and "lr".
         options: steps, batch, schedule, optimiser; resolved.
+        layout: of the processes; "sharded" needs a denoiser that is.
         checkpoints: where to start and what to save; without them the run starts at the beginning, saves nothing and
             leaves signals alone.
         tracked: options to log with the run.
@@ -138,10 +141,12 @@ def train(
     average = RunningAverage(parameters, options.ema_decay) if options.use_ema else None
     names = {parameter: name for name, parameter in objective.named_parameters()}
     state = RunState({names[each]: each for each in parameters}, optimizer, schedule, accelerator.scaler, average)
-    wrapped, prepared = accelerator.prepare(objective, optimizer)
-    wrapped.train()
+    spread = LAYOUTS[layout](accelerator, objective, optimizer, options)
+    state.divides_optimizer = spread.divides_optimizer
+    spread.model.train()
     if checkpoints is not None:
         checkpoints.restore(state, accelerator)
+        spread.restored()
     if accelerator.log_with:
         accelerator.init_trackers(PROJECT, config=tracked, init_kwargs=init_kwargs(accelerator.logging_dir))
     start_measuring(accelerator.device)
@@ -159,11 +164,7 @@ def train(
             begun = time.perf_counter()
             total = torch.zeros((), device=accelerator.device)
             for part in range(options.gradient_accumulation_steps):
-                samples = _samples(accelerator, options, step, part)
-                with accelerator.accumulate(wrapped):
-                    loss = wrapped(samples).mean()
-                    accelerator.backward(loss)
-                total += loss.detach()
+                total += spread.accumulate(_samples(accelerator, options, step, part))
             mean, stopped = _agree(accelerator, total / options.gradient_accumulation_steps, signals)
             if not math.isfinite(mean):
                 last = "" if checkpoints is None else f"; {checkpoints.describe_last()}"
@@ -171,12 +172,10 @@ def train(
                     f"the loss is {mean} at step {step + 1} of {options.steps}; try a lower "
                     f"--learning_rate, or --mixed_precision bf16 or no{last}"
                 )
-            accelerator.clip_grad_norm_(parameters, options.max_grad_norm)
-            prepared.step()
+            taken = spread.step()
             rates = schedule.get_last_lr()
             schedule.step()
-            prepared.zero_grad()
-            if average is not None and not accelerator.optimizer_step_was_skipped:
+            if average is not None and taken:
                 average.update()
             state.losses.append(mean)
             state.seconds = time.perf_counter() - started
@@ -195,7 +194,7 @@ def train(
             )
             bar.update()
             if validate is not None and validate_after(step + 1):
-                with _set_aside(wrapped, average):
+                with _set_aside(spread.model, average):
                     validate(step + 1)
             if checkpoints is not None and checkpoints.due(state.step):
                 checkpoints.save(state, accelerator)
@@ -207,7 +206,7 @@ def train(
             path = checkpoints.save(state, accelerator)
             raise Interrupted(stopped, state.step, options.steps, path)
     accelerator.wait_for_everyone()
-    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False).eval()
+    spread.objective().eval()
     if average is not None:
         average.apply()
     return TrainingResult(state.losses, state.seconds, peak_memory(accelerator.device))

@@ -43,6 +43,7 @@ TITLES = {
     "hra": "HRA",
     "vera": "VeRA",
     "full": "full finetuning",
+    "none": "no adapter",
 }
 PAPERS = {
     "ether": "2405.20271",
@@ -244,6 +245,8 @@ def configs_of(method: Method, family: type[Family], options: AdapterOptions) ->
     given = {family.denoiser: options.target_modules}
     if options.train_text_encoder:
         given |= dict.fromkeys(family.text_encoders, options.text_encoder_target_modules)
+    if method.name == "none":  # of control training, where something else is trained
+        return {}
     if method.name == "full":
         return dict.fromkeys(given)
     if options.train_text_encoder and getattr(method.config, "use_dora", False):

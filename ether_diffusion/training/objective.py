@@ -21,6 +21,7 @@ from ether_diffusion.training.seeds import derive, generator
 from ether_diffusion.training.views import Framing, View, center_cut, center_view, frame
 
 _KEPT_VIEWS = 512
+_KEPT_PROMPTS = 512
 
 
 def sample_losses(prediction: Tensor, target: Tensor) -> Tensor:
@@ -36,13 +37,17 @@ def sample_losses(prediction: Tensor, target: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Sample:
-    """What one prediction is asked about: latents and noise (c, h, w), and what goes with them."""
+    """What one prediction is asked about: latents and noise (c, h, w), and what goes with them.
+
+    control: the control picture (3, height, width), from 0 to 1, or None.
+    """
 
     latents: Tensor
     noise: Tensor
     timestep: int
     prompt: str
     framing: Framing
+    control: Tensor | None = None
 
 
 class PictureSet:
@@ -69,8 +74,15 @@ class PictureSet:
         if self.noise_offset:
             noise += self.noise_offset * torch.randn(len(noise), 1, 1, generator=draw)
         timestep = self.family.draw_timestep(generator(self.seed, "timestep", index))
-        framing = self.images.framing(view)
-        return Sample(latents.to(device), noise.to(device), timestep, self.images.prompt(view), framing)
+        control = self.images.control(view)
+        return Sample(
+            latents.to(device),
+            noise.to(device),
+            timestep,
+            self.images.prompt(view, index),
+            self.images.framing(view),
+            None if control is None else control.to(device),
+        )
 
     @torch.no_grad()
     def _encode(self, view: View) -> Tensor:
@@ -94,76 +106,49 @@ class PictureSet:
                 self._moments[view] = self._encode(view).cpu()
 
 
-class DreamBoothObjective(nn.Module):
-    """Denoise views of the subject under their prompts, and views of its class under the class prompt.
-
-    The loss of a sample is weight(t) · |target − prediction|², mean over the latent's elements, plus
-    `prior_loss_weight` times the same of a class picture.
+class DenoisingObjective(nn.Module):
+    """Denoise pictures under their prompts: weight(t) · |target − prediction|², mean over the latent's elements.
 
     A module, so that one wrapper (precision, data parallel) holds all that is trained. `forward` takes the global
     indices of the samples; each draws its crop, mirroring, latents, noise and timestep from (seed, index) alone.
 
     Args:
         family: the pipeline's family; its components are on their device.
-        images: the subject's pictures.
+        pictures: what samples are drawn from; the first set gives the loss unless a subclass says otherwise.
         trained: names of the components that are trained.
-        seed: of the run.
-        class_images: pictures of the class, for prior preservation.
-        prior_loss_weight: of their loss.
         snr_gamma: γ of `Family.min_snr_weights`; None weighs all timesteps alike.
-        noise_offset: size of a random shift of each channel's noise.
-
-    Source: DreamBooth, arXiv:2208.12242, section 3.2.
     """
 
     def __init__(
-        self,
-        family: Family,
-        images: TrainingImages,
-        *,
-        trained: Sequence[str],
-        seed: int,
-        class_images: TrainingImages | None = None,
-        prior_loss_weight: float = 1.0,
-        snr_gamma: float | None = None,
-        noise_offset: float = 0.0,
+        self, family: Family, pictures: Sequence[PictureSet], *, trained: Sequence[str], snr_gamma: float | None = None
     ):
         super().__init__()
         self.family = family
+        self.pictures = list(pictures)
         self.components = nn.ModuleDict({name: family.component(name) for name in trained})
-        self.prior_loss_weight = prior_loss_weight
         self.snr_gamma = snr_gamma
         family.freeze_unused()
-        self.subject = PictureSet(images, family, seed=seed, noise_offset=noise_offset)
-        self.prior = None
-        if class_images is not None:
-            seed = derive(seed, "class pictures")
-            self.prior = PictureSet(class_images, family, seed=seed, noise_offset=noise_offset)
         self._fixed_conditioning: dict[str, Conditioning] = {}
+        self._kept_prompts = _KEPT_PROMPTS
 
     def forward(self, samples: Sequence[int]) -> Tensor:
         """The loss of each sample: (b,), float32.
 
         samples: global indices of the samples, b of them.
         """
-        drawn = [self.subject.draw(sample) for sample in samples]
-        if self.prior is None:
-            return self._losses(drawn)
-        drawn += [self.prior.draw(sample) for sample in samples]
-        own, prior = self._losses(drawn).chunk(2)
-        return own + self.prior_loss_weight * prior
+        return self._losses([self.pictures[0].draw(sample) for sample in samples])
 
     def prepare(self, options: PerformanceOptions) -> None:
         """Encode pictures and prompts now, where asked to, and take off the device what is not needed any more."""
-        pictures = [each for each in (self.subject, self.prior) if each is not None]
         if options.cache_latents:
-            for each in pictures:
+            for each in self.pictures:
                 each.encode_all()
             self.family.park("vae")
         if options.pre_compute_text_embeddings:
             with self.family.at_work(*self.family.text_encoders):
-                for each in pictures:
-                    self._condition(each.images.prompts)
+                prompts = list(dict.fromkeys(prompt for each in self.pictures for prompt in each.images.prompts))
+                self._kept_prompts = len(prompts)
+                self._condition(prompts)
             self.family.park(*self.family.text_encoders)
 
     def _losses(self, drawn: Sequence[Sample]) -> Tensor:
@@ -184,20 +169,77 @@ class DreamBoothObjective(nn.Module):
             **self._condition([sample.prompt for sample in drawn]),
             **family.encode_framings([sample.framing for sample in drawn]),
         }
-        prediction = family.predict(noisy, timesteps, conditioning)
+        prediction = self._predict(noisy, timesteps, conditioning, drawn)
         losses = sample_losses(prediction, family.target(latents, noise, timesteps))
         return losses if self.snr_gamma is None else losses * family.min_snr_weights(timesteps, self.snr_gamma)
 
+    def _predict(
+        self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, drawn: Sequence[Sample]
+    ) -> Tensor:
+        """The denoiser's answer for these samples."""
+        return self.family.predict(noisy, timesteps, conditioning)
+
     def _condition(self, prompts: Sequence[str]) -> Conditioning:
-        """The encoded prompts; computed once where no text encoder is trained."""
+        """The encoded prompts; kept where no text encoder is trained."""
         if any(name in self.components for name in self.family.text_encoders):
             return self.family.encode_prompts(prompts)
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._fixed_conditioning]
         if new:
             with torch.no_grad(), self.family.at_work(*self.family.text_encoders):
-                for prompt in new:
-                    self._fixed_conditioning[prompt] = self.family.encode_prompts([prompt])
-        return join_conditioning([self._fixed_conditioning[prompt] for prompt in prompts])
+                encoded = {prompt: self.family.encode_prompts([prompt]) for prompt in new}
+            self._fixed_conditioning |= encoded
+        rows = [self._fixed_conditioning[prompt] for prompt in prompts]
+        while len(self._fixed_conditioning) > self._kept_prompts:
+            del self._fixed_conditioning[next(iter(self._fixed_conditioning))]
+        return join_conditioning(rows)
+
+
+class DreamBoothObjective(DenoisingObjective):
+    """Denoise views of the subject under their prompts, and views of its class under the class prompt.
+
+    The loss of a sample is that of a view of the subject plus `prior_loss_weight` times that of a class picture.
+
+    Args:
+        family: the pipeline's family; its components are on their device.
+        images: the subject's pictures.
+        trained: names of the components that are trained.
+        seed: of the run.
+        class_images: pictures of the class, for prior preservation.
+        prior_loss_weight: of their loss.
+        snr_gamma: as for `DenoisingObjective`.
+        noise_offset: size of a random shift of each channel's noise.
+
+    Source: DreamBooth, arXiv:2208.12242, section 3.2.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        images: TrainingImages,
+        *,
+        trained: Sequence[str],
+        seed: int,
+        class_images: TrainingImages | None = None,
+        prior_loss_weight: float = 1.0,
+        snr_gamma: float | None = None,
+        noise_offset: float = 0.0,
+    ):
+        pictures = [PictureSet(images, family, seed=seed, noise_offset=noise_offset)]
+        if class_images is not None:
+            seed = derive(seed, "class pictures")
+            pictures.append(PictureSet(class_images, family, seed=seed, noise_offset=noise_offset))
+        super().__init__(family, pictures, trained=trained, snr_gamma=snr_gamma)
+        self.prior_loss_weight = prior_loss_weight
+
+    def forward(self, samples: Sequence[int]) -> Tensor:
+        """The loss of each sample: (b,), float32.
+
+        samples: global indices of the samples, b of them.
+        """
+        if len(self.pictures) == 1:
+            return super().forward(samples)
+        own, prior = self._losses([pictures.draw(s) for pictures in self.pictures for s in samples]).chunk(2)
+        return own + self.prior_loss_weight * prior
 
 
 def join_conditioning(rows: Sequence[Conditioning]) -> Mapping[str, Tensor]:

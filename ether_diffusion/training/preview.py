@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,8 +20,13 @@ GAP, FONT_SIZE = 8, 16
 
 
 @torch.no_grad()
-def paint(pipe: DiffusionPipeline, prompt: str, options: ValidationOptions, seed: int) -> list[Image.Image]:
-    """`num_validation_images` pictures of a prompt, from the seeds `seed`, `seed + 1`, …"""
+def paint(
+    pipe: DiffusionPipeline, prompt: str, options: ValidationOptions, seed: int, **inputs: Any
+) -> list[Image.Image]:
+    """`num_validation_images` pictures of a prompt, from the seeds `seed`, `seed + 1`, …
+
+    inputs: more that the pipeline is called with.
+    """
     quiet = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(disable=True)
     try:
@@ -31,6 +37,7 @@ def paint(pipe: DiffusionPipeline, prompt: str, options: ValidationOptions, seed
                 num_inference_steps=options.num_inference_steps,
                 guidance_scale=options.guidance_scale,
                 generator=torch.Generator().manual_seed(seed + k),
+                **inputs,
             ).images[0]
             for k in range(options.num_validation_images)
         ]
@@ -95,6 +102,7 @@ class Preview:
         log_pictures(accelerator, "validation", [grid], step)
 
     def _paint(self) -> list[list[Image.Image]]:
+        """The pictures of every prompt, by the model as it is."""
         with self.family.at_work(*self.family.modules()):
             return [paint(self.family.pipe, prompt, self.options, self.seed) for prompt in self.prompts]
 

@@ -21,13 +21,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache
 from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
 from ether_diffusion.training.command_line import InputError
+from ether_diffusion.training.distributed import on_main_process
 from ether_diffusion.training.families.base import Family, ModelSource
 from ether_diffusion.training.images import find_images
 from ether_diffusion.training.options import PriorOptions
@@ -117,7 +117,7 @@ def paint_class_pictures(
             What is painted stays, and the message says how much there is.
     """
     # One process looks: another would count the pictures that the fast ones have painted by then.
-    pictures: ClassPictures = broadcast_object_list([_prepare(options) if accelerator.is_main_process else None])[0]
+    pictures = on_main_process(accelerator, lambda: _prepare(options))
     share = pictures.missing[accelerator.process_index :: accelerator.num_processes]
     if share:
         state = random_state()
@@ -138,7 +138,7 @@ def paint_class_pictures(
     accelerator.wait_for_everyone()
     if pictures.missing:
         # Looked at anew for the order: it is to be that of the runs to come.
-        pictures = broadcast_object_list([ClassPictures.look(options) if accelerator.is_main_process else None])[0]
+        pictures = on_main_process(accelerator, lambda: ClassPictures.look(options))
     if pictures.missing:
         raise RuntimeError(f"pictures were removed while others were painted: {_progress(options)}")
     return pictures.paths

@@ -11,11 +11,12 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
-from ether_diffusion.training.adapters import add_adapters, rehearse
+from ether_diffusion.training.adapters import Configs, add_adapters, rehearse
 from ether_diffusion.training.card import GRID_NAME, figures_of, write_card
 from ether_diffusion.training.command_line import InputError, binding, flatten
+from ether_diffusion.training.distributed import check_layout, claim_layout, gathered, on_main_process, shard_frozen
 from ether_diffusion.training.entry import narrate
-from ether_diffusion.training.families import Family, ModelSource, family_at
+from ether_diffusion.training.families import Blueprint, Family, ModelSource, family_at
 from ether_diffusion.training.hub import check_hub, log_patterns, upload
 from ether_diffusion.training.loop import WEIGHT_DTYPES, TrainingResult, check_output_dir, make_accelerator, train
 from ether_diffusion.training.methods import configs_of, loading_code, read_method, save_trained
@@ -44,27 +45,56 @@ class TrainingRun(Generic[Options]):
         targets: (height, width) that training pictures can have.
         output_dir: where everything goes; not made yet.
         accelerator: devices and processes.
+        layout: what each process holds.
+
+    Class attributes:
+        tags: of the model card.
+        can_shard: whether what is trained can be made beside a sharded denoiser.
 
     Raises:
         InputError: what the user gave cannot be used. No weights were read and nothing was written.
     """
 
+    tags: Sequence[str] = ("dreambooth",)
+    can_shard: bool = True
+
     def __init__(self, options: Options, command: str):
         self.options, self.command = options, command
         check_optimizer(options.optimization)
         self.method = read_method(options.adapter)
-        if self.method.learning_rate is None and options.optimization.learning_rate is None:
+        if self.default_learning_rate is None and options.optimization.learning_rate is None:
             raise InputError(f"--learning_rate: is missing; there is no default for {self.method.title}")
         self.source = ModelSource.from_options(options.model)
         self.family_class = family_at(self.source)
         blueprint = self.family_class.read_blueprint(self.source)
-        self.configs = configs_of(self.method, self.family_class, options.adapter)
-        self.parameter_count = rehearse(blueprint.models, self.configs)
+        self.configs, self.parameter_count = self.plan(blueprint)
         self.targets = blueprint.targets(options.views)
         self.output_dir = check_output_dir(options.run.output_dir)
+        layout = claim_layout()
         self.accelerator = make_accelerator(
             options.run, options.performance, options.optimization.gradient_accumulation_steps
         )
+        self.layout = layout if self.accelerator.num_processes > 1 else "replicated"
+        denoiser = self.family_class.denoiser
+        check_layout(self.layout, options, self.configs, denoiser=denoiser, precision=self.precision)
+        if self.layout == "sharded" and not self.can_shard:
+            raise InputError(
+                "FSDP: what is trained here begins as a copy of the whole denoiser; launch with configs/ddp.yaml"
+            )
+
+    def plan(self, blueprint: Blueprint) -> tuple[Configs, int]:
+        """What is trained, component -> config, and how many parameters that makes, tried on a model without weights.
+
+        Raises:
+            InputError: layers that are not there, or cannot be adapted so.
+        """
+        configs = configs_of(self.method, self.family_class, self.options.adapter)
+        return configs, rehearse(blueprint.models, configs)
+
+    @property
+    def default_learning_rate(self) -> float | None:
+        """Of the method; None where there is none."""
+        return self.method.learning_rate
 
     @property
     def precision(self) -> str:
@@ -95,7 +125,7 @@ class TrainingRun(Generic[Options]):
         """
         processes = self.accelerator.num_processes
         optimization = self.options.optimization.resolve(
-            default_learning_rate=self.method.learning_rate or 0.0, epoch_samples=epoch_samples, processes=processes
+            default_learning_rate=self.default_learning_rate or 0.0, epoch_samples=epoch_samples, processes=processes
         )
         self.options = replace(self.options, optimization=optimization)
         self.epoch_samples = epoch_samples
@@ -106,7 +136,7 @@ class TrainingRun(Generic[Options]):
             given["adapter_config"] = f"sha256:{hashlib.sha256(content).hexdigest()[:16]}"
         self.checkpoints = Checkpoints(self.output_dir, self.options.state, given)
         self.checkpoints.check_space(self.parameter_count)
-        self.hub_id = check_hub(self.options.run) if self.accelerator.is_main_process else None
+        self.hub_id = on_main_process(self.accelerator, lambda: check_hub(self.options.run))
 
     def load(self, prompts: Sequence[str]) -> Family:
         """The model with its adapter, when it has painted what it makes of these prompts without one."""
@@ -115,15 +145,41 @@ class TrainingRun(Generic[Options]):
         # Weights that are all trained are kept in float32; those beside adapters stay as they are, in half precision.
         dtype = torch.float32 if None in self.configs.values() else WEIGHT_DTYPES[self.precision]
         self.family = self.family_class.load(self.source, dtype)
+        if self.layout == "sharded":
+            shard_frozen(self.family.component(self.family.denoiser), self.accelerator)
         idle = self.family.modules().keys() - {self.family.denoiser, *self.configs}
         self.family.freeze(self.accelerator.device, parked=sorted(idle) if performance.offload else ())
         self.preview = None
-        if self.options.validation.num_validation_images and self.accelerator.is_main_process:
-            self.preview = Preview(self.family, prompts, self.options.validation, self.options.run.seed)
-        self.models: dict[str, nn.Module] = {name: self.family.component(name) for name in self.configs}
-        add_adapters(self.models, self.configs, seed=self.options.run.seed)
-        self.family.speed_up(performance, trained=list(self.configs))
+        if self.options.validation.num_validation_images and self._paints:
+            self.preview = self.make_preview(prompts)
+        self.models = self.adapt()
+        adapted = [self.models[name] for name in self.configs if name != self.family.denoiser]
+        self.family.speed_up(performance, [self.family.component(self.family.denoiser), *adapted])
         return self.family
+
+    @property
+    def _paints(self) -> bool:
+        """Whether this process takes part in painting: a sharded denoiser runs on all processes or on none."""
+        return self.accelerator.is_main_process or self.layout == "sharded"
+
+    def make_preview(self, prompts: Sequence[str]) -> Preview:
+        """What paints; it paints the base model now."""
+        return Preview(self.family, prompts, self.options.validation, self.options.run.seed)
+
+    def adapt(self) -> dict[str, nn.Module]:
+        """Add what is trained to the loaded model: component -> model with trained parameters."""
+        models = {name: self.family.component(name) for name in self.configs}
+        add_adapters(models, self.configs, seed=self.options.run.seed)
+        return models
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What is trained, as optimisers take it."""
+        return parameter_groups(self.models, denoiser=self.family.denoiser, options=self.options.optimization)
+
+    def save(self, prompt: str) -> Path:
+        """Write what was trained to the output folder; the file or folder to tell of."""
+        metadata = {"prompt": prompt}
+        return save_trained(self.family.pipe, self.configs, self.output_dir, method=self.method, metadata=metadata)
 
     def train(self, objective: nn.Module, what: str) -> TrainingResult:
         """Minimise an objective, with all that the options say.
@@ -140,8 +196,9 @@ class TrainingRun(Generic[Options]):
         return train(
             self.accelerator,
             objective,
-            parameter_groups(self.models, denoiser=self.family.denoiser, options=optimization),
+            self.parameter_groups(),
             optimization,
+            layout=self.layout,
             checkpoints=self.checkpoints,
             tracked={**flatten(self.options), "method": self.method.name},
             validate=self._validate,
@@ -153,37 +210,46 @@ class TrainingRun(Generic[Options]):
             ),
         )
 
-    def finish(self, result: TrainingResult, *, prompt: str, pictures: int) -> None:
+    def finish(self, result: TrainingResult, *, prompt: str, pictures: str) -> None:
         """Leave the weights, a grid of pictures and a model card in the output folder, and upload them if asked to.
 
         Args:
             result: of the training.
             prompt: that names what was learned.
-            pictures: how many were trained on.
+            pictures: how many were trained on, in words.
 
         Raises:
             OSError: the disk is full, or the upload failed.
         """
+        # The weights first: whatever happens to the pictures, they are there.
+        with gathered(self.family.component(self.family.denoiser), self.accelerator):
+            if self.accelerator.is_main_process:
+                weights = self.save(prompt)
+                narrate("weights: %s", weights)
+        if self.preview is not None:
+            self._report(self.output_dir / GRID_NAME, len(result.losses))
+            narrate("pictures: %s", self.output_dir / GRID_NAME)
         if self.accelerator.is_main_process:
-            # The weights first: whatever happens to the pictures, they are there.
-            weights = save_trained(
-                self.family.pipe, self.configs, self.output_dir, method=self.method, metadata={"prompt": prompt}
-            )
-            narrate("weights: %s", weights)
-            if self.preview is not None:
-                self.preview.report(self.accelerator, self.output_dir / GRID_NAME, len(result.losses))
-                narrate("pictures: %s", self.output_dir / GRID_NAME)
             self._write_card(result, weights, prompt, pictures)
             if self.hub_id is not None:
                 narrate("uploaded: %s", upload(self.output_dir, self.hub_id, ignore=log_patterns(self.options.run)))
         self.accelerator.end_training()
 
+    def loading_code(self) -> str:
+        """Lines of Python that load the result, for the card."""
+        return loading_code(self.method, list(self.configs))
+
     def _validate(self, step: int) -> None:
         if self.preview is not None:
-            path = self.output_dir / VALIDATION_FOLDER / f"step-{step:06}.png"
-            self.preview.report(self.accelerator, path, step)
+            self._report(self.output_dir / VALIDATION_FOLDER / f"step-{step:06}.png", step)
 
-    def _write_card(self, result: TrainingResult, weights: Path, prompt: str, pictures: int) -> None:
+    def _report(self, path: Path, step: int) -> None:
+        if self.accelerator.is_main_process:
+            self.preview.report(self.accelerator, path, step)
+        else:
+            self.preview.compare()  # takes part in the painting, writes nothing
+
+    def _write_card(self, result: TrainingResult, weights: Path, prompt: str, pictures: str) -> None:
         optimization = self.options.optimization
         rates = {"denoiser": optimization.learning_rate}
         if optimization.text_encoder_lr is not None:
@@ -192,9 +258,9 @@ class TrainingRun(Generic[Options]):
             self.output_dir,
             source=self.source,
             title=self.method.title,
-            tags=["dreambooth", "peft", self.method.name],
+            tags=[*self.tags, "peft", self.method.name],
             paper=self.method.paper,
-            loading=loading_code(self.method, list(self.configs)),
+            loading=self.loading_code(),
             weights=weights,
             prompt=prompt,
             prompts=() if self.preview is None else self.preview.prompts,

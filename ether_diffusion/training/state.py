@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors.torch import load, save
@@ -67,6 +68,7 @@ class RunState:
     """Everything that a step changes.
 
     losses: the mean loss of every step so far. seconds: wall time of the loop so far, over all its parts.
+    divides_optimizer: whether each process holds a part of the optimiser's state.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -76,6 +78,7 @@ class RunState:
     average: RunningAverage | None = None
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    divides_optimizer: bool = False
 
     @property
     def step(self) -> int:
@@ -94,8 +97,10 @@ class RunState:
         }
 
     @torch.no_grad()
-    def load(self, snapshot: Snapshot) -> None:
+    def load(self, snapshot: Snapshot, process: int = 0) -> None:
         """Become what was saved.
+
+        process: whose part of the optimiser's state to take, where that is divided.
 
         Raises:
             InputError: the checkpoint is of other vectors.
@@ -110,7 +115,8 @@ class RunState:
             )
         for name, parameter in self.parameters.items():
             parameter.copy_(snapshot.vectors[name])
-        self.optimizer.load_state_dict(snapshot.state["optimizer"])
+        optimizer = snapshot.state["optimizer"]
+        self.optimizer.load_state_dict(optimizer[process] if self.divides_optimizer else optimizer)
         self.schedule.load_state_dict(snapshot.state["schedule"])
         if self.scaler is not None:
             self.scaler.load_state_dict(snapshot.state["scaler"])
@@ -357,7 +363,7 @@ class Checkpoints:
             InputError: the checkpoint is of other vectors.
         """
         if self.start is not None:
-            state.load(self.start)
+            state.load(self.start, accelerator.process_index)
             set_random_state(self.start.state["random"][accelerator.process_index])
 
     def due(self, step: int) -> bool:
@@ -381,10 +387,12 @@ class Checkpoints:
             if not torch.isfinite(vector).all():
                 raise FloatingPointError(f"{name} is not finite after step {state.step}; {self.describe_last()}")
         generators = gather_object([random_state()])  # one per process
+        content = {**state.state_dict(), "random": generators}
+        if state.divides_optimizer:
+            content["optimizer"] = _gather_on_cpu(content["optimizer"], accelerator)
         if accelerator.is_main_process:
             self._remove_partial()
             try:
-                content = {**state.state_dict(), "random": generators}
                 write_snapshot(self.folder, step=state.step, run=self.run, vectors=vectors, state=content)
             except OSError as error:
                 raise OSError(f"{path}: could not be saved ({error}); {self.describe_last()}") from error
@@ -414,6 +422,26 @@ class Checkpoints:
             doomed = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
             path.rename(doomed)
             shutil.rmtree(doomed)
+
+
+def _gather_on_cpu(part: Any, accelerator: Accelerator) -> list[Any] | None:
+    """What every process has, in the memory of the main process; None on the others.
+
+    Accelerate's own gathering would bring all of it to every device.
+    """
+    parts: list[Any] | None = [None] * accelerator.num_processes if accelerator.is_main_process else None
+    group = dist.new_group(backend="gloo")
+    dist.gather_object(_on_cpu(part), parts, group=group)
+    dist.destroy_process_group(group)
+    return parts
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _on_cpu(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_on_cpu, value))
+    return value.cpu() if isinstance(value, Tensor) else value
 
 
 class StopSignals:

@@ -13,6 +13,8 @@ Size = tuple[int, int]
 Target = tuple[int, int]
 """(height, width) in pixels of a training picture."""
 
+SMOOTH = Image.Resampling.LANCZOS
+
 
 @dataclass(frozen=True)
 class View:
@@ -67,10 +69,10 @@ def shrunk_size(size: Size, target: Target) -> Size:
     return max(columns, round(width * scale)), max(rows, round(height * scale))
 
 
-def shrink(image: Image.Image, target: Target) -> Image.Image:
+def shrink(image: Image.Image, target: Target, resample: Image.Resampling = SMOOTH) -> Image.Image:
     """Reduce a picture until it just covers the target; one that does not cover it stays as it is."""
     size = shrunk_size(image.size, target)
-    return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
+    return image if size == image.size else image.resize(size, resample)
 
 
 def crop_size(size: Size, target: Target) -> Size:
@@ -81,7 +83,7 @@ def crop_size(size: Size, target: Target) -> Size:
     return min(width, max(1, round(columns / scale))), min(height, max(1, round(rows / scale)))
 
 
-def cut(image: Image.Image, view: View, target: Target) -> Image.Image:
+def cut(image: Image.Image, view: View, target: Target, resample: Image.Resampling = SMOOTH) -> Image.Image:
     """The rectangle of a view of a shrunk picture, brought to the target's size.
 
     Only the rectangle is enlarged, so a small picture that is far longer than wide costs no more than a square one.
@@ -90,7 +92,7 @@ def cut(image: Image.Image, view: View, target: Target) -> Image.Image:
     rectangle = image.crop((view.left, view.top, view.left + width, view.top + height))
     rows, columns = target
     if rectangle.size != (columns, rows):
-        rectangle = rectangle.resize((columns, rows), Image.Resampling.LANCZOS)
+        rectangle = rectangle.resize((columns, rows), resample)
     return ImageOps.mirror(rectangle) if view.flip else rectangle
 
 
@@ -118,6 +120,6 @@ def center_view(original_size: Size, target: Target) -> View:
     return View(0, (size[0] - width) // 2, (size[1] - height) // 2, flip=False)
 
 
-def center_cut(image: Image.Image, target: Target) -> Image.Image:
+def center_cut(image: Image.Image, target: Target, resample: Image.Resampling = SMOOTH) -> Image.Image:
     """The central rectangle of a picture at the target's size."""
-    return cut(shrink(image.convert("RGB"), target), center_view(image.size, target), target)
+    return cut(shrink(image.convert("RGB"), target, resample), center_view(image.size, target), target, resample)

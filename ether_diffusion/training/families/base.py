@@ -1,7 +1,7 @@
 """What a family provides, and where its models come from."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -245,17 +245,16 @@ class Family(ABC):
     def freeze_unused(self) -> None:  # noqa: B027 (most families use all of their layers)
         """Take the gradients from layers on which `predict` does not depend: data parallel training refuses them."""
 
-    def speed_up(self, options: PerformanceOptions, *, trained: Sequence[str]) -> None:
+    def speed_up(self, options: PerformanceOptions, models: Iterable[nn.Module]) -> None:
         """Attention backend, gradient checkpointing and compilation; called when the adapters are on.
 
-        trained: names of the components that are trained.
+        models: those through which gradients flow.
         """
         denoiser = self.component(self.denoiser)
         if options.attention:
             enable_ether_attention(denoiser, options.attention)
         if options.gradient_checkpointing:
-            for name in trained:
-                model = self.component(name)
+            for model in models:
                 if isinstance(model, ModelMixin):
                     model.enable_gradient_checkpointing()
                 else:

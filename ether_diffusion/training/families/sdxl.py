@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLControlNetPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from ether_diffusion.control import EtherControlXLPipeline
 from ether_diffusion.training.command_line import InputError
 from ether_diffusion.training.families.base import Blueprint, Conditioning, ModelSource
 from ether_diffusion.training.families.unet import UNetFamily
@@ -26,6 +28,8 @@ class StableDiffusionXL(UNetFamily):
     """
 
     pipeline_class = StableDiffusionXLPipeline
+    light_control_pipeline_class = EtherControlXLPipeline
+    controlnet_pipeline_class = StableDiffusionXLControlNetPipeline
     text_encoders = ("text_encoder", "text_encoder_2")
     text_encoder_classes = (CLIPTextModel, CLIPTextModelWithProjection)
 
@@ -62,17 +66,15 @@ class StableDiffusionXL(UNetFamily):
         with in_float32(vae), torch.autocast(vae.device.type, enabled=False):
             return super().encode_pixels(pixels)
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        unet = self.pipe.unet
-        return unet(
-            noisy.to(unet.dtype),
-            timesteps,
-            encoder_hidden_states=conditioning["encoder_hidden_states"].to(unet.dtype),
-            added_cond_kwargs={
-                "text_embeds": conditioning["text_embeds"].to(unet.dtype),
+    def arguments(self, conditioning: Conditioning) -> dict[str, Any]:
+        dtype = self.pipe.unet.dtype
+        return {
+            "encoder_hidden_states": conditioning["encoder_hidden_states"].to(dtype),
+            "added_cond_kwargs": {
+                "text_embeds": conditioning["text_embeds"].to(dtype),
                 "time_ids": conditioning["time_ids"],
             },
-        ).sample
+        }
 
     def freeze_unused(self) -> None:
         # The first encoder is read before its last layer, and its pooled output not at all.

@@ -1,11 +1,12 @@
 """Stable Diffusion 1 and 2: one CLIP text encoder, and a UNet that is told the prompt alone."""
 
 from collections.abc import Sequence
+from typing import Any
 
-from diffusers import StableDiffusionPipeline
-from torch import Tensor
+from diffusers import StableDiffusionControlNetPipeline, StableDiffusionPipeline
 from transformers import CLIPTextModel
 
+from ether_diffusion.control import EtherControlPipeline
 from ether_diffusion.training.families.base import Conditioning
 from ether_diffusion.training.families.unet import UNetFamily
 
@@ -14,6 +15,8 @@ class StableDiffusion(UNetFamily):
     """Stable Diffusion 1 (epsilon) and 2 (epsilon at 512 pixels, v at 768)."""
 
     pipeline_class = StableDiffusionPipeline
+    light_control_pipeline_class = EtherControlPipeline
+    controlnet_pipeline_class = StableDiffusionControlNetPipeline
     text_encoders = ("text_encoder",)
     text_encoder_classes = (CLIPTextModel,)
     # The safety checker is left out: it costs 1.2 GB and has no part in training.
@@ -25,7 +28,5 @@ class StableDiffusion(UNetFamily):
         )
         return {"encoder_hidden_states": states}  # (b, tokens, width)
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        unet = self.pipe.unet
-        states = conditioning["encoder_hidden_states"].to(unet.dtype)
-        return unet(noisy.to(unet.dtype), timesteps, encoder_hidden_states=states).sample
+    def arguments(self, conditioning: Conditioning) -> dict[str, Any]:
+        return {"encoder_hidden_states": conditioning["encoder_hidden_states"].to(self.pipe.unet.dtype)}

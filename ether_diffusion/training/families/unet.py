@@ -1,17 +1,18 @@
 """What the UNet families share: CLIP text encoders, a KL autoencoder, a cross-attention UNet, discrete DDPM noise."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.training_utils import compute_snr
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ether_diffusion.training.command_line import InputError
-from ether_diffusion.training.families.base import Blueprint, Family, ModelSource
+from ether_diffusion.training.families.base import Blueprint, Conditioning, Family, ModelSource
 
 PREDICTIONS = ("epsilon", "v_prediction")
 
@@ -34,6 +35,8 @@ class UNetFamily(Family):
     """Latent diffusion with epsilon or v targets, by the pipeline's own scheduler config.
 
     Class attributes:
+        light_control_pipeline_class, controlnet_pipeline_class: our pipeline of a light encoder, and the stock one of
+            a ControlNet, for this family.
         text_encoder_classes: the classes of `text_encoders`, in the same order.
         loading: what `from_pretrained` is told besides.
 
@@ -41,6 +44,8 @@ class UNetFamily(Family):
     """
 
     denoiser = "unet"
+    light_control_pipeline_class: ClassVar[type[DiffusionPipeline]]
+    controlnet_pipeline_class: ClassVar[type[DiffusionPipeline]]
     text_encoder_classes: ClassVar[tuple[type[CLIPTextModel] | type[CLIPTextModelWithProjection], ...]]
     loading: ClassVar[Mapping[str, Any]] = {}
 
@@ -117,3 +122,33 @@ class UNetFamily(Family):
         if self.schedule.config.prediction_type == "v_prediction":
             return self.schedule.get_velocity(latents, noise, timesteps)
         return noise
+
+    @abstractmethod
+    def arguments(self, conditioning: Conditioning) -> dict[str, Any]:
+        """The conditioning as the UNet's and a ControlNet's keyword arguments."""
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, **residuals: Any) -> Tensor:
+        unet = self.pipe.unet
+        return unet(noisy.to(unet.dtype), timesteps, **self.arguments(conditioning), **residuals).sample
+
+    def residuals(
+        self,
+        controlnet: ControlNetModel,
+        noisy: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        control: Tensor,
+    ) -> dict[str, Any]:
+        """What a ControlNet adds to the UNet's activations, as `predict` takes it.
+
+        control: the control pictures (b, 3, height, width), from 0 to 1.
+        """
+        dtype = self.pipe.unet.dtype
+        down, middle = controlnet(
+            noisy.to(dtype),
+            timesteps,
+            controlnet_cond=control.to(dtype),
+            return_dict=False,
+            **self.arguments(conditioning),
+        )
+        return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}

@@ -1,0 +1,227 @@
+"""Every method of --method on the same subjects: what it learns, what the model forgets, what it costs.
+
+    python benchmarks/compare_methods.py --output_dir out/methods --data_dir photos_by_subject
+    python benchmarks/compare_methods.py --output_dir out/methods --quick
+
+Subjects of the miniature's world are learned from five views, those of --data_dir (one folder of photographs each)
+from all photographs but the last, by train_dreambooth_ether.py with each method's own defaults. Measured, beside the
+base model: the denoising loss on the picture that was held out; the similarity (CLIP-I) of pictures painted for the
+subject's prompt to those it was learned from; the similarity (CLIP-T) to their own text of pictures painted for
+prompts without the subject, which falls as the model forgets. CLIP is the miniature's own: it has never seen a
+photograph. Writes JSON row by row (the same command goes on where it was stopped) and a sheet of pictures for each
+subject; prints the means over the miniature's subjects and over the photographed ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from measuring import machine
+from PIL import Image
+from result_file import ResultFile
+from subjects import MINIATURE, PHOTOGRAPHS, Subject, drawn, load_result, load_script, photographed
+
+from ether_diffusion.miniature import FOLDER, ClipScore
+from ether_diffusion.miniature.evaluate import checksum
+from ether_diffusion.miniature.quickstart import OTHER_PROMPTS
+from ether_diffusion.training.adapters import rehearse
+from ether_diffusion.training.families import ModelSource, family_at
+from ether_diffusion.training.images import read_image
+from ether_diffusion.training.methods import TITLES, configs_of, read_method
+from ether_diffusion.training.objective import denoising_loss
+from ether_diffusion.training.options import (
+    DEFAULT_STEPS,
+    LEARNING_RATES,
+    METHODS,
+    AdapterOptions,
+    ValidationOptions,
+)
+from ether_diffusion.training.preview import paint, side_by_side
+from ether_diffusion.training.views import center_cut
+
+BASE = "base"
+SIDE = 64  # of the miniature's pictures, in pixels
+SEEDS, GUIDANCE = 4, 5.0
+QUICK = {"method": ("ether_plus", "lora"), "subjects": 1, "max_train_steps": 3, "num_inference_steps": 2}
+
+
+def count_parameters(method: str) -> int:
+    """How many parameters a method trains on the miniature."""
+    source, options = ModelSource(str(FOLDER)), AdapterOptions(method=method)
+    family = family_at(source)
+    return rehearse(family.read_blueprint(source).models, configs_of(read_method(options), family, options))
+
+
+class Comparison:
+    """One method on one subject at a time.
+
+    Args:
+        steps: of the training.
+        seed: of the training and of the first picture of each prompt.
+        num_inference_steps: of every picture.
+        pictures_dir: where the pictures of the subject's prompt go, in a folder for each subject and method.
+    """
+
+    def __init__(self, *, steps: int, seed: int, num_inference_steps: int, pictures_dir: Path):
+        self.steps, self.seed, self.pictures_dir = steps, seed, pictures_dir
+        self.num_inference_steps = num_inference_steps
+        self.score, self.script = ClipScore(), load_script()
+
+    def base(self, subject: Subject) -> dict[str, float]:
+        """The figures of the model as it is."""
+        return self._measure(DiffusionPipeline.from_pretrained(FOLDER), subject, BASE)
+
+    def tuned(self, subject: Subject, method: str, rate: float) -> dict[str, float]:
+        """The figures after the training, and the seconds that it took."""
+        with tempfile.TemporaryDirectory() as folder:
+            seen, output_dir = subject.copy_seen(Path(folder, "seen")), Path(folder, "result")
+            flags = {
+                "instance_data_dir": seen,
+                "instance_prompt": subject.prompt,
+                "output_dir": output_dir,
+                "method": method,
+                "learning_rate": rate,
+                "max_train_steps": self.steps,
+                "seed": self.seed,
+                "num_validation_images": 0,
+            }
+            result = self.script.main([str(word) for name, value in flags.items() for word in (f"--{name}", value)])
+            pipe = load_result(FOLDER, output_dir, method)
+            return {"seconds": result.seconds, **self._measure(pipe, subject, method)}
+
+    def _measure(self, pipe: DiffusionPipeline, subject: Subject, method: str) -> dict[str, float]:
+        own = self._paint(pipe, subject.prompt, SEEDS)
+        folder = picture_folder(self.pictures_dir, subject, method)
+        folder.mkdir(parents=True, exist_ok=True)
+        for k, picture in enumerate(own):
+            picture.save(folder / f"{k}.png")
+        others = [self._paint(pipe, prompt, 1)[0] for prompt in OTHER_PROMPTS]
+        return {
+            "held_out": denoising_loss(pipe, read_image(subject.held_out), subject.prompt, seed=self.seed),
+            "clip_i": self.score.image_similarity(own, squares(subject)),
+            "clip_t": self.score.text_similarity(others, OTHER_PROMPTS),
+        }
+
+    def _paint(self, pipe: DiffusionPipeline, prompt: str, count: int) -> list[Image.Image]:
+        options = ValidationOptions(
+            num_validation_images=count, num_inference_steps=self.num_inference_steps, guidance_scale=GUIDANCE
+        )
+        return paint(pipe, prompt, options, self.seed)
+
+
+def squares(subject: Subject) -> list[Image.Image]:
+    """The pictures that the subject is learned from, as the model sees them."""
+    return [center_cut(read_image(path), (SIDE, SIDE)) for path in subject.seen]
+
+
+def picture_folder(pictures_dir: Path, subject: Subject, method: str) -> Path:
+    return pictures_dir / subject.origin / subject.name / method
+
+
+def draw_sheet(subject: Subject, methods: Sequence[str], pictures_dir: Path) -> Path:
+    """Rows of the same seeds: what was learned from, the base model, each method."""
+    rows = [(f"{subject.name}: learned from", squares(subject))]
+    for name in (BASE, *methods):
+        folder = picture_folder(pictures_dir, subject, name)
+        rows.append((TITLES.get(name, name), [read_image(folder / f"{k}.png") for k in range(SEEDS)]))
+    path = pictures_dir / f"{subject.origin}_{subject.name}.png"
+    side_by_side(rows).save(path)
+    return path
+
+
+def table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Iterator[str]:
+    """Lines with the means over the subjects, for each origin."""
+    for origin in (MINIATURE, PHOTOGRAPHS):
+        own = [row for row in rows if row["origin"] == origin]
+        if not own:
+            continue
+        count = len({row["subject"] for row in own})
+        yield ""
+        title = f"{origin}, {count} subject{'s' * (count > 1)}"
+        yield (f"{title:26}{'parameters':>11}{'rate':>8}{'held out':>10}{'CLIP-I':>8}{'CLIP-T':>8}{'training':>10}")
+        for name in names:
+            held = [row for row in own if row["method"] == name]
+            figures = {
+                key: sum(row[key] for row in held) / len(held) for key in ("held_out", "clip_i", "clip_t", "seconds")
+            }
+            rate = "" if name == BASE else f"{held[0]['learning_rate']:.0e}"
+            yield (
+                f"{TITLES.get(name, name):26}{held[0]['parameters']:>11,}{rate:>8}{figures['held_out']:>10.4f}"
+                f"{figures['clip_i']:>8.3f}{figures['clip_t']:>8.3f}{figures['seconds']:>8.0f} s"
+            )
+
+
+def read_rates(words: Sequence[str]) -> dict[str, float]:
+    """The learning rates, those given as METHOD=RATE in place of the defaults.
+
+    Raises:
+        ValueError: a word of another form.
+    """
+    rates = dict(LEARNING_RATES)
+    for word in words:
+        method, equals, rate = word.partition("=")
+        if method not in METHODS or not equals:
+            raise ValueError(f"--learning_rate: got {word!r}, needs METHOD=RATE with one of {', '.join(METHODS)}")
+        rates[method] = float(rate)
+    return rates
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--learning_rate", nargs="+", default=[], metavar="METHOD=RATE")
+    parser.add_argument("--max_train_steps", type=int, default=DEFAULT_STEPS)
+    parser.add_argument("--subjects", type=int, default=9, help="how many of the miniature's world")
+    parser.add_argument("--data_dir", type=Path, help="one folder of photographs for each subject")
+    parser.add_argument("--num_inference_steps", type=int, default=25)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="a look at every part in less than a minute")
+    args = parser.parse_args()
+    if args.quick:
+        vars(args).update(QUICK)
+    try:
+        rates = read_rates(args.learning_rate)
+    except ValueError as error:
+        parser.error(str(error))
+    chosen = [] if args.data_dir is None else photographed(args.data_dir)
+    chosen = [*drawn(args.subjects, args.output_dir / "views"), *chosen]
+
+    settings = {
+        "weights_sha256": checksum(FOLDER),
+        "seed": args.seed,
+        "num_inference_steps": args.num_inference_steps,
+    }
+    results = ResultFile(args.output_dir / "compare_methods.json", settings, machine=machine())
+    comparison = Comparison(
+        steps=args.max_train_steps,
+        seed=args.seed,
+        num_inference_steps=args.num_inference_steps,
+        pictures_dir=args.output_dir / "pictures",
+    )
+    parameters = {method: count_parameters(method) for method in args.method}
+    rows = []
+    for subject in chosen:
+        which = {"subject": subject.name, "origin": subject.origin}
+        for method in (BASE, *args.method):
+            key = {**which, "method": method, "learning_rate": None, "steps": 0}
+            if method != BASE:
+                key |= {"learning_rate": rates[method], "steps": args.max_train_steps}
+            row = results.find(**key)
+            if row is None and method == BASE:
+                row = results.add({**key, "parameters": 0, "seconds": 0.0, **comparison.base(subject)})
+            elif row is None:
+                figures = comparison.tuned(subject, method, rates[method])
+                row = results.add({**key, "parameters": parameters[method], **figures})
+            rows.append(row)
+        print(draw_sheet(subject, args.method, args.output_dir / "pictures"), flush=True)
+    print("\n".join(table(rows, (BASE, *args.method))))
+
+
+if __name__ == "__main__":
+    main()

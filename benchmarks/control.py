@@ -1,0 +1,98 @@
+"""Light control on the miniature: what each method adds to the encoder alone.
+
+    python benchmarks/control.py --output_dir out/control
+
+Every method is trained by `train_controlnet_ether.py` on the same pairs, at a learning rate that suits it, and judged
+by `ether-diffusion evaluate-control` on the same held-out maps: a segmentation network of the miniature's world names
+each pixel of what was painted. Rows that are in the JSON already are not repeated. Prints a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from measuring import machine
+from result_file import ResultFile
+
+from ether_diffusion.miniature import FOLDER
+from ether_diffusion.miniature.control_data import KINDS, write_control_data
+from ether_diffusion.miniature.control_quickstart import SETTINGS, TRAINING_SEED, train
+
+# Of the method; the encoder has --control_lr. "none" is the paper's encoder-only baseline.
+LEARNING_RATES = {"none": 2e-3, "ether": 2e-3, "ether_plus": 2e-3, "lora": 1e-3, "oft": 5e-4}
+
+
+def evaluate(adapter: Path, output_dir: Path, held_out: int, judge_dir: Path, kind: str) -> dict:
+    """The report of `evaluate-control`."""
+    command = [sys.executable, "-m", "ether_diffusion.cli", "evaluate-control", "--adapter", str(adapter)]
+    if kind == "scenes":
+        command += ["--miniature", str(held_out)]
+    else:
+        data = output_dir.parent / "held_out"
+        if not data.exists():
+            write_control_data(data, held_out, "control held out", kind)
+        command += ["--base", str(FOLDER), "--data_dir", str(data), "--judge", "edges", "--fid_features", "none"]
+    command += ["--output_dir", str(output_dir), "--judge_dir", str(judge_dir), "--batch_size", "16"]
+    subprocess.run(command, check=True)
+    return json.loads((output_dir / "report.json").read_text())
+
+
+def trained_parameters(adapter: Path) -> int:
+    """The number that the model card states."""
+    (line,) = (
+        line for line in (adapter / "README.md").read_text().splitlines() if line.startswith("| trained parameters")
+    )
+    return int(line.split("|")[2].strip().replace(",", ""))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--methods", nargs="+", choices=list(LEARNING_RATES), default=list(LEARNING_RATES))
+    parser.add_argument("--kind", choices=KINDS, default=KINDS[0], help="semantic maps, or edges of filled circles")
+    parser.add_argument("--pairs", type=int, default=3000)
+    parser.add_argument("--held_out", type=int, default=200)
+    parser.add_argument("--max_train_steps", type=int, default=1000)
+    parser.add_argument("--quick", action="store_true", help="a few steps of two methods, to see that it runs")
+    args = parser.parse_args()
+    if args.quick:
+        args.methods, args.pairs, args.held_out, args.max_train_steps = ["none", "ether_plus"], 16, 4, 3
+
+    data = args.output_dir / "data"
+    if not (data / "metadata.jsonl").exists():
+        write_control_data(data, args.pairs, TRAINING_SEED, args.kind)
+    settings = {name: getattr(args, name) for name in ("kind", "pairs", "held_out", "max_train_steps")}
+    settings["flags"] = SETTINGS
+    results = ResultFile(args.output_dir / "control.json", settings, machine=machine())
+    for method in args.methods:
+        if results.find(method=method):
+            continue
+        folder = args.output_dir / method
+        shutil.rmtree(folder, ignore_errors=True)
+        flags = ["--method", method, "--learning_rate", str(LEARNING_RATES[method])]
+        train(data, folder / "adapter", [*flags, "--max_train_steps", str(args.max_train_steps)])
+        report = evaluate(
+            folder / "adapter", folder / "evaluation", args.held_out, args.output_dir / "judge", args.kind
+        )
+        count = trained_parameters(folder / "adapter")
+        results.add({"method": method, "parameters": count, "scores": report["scores"]})
+
+    names = list(results.rows[0]["scores"]["real"])
+    print(f"{'':12}{'parameters':>12}" + "".join(f"{name:>16}" for name in names))
+    for row in results.rows:
+        print(f"{row['method']:12}{row['parameters']:>12,}" + cells(row["scores"]["with_control"], names))
+    for reference in (name for name in results.rows[0]["scores"] if name != "with_control"):
+        print(f"{reference:24}" + cells(results.rows[0]["scores"][reference], names))
+
+
+def cells(scores: dict, names: list[str]) -> str:
+    return "".join(f"{'–' if scores[name] is None else format(scores[name], '.4f'):>16}" for name in names)
+
+
+if __name__ == "__main__":
+    main()

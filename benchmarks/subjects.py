@@ -1,0 +1,115 @@
+"""What the comparisons of methods learn, and the way there and back: a subject is a folder of pictures."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from diffusers import DiffusionPipeline
+from peft import PeftModel
+
+import ether_diffusion  # noqa: F401  (gives pipelines their *_ether_* methods)
+from ether_diffusion.miniature import world
+from ether_diffusion.training.images import find_images
+from ether_diffusion.training.methods import read_method
+from ether_diffusion.training.options import AdapterOptions
+
+SCRIPT = Path(__file__).resolve().parents[1] / "train_dreambooth_ether.py"
+MINIATURE, PHOTOGRAPHS = "miniature", "photographs"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A folder of pictures of one thing; the last of them is held out, the others are learned from.
+
+    origin: whose world it is of, MINIATURE or PHOTOGRAPHS.
+    """
+
+    name: str
+    class_name: str
+    origin: str
+    folder: Path
+
+    @property
+    def prompt(self) -> str:
+        return f"a photo of sks {self.class_name}"
+
+    @property
+    def seen(self) -> list[Path]:
+        return find_images(self.folder)[:-1]
+
+    @property
+    def held_out(self) -> Path:
+        return find_images(self.folder)[-1]
+
+    def copy_seen(self, folder: Path) -> Path:
+        """The pictures to learn from, alone in a folder."""
+        folder.mkdir(parents=True)
+        for path in self.seen:
+            shutil.copy(path, folder)
+        return folder
+
+
+def photographed(data_dir: Path) -> list[Subject]:
+    """One subject for every folder of photographs; the folder's name is that of the class.
+
+    Raises:
+        SystemExit: a folder with fewer than two photographs, or none at all.
+    """
+    folders = sorted(path for path in data_dir.iterdir() if path.is_dir()) if data_dir.is_dir() else []
+    if not folders:
+        raise SystemExit(f"error: --data_dir {data_dir}: needs a folder with one folder of photographs per subject")
+    for folder in folders:
+        if len(find_images(folder, "--data_dir")) < 2:
+            raise SystemExit(
+                f"error: --data_dir {folder}: holds one photograph, needs one to learn and one to hold out"
+            )
+    return [Subject(each.name, each.name.replace("_", " "), PHOTOGRAPHS, each) for each in folders]
+
+
+def drawn(count: int, folder: Path) -> Iterator[Subject]:
+    """Subjects of the miniature's world, spread over its classes; their views are drawn into folders in `folder`."""
+    everyone = world.subjects()
+    for subject in everyone[:: max(1, len(everyone) // max(count, 1))][:count]:
+        own = folder / subject.name
+        own.mkdir(parents=True, exist_ok=True)
+        for k in range(world.VIEWS):
+            subject.view(k).render().image.save(own / f"{k}.png")
+        yield Subject(subject.name, subject.class_name, MINIATURE, own)
+
+
+def load_script() -> ModuleType:
+    """The training script as a module, to be called in this process."""
+    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_result(
+    model: Path | str, folder: Path, method: str, components: Sequence[str] = ("unet",)
+) -> DiffusionPipeline:
+    """The pipeline with what the script left on it, the way the libraries load it.
+
+    Args:
+        model: what it was trained on.
+        folder: --output_dir of the run.
+        method: of the run.
+        components: what was trained.
+    """
+    layout = read_method(AdapterOptions(method=method)).layout
+    pipe = DiffusionPipeline.from_pretrained(folder if layout == "full" else model)
+    if layout == "ether":
+        pipe.load_ether_weights(folder)
+    elif layout == "lora":
+        pipe.load_lora_weights(folder)
+    elif layout == "peft":
+        for name in components:
+            PeftModel.from_pretrained(getattr(pipe, name), folder, subfolder=name)
+    return pipe

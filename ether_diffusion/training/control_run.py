@@ -1,0 +1,260 @@
+"""A run of control training: what it trains besides the method's parameters, how it paints, and what it leaves."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ControlNetModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from PIL import Image
+from torch import nn
+
+from ether_diffusion.control import ControlEncoder
+from ether_diffusion.training.adapters import ADAPTER_NAME, Configs, add_adapters, rehearse
+from ether_diffusion.training.command_line import InputError
+from ether_diffusion.training.control_data import RESAMPLING, ControlImages
+from ether_diffusion.training.control_objective import (
+    CONTROLNET,
+    ENCODER,
+    ControlNetObjective,
+    LightControlObjective,
+)
+from ether_diffusion.training.control_options import (
+    CONTROL_LEARNING_RATE,
+    NO_METHOD,
+    ControlTrainingOptions,
+    ControlValidationOptions,
+)
+from ether_diffusion.training.families import Blueprint, Family
+from ether_diffusion.training.images import read_image
+from ether_diffusion.training.methods import configs_of, loading_code, save_trained
+from ether_diffusion.training.objective import DenoisingObjective, PictureSet
+from ether_diffusion.training.optimizers import parameter_groups
+from ether_diffusion.training.preview import Preview, paint, side_by_side
+from ether_diffusion.training.run import TrainingRun
+from ether_diffusion.training.views import center_cut
+
+WHOLE_MODULES = ("controlnet_down_blocks", "controlnet_mid_block", "controlnet_cond_embedding")
+"""Parts of a ControlNet that begin at zero or at random, so they are trained as they are."""
+
+
+class ControlRun(TrainingRun[ControlTrainingOptions]):
+    """A run that learns a control signal: `TrainingRun`, with a light encoder or a ControlNet.
+
+    Attributes:
+        is_light: whether it is `--control_type light`.
+        control: the encoder or the ControlNet, once the model is loaded.
+    """
+
+    tags = ("controlnet",)
+
+    @property
+    def can_shard(self) -> bool:
+        return self.is_light
+
+    @property
+    def is_light(self) -> bool:
+        return self.options.control.control_type == "light"
+
+    @property
+    def default_learning_rate(self) -> float | None:
+        return CONTROL_LEARNING_RATE if self.method.name == NO_METHOD else super().default_learning_rate
+
+    def check(self, *, epoch_samples: int, depends_on: Mapping[str, str]) -> None:
+        optimization, self.control_lr = self.options.optimization, self.options.control.control_lr
+        if optimization.optimizer == "prodigy" and self.control_lr != CONTROL_LEARNING_RATE:
+            raise InputError(f"--control_lr: got {self.control_lr:g}, --optimizer prodigy takes one learning rate")
+        if optimization.scale_lr:
+            self.control_lr *= optimization.samples_per_step(self.accelerator.num_processes)
+        super().check(epoch_samples=epoch_samples, depends_on=depends_on)
+
+    def plan(self, blueprint: Blueprint) -> tuple[Configs, int]:
+        configs = dict(configs_of(self.method, self.family_class, self.options.adapter))
+        unet, self.factor = blueprint.models["unet"], blueprint.resolution_multiple
+        with torch.device("meta"):
+            encoder = self._make_encoder(unet)
+            self.widths = encoder.config.block_out_channels
+            controlnet = None if self.is_light else self._copy_of(unet, load_weights_from_unet=False)
+        if controlnet is None:
+            return configs, rehearse(blueprint.models, configs) + count_parameters(encoder)
+        configs = {CONTROLNET: configs["unet"]} if "unet" in configs else {}
+        count = rehearse({CONTROLNET: controlnet}, configs)
+        if configs.get(CONTROLNET, "none") is None:  # every weight is trained, these as well
+            return configs, count
+        return configs, count + sum(count_parameters(getattr(controlnet, name)) for name in WHOLE_MODULES)
+
+    def check_pictures(self, images: ControlImages) -> None:
+        """Read the first pair and the validation pictures, so that what is wrong with them shows at once.
+
+        Raises:
+            InputError: a picture that cannot be read, or a pair of two shapes.
+        """
+        first = images.view(0)
+        images.pixels(first), images.control(first)
+        pairs = [(read_image(path), prompt) for path, prompt in self.options.validation.pairs]
+        if not pairs:
+            values = images.control(first).mul(255).round().byte().permute(1, 2, 0)
+            pairs = [(Image.fromarray(values.numpy()), images.prompt(first, 0))]
+        resample = RESAMPLING[self.options.control.conditioning_interpolation]
+        self.validation_pairs = [(center_cut(image, self.targets[0], resample), prompt) for image, prompt in pairs]
+
+    def make_preview(self, prompts: Sequence[str]) -> ControlPreview:
+        return ControlPreview(self.family, self.validation_pairs, self.options.validation, self.options.run.seed)
+
+    def adapt(self) -> dict[str, nn.Module]:
+        pipe = self.family.pipe
+        if self.is_light:
+            models = super().adapt()
+            with torch.random.fork_rng():
+                torch.manual_seed(self.options.run.seed)
+                self.control = self._make_encoder(pipe.unet).to(self.accelerator.device)
+            self.pipe = self.family.light_control_pipeline_class.from_pipe(pipe)
+            self.pipe.add_control(ADAPTER_NAME, self.control)
+            models[ENCODER] = self.control
+        else:
+            self.control = self._load_controlnet().to(self.accelerator.device).requires_grad_(False)
+            models = {CONTROLNET: self.control}
+            add_adapters({name: models[name] for name in self.configs}, self.configs, seed=self.options.run.seed)
+            for name in WHOLE_MODULES:
+                getattr(self.control, name).float().requires_grad_(True)
+            self.pipe = self.family.controlnet_pipeline_class(**pipe.components, controlnet=self.control)
+        if self.preview is not None:
+            self.preview.pipe = self.pipe
+        return models
+
+    def objective(self, images: ControlImages) -> DenoisingObjective:
+        """What is minimised."""
+        optimization = self.options.optimization
+        pictures = PictureSet(images, self.family, seed=self.options.run.seed, noise_offset=optimization.noise_offset)
+        if self.is_light:
+            return LightControlObjective(
+                self.family, self.control, pictures, trained=list(self.configs), snr_gamma=optimization.snr_gamma
+            )
+        return ControlNetObjective(self.family, self.control, pictures, snr_gamma=optimization.snr_gamma)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The method's parameters as in every run, and what else is trained, with a rate of its own."""
+        optimization = self.options.optimization
+        rate = optimization.learning_rate if optimization.optimizer == "prodigy" else self.control_lr
+        whole = [self.control] if self.is_light else [getattr(self.control, name) for name in WHOLE_MODULES]
+        own = [each for module in whole for each in module.parameters() if each.requires_grad]
+        groups: list[dict[str, Any]] = []
+        if self.configs:
+            taken = {id(each) for each in own}
+            denoiser = self.family.denoiser if self.is_light else CONTROLNET
+            models = {name: self.models[name] for name in self.configs}
+            for group in parameter_groups(models, denoiser=denoiser, options=optimization):
+                groups.append({**group, "params": [each for each in group["params"] if id(each) not in taken]})
+        return [*groups, {"params": own, "lr": rate}]
+
+    def save(self, prompt: str) -> Path:
+        """Light control with ETHER or alone: one file. A ControlNet: one file, and the merged ControlNet as a folder.
+
+        Peers of ETHER are saved as in every run, and encoder or ControlNet beside them.
+        """
+        folder, metadata = self.output_dir, {"prompt": prompt}
+        one_file = self.method.layout == "ether" or self.method.name == NO_METHOD
+        if self.is_light:
+            if one_file:
+                return self.pipe.save_ether_weights(folder, ADAPTER_NAME, metadata=metadata)
+            self.control.save_pretrained(folder / ENCODER)
+            return save_trained(self.family.pipe, self.configs, folder, method=self.method, metadata=metadata)
+        if one_file:
+            whole = {CONTROLNET: list(WHOLE_MODULES)}
+            self.pipe.save_ether_weights(folder, ADAPTER_NAME, metadata=metadata, whole_modules=whole)
+        merged(self.control).save_pretrained(folder / CONTROLNET)
+        return folder / CONTROLNET
+
+    def loading_code(self) -> str:
+        if self.is_light and (self.method.layout == "ether" or self.method.name == NO_METHOD):
+            kind = type(self.pipe).__name__
+            return (
+                f"from ether_diffusion import {kind}\n\npipe = {kind}.from_pretrained({self.source.name!r})\n"
+                "pipe.load_ether_weights({where})"
+            )
+        if self.is_light:
+            return loading_code(self.method, list(self.configs))
+        kind = type(self.pipe).__name__
+        return (
+            f"from diffusers import ControlNetModel, {kind}\n\n"
+            'controlnet = ControlNetModel.from_pretrained({where}, subfolder="controlnet")\n'
+            f"pipe = {kind}.from_pretrained({self.source.name!r}, controlnet=controlnet)"
+        )
+
+    def _make_encoder(self, unet: nn.Module) -> ControlEncoder:
+        interpolation = self.options.control.conditioning_interpolation
+        return ControlEncoder.for_unet(unet, factor=self.factor, interpolation=interpolation)
+
+    def _copy_of(self, unet: nn.Module, **options: bool) -> ControlNetModel:
+        """A ControlNet that begins as this UNet, with a stem for the autoencoder's factor."""
+        return ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=self.widths, **options)
+
+    def _load_controlnet(self) -> ControlNetModel:
+        path = self.options.control.controlnet_model_name_or_path
+        unet = self.family.pipe.unet
+        with torch.random.fork_rng():
+            torch.manual_seed(self.options.run.seed)
+            if path is None:
+                return self._copy_of(unet).to(unet.dtype)
+            try:
+                return ControlNetModel.from_pretrained(path, dtype=unet.dtype)
+            except (OSError, ValueError, KeyError) as error:
+                raise InputError(
+                    f"--controlnet_model_name_or_path {path}: cannot be read as a ControlNet: {error}"
+                ) from error
+
+
+class ControlPreview(Preview):
+    """For every pair of control picture and prompt: the control picture, the base model, and the controlled one.
+
+    Args:
+        pairs: (control picture, prompt) of each row.
+        family, options, seed: as for `Preview`.
+
+    Attributes:
+        pipe: the pipeline with the control, once there is one.
+    """
+
+    def __init__(
+        self, family: Family, pairs: Sequence[tuple[Image.Image, str]], options: ControlValidationOptions, seed: int
+    ):
+        self.pairs, self.pipe = list(pairs), None
+        super().__init__(family, [prompt for _, prompt in pairs], options, seed)
+
+    def compare(self) -> Image.Image:
+        rows: list[tuple[str, list[Image.Image]]] = []
+        for (control, prompt), before, after in zip(self.pairs, self.base, self._paint(), strict=True):
+            rows += [("control", [control]), (f"base: {prompt}", before), (f"controlled: {prompt}", after)]
+        return side_by_side(rows)
+
+    def _paint(self) -> list[list[Image.Image]]:
+        with self.family.at_work(*self.family.modules()):
+            return [self._paint_pair(control, prompt) for control, prompt in self.pairs]
+
+    def _paint_pair(self, control: Image.Image, prompt: str) -> list[Image.Image]:
+        inputs = {"width": control.width, "height": control.height}
+        if self.pipe is not None:
+            inputs["image" if hasattr(self.pipe, "controlnet") else "control_image"] = control
+        return paint(self.pipe or self.family.pipe, prompt, self.options, self.seed, **inputs)
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def merged(controlnet: ControlNetModel) -> ControlNetModel:
+    """A copy of a ControlNet with its adapter merged into the weights, as a stock model."""
+    plain = copy.deepcopy(controlnet)
+    if getattr(plain, "peft_config", None):
+        from diffusers.utils.peft_utils import recurse_remove_peft_layers
+
+        for module in plain.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.merge(adapter_names=[ADAPTER_NAME])
+        recurse_remove_peft_layers(plain)
+        del plain.peft_config
+    return plain.requires_grad_(False)

@@ -1,0 +1,141 @@
+"""The documentation: its table is that of the code, the scripts take its commands, its links lead somewhere."""
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from scripts import DREAMBOOTH, ROOT, load_script
+
+from ether_diffusion.training import flag_table
+from ether_diffusion.training.command_line import InputError, option, parse_options
+from ether_diffusion.training.methods import read_method
+from ether_diffusion.training.options import AdapterOptions, OptimizationOptions
+
+SCRIPTS = [DREAMBOOTH, *ROOT.glob("train_controlnet_ether.py")]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LAUNCHERS = ("accelerate", "torchrun", "python")
+SHELL = re.compile(r"[|&;]|&&|\|\||\d?>{1,2}(&\d)?")
+
+
+def commands(page: Path) -> list[tuple[str, list[str]]]:
+    """The calls of training scripts in a page's blocks of code: name of the script, words after it."""
+    found = []
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    for block in (text for language, text in blocks if language in ("", "bash", "sh", "shell")):
+        for line in block.replace("\\\n", " ").splitlines():
+            if not re.search(r"train_\w+_ether\.py", line):
+                continue
+            words = shlex.split(line, comments=True)
+            places = [k for k, word in enumerate(words) if re.fullmatch(r"(\S*/)?train_\w+_ether\.py", word)]
+            # A module that takes scripts as its arguments is no call of them.
+            if places and any(word in LAUNCHERS for word in words[: places[0]]) and "-m ether" not in line:
+                after = words[places[0] + 1 :]
+                end = next((k for k, word in enumerate(after) if SHELL.fullmatch(word)), len(after))
+                found.append((Path(words[places[0]]).name, after[:end]))
+    return found
+
+
+COMMANDS = [(page.name, *command) for page in PAGES for command in commands(page)]
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [command[1:] for command in COMMANDS],
+    ids=[f"{name}-{number}" for number, (name, *_) in enumerate(COMMANDS)],
+)
+def test_commands_in_the_documentation_can_be_given(script, words):
+    options = load_script(ROOT / script).Options
+    assert isinstance(parse_options(options, words), options)
+
+
+def test_the_guide_has_commands_to_test():
+    assert {"README.md", "training.md"} <= {name for name, *_ in COMMANDS}
+
+
+def test_commands_are_found_whole(tmp_path):
+    page = tmp_path / "page.md"
+    lines = [
+        "Text with `accelerate launch train_x_ether.py --no`.",
+        "```json\naccelerate train_x_ether.py\n```",
+        "```bash\nA=1 accelerate launch --mixed_precision fp16 \\",
+        '  train_x_ether.py --a "b c" \\\n  --d > log 2>&1  # a remark',
+        "torchrun some/train_y_ether.py &",
+        "ls train_x_ether.py",
+        "python -m ether_diffusion.training.flag_table train_x_ether.py\n```",
+    ]
+    page.write_text("\n".join(lines))
+    assert commands(page) == [("train_x_ether.py", ["--a", "b c", "--d"]), ("train_y_ether.py", [])]
+
+
+def test_adapter_configs_in_the_guide_can_be_given(tmp_path):
+    guide = (ROOT / "docs" / "training.md").read_text("utf-8")
+    (config,) = re.findall(r"^```json\n(.*?)^```", guide, re.DOTALL | re.MULTILINE)
+    (tmp_path / "config.json").write_text(config)
+    assert read_method(AdapterOptions(adapter_config=str(tmp_path / "config.json"))).layout == "lora"
+
+
+def test_the_table_of_flags_is_that_of_the_code(capsys):
+    assert set(SCRIPTS) == set(ROOT.glob("train_*_ether.py"))
+    flag_table.main([str(script) for script in SCRIPTS])
+    page = (ROOT / "docs" / "training-flags.md").read_text("utf-8")
+    assert capsys.readouterr().out == page, "docs/training-flags.md is out of date; make docs"
+
+
+def test_the_table_of_flags_says_what_holds_without_a_flag_and_what_it_may_be():
+    table = flag_table.render({"one.py": load_script(DREAMBOOTH).Options})
+    rows = dict(re.findall(r"^\| `--(\w+)`[ °]* \| (.*) \|$", table, re.MULTILINE))
+    assert rows["instance_prompt"].startswith("needed | ")
+    assert rows["seed"].startswith("`0` | ")
+    assert rows["random_flip"].startswith("off | ")
+    assert rows["resolution"].startswith("the model's native size | ")
+    assert rows["mixed_precision"].endswith(" One of `no`, `fp16`, `bf16`.")
+    assert rows["target_modules"].endswith(" One or more.")
+    assert rows["hub_model_id"].endswith(" Only with `--push_to_hub`.")
+    assert "`--output_dir` °" in table and "`--seed` |" in table
+
+
+def test_what_two_scripts_share_is_in_the_table_once():
+    @dataclass(frozen=True, kw_only=True)
+    class Steps(OptimizationOptions):
+        """optimisation"""
+
+        lr_power: float = option("Another power.", 2.0)
+        patience: int = option("Steps to wait.")
+
+    @dataclass(frozen=True, kw_only=True)
+    class Other(load_script(DREAMBOOTH).Options):
+        optimization: Steps
+
+    one, two = flag_table.render({"one.py": load_script(DREAMBOOTH).Options, "two.py": Other}).split("## two.py\n\n")
+    assert "### run\n" in one and "`--max_train_steps`" in one
+    assert two.startswith("As in one.py: base model, how pictures are cut, method, speed and memory, ")
+    assert two.split("\n\n", 1)[1] == (
+        "### optimisation\n\nAs in one.py, and:\n\n| flag | default | what it does |\n|---|---|---|\n"
+        "| `--lr_power` | `2.0` | Another power. |\n| `--patience` | needed | Steps to wait. |\n"
+    )
+
+
+def test_a_file_that_is_no_training_script_is_refused(tmp_path, capsys):
+    with pytest.raises(InputError, match="there is no such file, needs a training script"):
+        flag_table.options_of(tmp_path / "train.py")
+    (tmp_path / "no_options_here.py").write_text("")
+    with pytest.raises(SystemExit):
+        flag_table.main([str(tmp_path / "no_options_here.py")])
+    assert "has no dataclass Options, needs one of option groups" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_links_lead_to_files_and_headings(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, heading = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), f"{page.name} links to {link}"
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", target.read_text("utf-8"), re.MULTILINE)
+            slugs = [re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings]
+            assert heading in slugs, f"{page.name} links to {link}; the headings are {slugs}"

@@ -1,0 +1,338 @@
+"""`train_controlnet_ether.py` from end to end, as a user calls it."""
+
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import get_type_hints
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    ControlNetModel,
+    DiffusionPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionXLControlNetPipeline,
+)
+from peft import PeftModel
+from PIL import Image
+from safetensors.torch import load_file
+from scripts import CONTROLNET, launch, load_script, reset_accelerate
+from test_control_data import label_map, write
+from zoo import sdxl
+
+from ether_diffusion import EtherControlPipeline, EtherControlXLPipeline
+from ether_diffusion.checkpoint import WEIGHTS_NAME
+from ether_diffusion.control import ControlEncoder
+from ether_diffusion.training.control_run import ControlRun
+
+STEP = 1 / 255
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory) -> Path:
+    return write(tmp_path_factory.mktemp("pairs") / "data")
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory, tiny_pipeline_folder) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bases") / "xl"
+    torch.manual_seed(0)
+    sdxl(DiffusionPipeline.from_pretrained(tiny_pipeline_folder)).save_pretrained(folder)
+    return {"sd": tiny_pipeline_folder, "sdxl": folder}
+
+
+@pytest.fixture
+def train(pairs, bases, tmp_path, monkeypatch):
+    """The script's own main, in this process: train(*flags, base=…, output=…) -> (result, output folder)."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def call(*flags: object, base: str = "sd", output: str = "out"):
+        reset_accelerate()
+        usual = {
+            "--pretrained_model_name_or_path": bases[base],
+            "--train_data_dir": pairs,
+            "--output_dir": tmp_path / output,
+            "--max_train_steps": 3,
+            "--num_validation_images": 0,
+            "--learning_rate": 0.05,
+            "--control_lr": 0.05,
+        }
+        flags = tuple(map(str, flags))
+        instead = {"--dataset_name": "--train_data_dir", "--num_train_epochs": "--max_train_steps"}
+        given = {*flags, *(replaced for flag, replaced in instead.items() if flag in flags)}
+        words = [str(word) for flag, value in usual.items() if flag not in given for word in (flag, value)]
+        return load_script(CONTROLNET).main([*words, *flags]), tmp_path / output
+
+    yield call
+    reset_accelerate()
+
+
+@pytest.fixture
+def painted(monkeypatch) -> dict[str, np.ndarray]:
+    """What the trainer's own pipeline paints at the end of a run, under "trainer"."""
+    seen, save = {}, ControlRun.save
+
+    def save_and_paint(run, prompt):
+        seen["trainer"] = paint(run.pipe)
+        return save(run, prompt)
+
+    monkeypatch.setattr(ControlRun, "save", save_and_paint)
+    return seen
+
+
+def paint(pipe, control: Image.Image | None = None, **options) -> np.ndarray:
+    pipe.set_progress_bar_config(disable=True)
+    control = label_map(16, 16, 3) if control is None else control
+    options = {"image" if hasattr(pipe, "controlnet") else "control_image": control, **options}
+    generator = torch.Generator().manual_seed(0)
+    size = {"height": 16, "width": 16}
+    return pipe("a dog", num_inference_steps=3, generator=generator, output_type="np", **size, **options).images[0]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{path.relative_to(folder)} {name}": tensor
+        for path in sorted(folder.rglob("*.safetensors"))
+        if "checkpoint-" not in str(path)
+        for name, tensor in load_file(path).items()
+    }
+
+
+def same(one: Path, two: Path) -> bool:
+    first, second = tensors(one), tensors(two)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_command_of_the_readme_trains_saves_paints_and_describes(pairs, bases, tmp_path):
+    folder = tmp_path / "maps"
+    flags = ["--pretrained_model_name_or_path", bases["sd"], "--train_data_dir", pairs, "--output_dir", folder]
+    flags += ["--max_train_steps", 4, "--train_batch_size", 2, "--gradient_checkpointing", "--train_text_encoder"]
+    flags += ["--validation_image", pairs / "maps" / "0.png", pairs / "maps" / "1.png", "--validation_prompt", "a dog"]
+    flags += ["--num_validation_images", 2, "--num_inference_steps", 2, "--validation_steps", 2]
+    done = launch(CONTROLNET, *flags, HF_HOME=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    assert {"README.md", "grid.png", "validation", WEIGHTS_NAME} == {path.name for path in folder.iterdir()}
+    assert [path.name for path in (folder / "validation").iterdir()] == ["step-000002.png"]
+    grid = Image.open(folder / "grid.png")
+    assert grid.height > 6 * 128 and grid.width > 2 * 128
+    card = (folder / "README.md").read_text()
+    assert "EtherControlPipeline" in card and "4 pairs" in card and "controlnet" in card
+    assert {name.partition(".")[0] for name in load_file(folder / WEIGHTS_NAME)} == {
+        "control_encoder", "unet", "text_encoder",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("base", ["sd", "sdxl"])
+@pytest.mark.parametrize("method", ["none", "ether", "ether_plus"])
+def test_one_file_carries_light_control_and_paints_what_the_trainer_painted(train, painted, bases, base, method):
+    text = [] if method == "none" else ["--train_text_encoder"]
+    _, folder = train("--method", method, *text, base=base)
+    kind = {"sd": EtherControlPipeline, "sdxl": EtherControlXLPipeline}[base]
+    pipe = kind.from_pretrained(bases[base])
+    pipe.load_ether_weights(folder)
+    assert np.abs(paint(pipe) - painted["trainer"]).max() <= STEP
+    other = paint(pipe, label_map(16, 16, 8))
+    assert np.abs(other - painted["trainer"]).max() > STEP
+
+
+@pytest.mark.parametrize("method", ["lora", "oft", "full"])
+def test_peers_of_ether_are_saved_beside_the_encoder(train, painted, bases, method):
+    _, folder = train("--method", method, "--learning_rate", 0.01)
+    base = folder if method == "full" else bases["sd"]
+    stock = DiffusionPipeline.from_pretrained(base)
+    if method == "lora":
+        stock.load_lora_weights(folder)
+    if method == "oft":
+        stock.unet = PeftModel.from_pretrained(stock.unet, folder / "unet").base_model.model
+    pipe = EtherControlPipeline.from_pipe(stock)
+    pipe.add_control("control", ControlEncoder.from_pretrained(folder / "control_encoder"))
+    assert np.abs(paint(pipe) - painted["trainer"]).max() <= STEP
+
+
+@pytest.mark.parametrize("base", ["sd", "sdxl"])
+@pytest.mark.parametrize("method", ["none", "ether", "ether_plus", "full"])
+def test_a_merged_controlnet_paints_in_a_stock_pipeline_what_the_trainer_painted(train, painted, bases, base, method):
+    _, folder = train("--control_type", "controlnet", "--method", method, "--learning_rate", 0.01, base=base)
+    kind = {"sd": StableDiffusionControlNetPipeline, "sdxl": StableDiffusionXLControlNetPipeline}[base]
+    controlnet = ControlNetModel.from_pretrained(folder / "controlnet")
+    assert not any("ether" in name for name, _ in controlnet.named_parameters())
+    merged = kind.from_pretrained(bases[base], controlnet=controlnet)
+    assert np.abs(paint(merged) - painted["trainer"]).max() <= STEP
+    assert np.abs(paint(merged, label_map(16, 16, 8)) - painted["trainer"]).max() > STEP
+    if method in ("ether", "ether_plus"):
+        widths = controlnet.config.conditioning_embedding_out_channels
+        copy = ControlNetModel.from_unet(merged.unet, conditioning_embedding_out_channels=widths)
+        own = kind.from_pretrained(bases[base], controlnet=copy)
+        before = {name: tensor.clone() for name, tensor in own.controlnet.state_dict().items()}
+        own.load_ether_weights(folder)
+        assert np.abs(paint(own) - painted["trainer"]).max() <= STEP
+        own.unload_ether_weights()
+        after = own.controlnet.state_dict()
+        assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in after)
+
+
+@pytest.mark.slow
+def test_the_merged_controlnet_paints_the_same_in_a_new_process(train, painted, bases, tmp_path):
+    _, folder = train("--control_type", "controlnet")
+    label_map(16, 16, 3).save(tmp_path / "map.png")
+    script = f"""
+import numpy as np, torch
+from PIL import Image
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+controlnet = ControlNetModel.from_pretrained({str(folder / "controlnet")!r})
+pipe = StableDiffusionControlNetPipeline.from_pretrained({str(bases["sd"])!r}, controlnet=controlnet)
+generator = torch.Generator().manual_seed(0)
+picture = pipe("a dog", image=Image.open({str(tmp_path / "map.png")!r}), num_inference_steps=3, generator=generator,
+               output_type="np", height=16, width=16).images[0]
+np.save({str(tmp_path / "picture.npy")!r}, picture)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    assert np.abs(np.load(tmp_path / "picture.npy") - painted["trainer"]).max() <= STEP
+
+
+def test_a_controlnet_to_start_from_is_taken(train, bases):
+    first = train("--control_type", "controlnet", output="first")[1]
+    flags = ["--control_type", "controlnet", "--controlnet_model_name_or_path", first / "controlnet"]
+    flags += ["--learning_rate", 1e-9, "--control_lr", 1e-9]
+    start, again = (load_file(f / "controlnet" / "diffusion_pytorch_model.safetensors") for f in (
+        first, train(*flags, output="again")[1],
+    ))  # fmt: skip
+    assert all(torch.allclose(again[name], start[name], atol=1e-5) for name in start)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "--control_type light --method ether_plus --train_text_encoder --use_ema",
+        "--control_type light --method none --random_flip",
+        "--control_type light --method lora --cache_latents --center_crop --pre_compute_text_embeddings --offload",
+        "--control_type light --streaming --proportion_empty_prompts 0.5",
+        "--control_type controlnet --method ether --lr_scheduler cosine --gradient_checkpointing",
+        "--control_type controlnet --method full --mixed_precision bf16 --snr_gamma 5 --noise_offset 0.1",
+    ],
+)
+def test_a_resumed_run_ends_with_the_same_file(train, tmp_path, more):
+    flags = ["--max_train_steps", 4, "--checkpointing_steps", 2, *more.split()]
+    whole, folder = train(*flags, output="whole")
+    (tmp_path / "resumed").mkdir()
+    shutil.copytree(folder / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    again, _ = train(*flags, "--resume_from_checkpoint", "latest", output="resumed")
+    assert again.losses == whole.losses and same(folder, tmp_path / "resumed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("control_type", ["light", "controlnet"])
+def test_two_processes_learn_what_one_learns(pairs, bases, tmp_path, control_type):
+    for processes, batch in ((1, 4), (2, 2)):
+        flags = ["--pretrained_model_name_or_path", bases["sd"], "--train_data_dir", pairs, "--max_train_steps", 3]
+        flags += ["--num_validation_images", 0, "--control_type", control_type, "--train_batch_size", batch]
+        flags += ["--output_dir", tmp_path / str(processes)]
+        done = launch(CONTROLNET, *flags, processes=processes, HF_HOME=str(tmp_path / "cache"))
+        assert done.returncode == 0, done.stderr
+        assert f"{processes} process" in done.stderr
+    one, two = tensors(tmp_path / "1"), tensors(tmp_path / "2")
+    assert one.keys() == two.keys() and len(one) > 3
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+# Flags.
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--control_lr 0.001",
+        "--conditioning_interpolation lanczos",
+        "--max_train_samples 2",
+        "--proportion_empty_prompts 1",
+        "--streaming",
+        "--random_flip",
+        "--noise_offset 0.5",
+        "--scale_lr",
+        "--optimizer prodigy --control_lr 0.001 --learning_rate 1",
+    ],
+)
+def test_the_flag_changes_what_is_learned(train, flags):
+    assert not same(train(*flags.split(), output="changed")[1], train(output="usual")[1])
+
+
+def test_the_control_has_a_rate_of_its_own(train):
+    flags = ["--max_train_steps", 1, "--method", "ether"]
+    slow, fast = (
+        load_file(train(*flags, "--control_lr", rate, output=str(rate))[1] / WEIGHTS_NAME) for rate in (1e-4, 0.1)
+    )
+    for name, tensor in slow.items():
+        if name.startswith("unet") or name.endswith(("conv_out.weight", "conv_out.bias")):
+            assert torch.equal(tensor, fast[name]) == name.startswith("unet"), name
+
+
+def test_a_data_set_with_other_columns_is_trained_like_the_folder_it_came_from(train, pairs, tmp_path):
+    rows = datasets.load_dataset(str(pairs), split="train")
+    rows = rows.map(lambda row: {"conditioning_image": str(pairs / row["conditioning_image"])})
+    rows = rows.cast_column("conditioning_image", datasets.Image())
+    rows = rows.rename_columns({"image": "photo", "conditioning_image": "map", "text": "words"})
+    (tmp_path / "set").mkdir()
+    rows.to_parquet(tmp_path / "set" / "train.parquet")
+    flags = ["--dataset_name", tmp_path / "set", "--dataset_config_name", "default", "--image_column", "photo"]
+    flags += ["--conditioning_image_column", "map", "--caption_column", "words"]
+    assert same(train(*flags, output="set")[1], train(output="folder")[1])
+
+
+BAD = [
+    ("--control_type heavy", "argument --control_type: invalid choice: 'heavy'"),
+    ("--method dora", "argument --method: invalid choice: 'dora'"),
+    ("--method none --target_modules to_q", "--target_modules: has no effect with --method none"),
+    ("--method none --train_text_encoder", "--train_text_encoder: has no effect with --method none"),
+    ("--control_type controlnet --train_text_encoder", "--train_text_encoder: has no effect with --control_type"),
+    ("--controlnet_model_name_or_path x", "has no effect without --control_type controlnet"),
+    ("--control_lr 0", "--control_lr: got 0.0, needs a finite number above 0"),
+    ("--optimizer prodigy", "--control_lr: got 0.05, --optimizer prodigy takes one learning rate"),
+    ("--proportion_empty_prompts 1.5", "--proportion_empty_prompts: got 1.5, needs a number from 0 to 1"),
+    ("--max_train_samples 0", "--max_train_samples: got 0, needs a whole number from 1"),
+    ("--train_data_dir {new}", "new: there is no such folder"),
+    ("--train_data_dir {pairs} --dataset_name {pairs}", "got both, needs one of the two"),
+    ("--image_column photo", "--image_column photo: .* has the columns image, conditioning_image, text"),
+    ("--conditioning_image_column map", "--conditioning_image_column map: .* has the columns image, cond"),
+    ("--caption_column words", "--caption_column words: .* has the columns image, conditioning_image, text"),
+    ("--streaming --cache_latents", "--cache_latents: cannot go with --streaming"),
+    ("--streaming --pre_compute_text_embeddings", "--pre_compute_text_embeddings: cannot go with --streaming"),
+    ("--streaming --num_train_epochs 1", "--streaming: has no epochs"),
+    ("--validation_prompt dog", "--validation_prompt: has no effect without --validation_image; add it"),
+    ("--validation_image {map}", "--validation_image: needs a --validation_prompt for each picture"),
+    ("--validation_image {map} {map} {map} --validation_prompt a b", "got 3 pictures for 2 prompts"),
+    ("--validation_image {new} --validation_prompt a", "new: is not a picture that can be read"),
+    ("--resume_from_checkpoint checkpoint-3", "checkpoint-3: there is no such folder"),
+    ("--with_prior_preservation", "unrecognized arguments: --with_prior_preservation"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD)
+def test_a_wrong_flag_is_one_clear_error_and_nothing_is_loaded_or_written(
+    train, pairs, tmp_path, monkeypatch, capsys, flags, message
+):
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", None)
+    places = {"new": tmp_path / "new", "pairs": pairs, "map": pairs / "maps" / "0.png"}
+    with pytest.raises(SystemExit) as stop:
+        train(*flags.format(**places).split())
+    error = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and re.search(message, error[-1]) and error[-1].startswith("error: "), error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_no_controlnet_is_refused(train, pairs, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train("--control_type", "controlnet", "--controlnet_model_name_or_path", pairs)
+    assert stop.value.code == 2 and "cannot be read as a ControlNet" in capsys.readouterr().err
+
+
+def test_every_flag_has_a_test():
+    options = load_script(CONTROLNET).Options
+    flags = [each.name for group in get_type_hints(options).values() for each in fields(group)]
+    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    assert [flag for flag in flags if f"--{flag}" not in tests] == []
