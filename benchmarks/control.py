@@ -37,7 +37,8 @@ def evaluate(adapter: Path, output_dir: Path, held_out: int, judge_dir: Path, ki
         if not data.exists():
             write_control_data(data, held_out, "control held out", kind)
         command += ["--base", str(FOLDER), "--data_dir", str(data), "--judge", "edges", "--fid_features", "none"]
-    command += ["--output_dir", str(output_dir), "--judge_dir", str(judge_dir), "--batch_size", "16"]
+    command += ["--output_dir", str(output_dir), "--judge_dir", str(judge_dir)]
+    command += ["--num_inference_steps", "10", "--batch_size", "16"]
     subprocess.run(command, check=True)
     return json.loads((output_dir / "report.json").read_text())
 
@@ -55,13 +56,15 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", choices=list(LEARNING_RATES), default=list(LEARNING_RATES))
     parser.add_argument("--kind", choices=KINDS, default=KINDS[0], help="semantic maps, or edges of filled circles")
-    parser.add_argument("--pairs", type=int, default=3000)
+    parser.add_argument("--pairs", type=int, default=2000)
     parser.add_argument("--held_out", type=int, default=200)
-    parser.add_argument("--max_train_steps", type=int, default=1000)
+    parser.add_argument("--max_train_steps", type=int, default=800)
+    parser.add_argument("--judge_dir", type=Path, help="where the judge is kept; default: in --output_dir")
     parser.add_argument("--quick", action="store_true", help="a few steps of two methods, to see that it runs")
     args = parser.parse_args()
     if args.quick:
         args.methods, args.pairs, args.held_out, args.max_train_steps = ["none", "ether_plus"], 16, 4, 3
+        args.kind = "circles"  # judged by their edges, without a network to train
 
     data = args.output_dir / "data"
     if not (data / "metadata.jsonl").exists():
@@ -77,7 +80,11 @@ def main() -> None:
         flags = ["--method", method, "--learning_rate", str(LEARNING_RATES[method])]
         train(data, folder / "adapter", [*flags, "--max_train_steps", str(args.max_train_steps)])
         report = evaluate(
-            folder / "adapter", folder / "evaluation", args.held_out, args.output_dir / "judge", args.kind
+            folder / "adapter",
+            folder / "evaluation",
+            args.held_out,
+            args.judge_dir or args.output_dir / "judge",
+            args.kind,
         )
         count = trained_parameters(folder / "adapter")
         results.add({"method": method, "parameters": count, "scores": report["scores"]})

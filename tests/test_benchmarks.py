@@ -119,3 +119,13 @@ def test_a_held_out_photograph_is_measured_before_and_after(tmp_path):
     call("held_out_photograph.py", "--data_dir", tmp_path / "data", "--output_dir", tmp_path / "out", *flags)
     losses = json.loads((tmp_path / "out" / "held_out_photograph.json").read_text())["denoising_loss"]["toy"]
     assert losses["tuned_held_out"] != losses["base_held_out"] and losses["tuned_seen"] != losses["base_seen"]
+
+
+def test_control_is_compared_over_methods(tmp_path):
+    printed = call("control.py", "--output_dir", tmp_path, "--quick")
+    report = json.loads((tmp_path / "control.json").read_text())
+    assert [row["method"] for row in report["rows"]] == ["none", "ether_plus"]
+    none, plus = (row["parameters"] for row in report["rows"])
+    assert 0 < none < plus and "ether_plus" in printed
+    assert {"real", "with_control", "without_control"} <= set(report["rows"][0]["scores"])
+    assert printed.endswith(call("control.py", "--output_dir", tmp_path, "--quick"))  # nothing is trained again

@@ -18,13 +18,13 @@ from .control_data import write_control_data
 SCRIPT = Path(__file__).resolve().parents[2] / "train_controlnet_ether.py"
 TRAINING_SEED = "control training"
 SETTINGS = [
-    "--train_batch_size", "32", "--max_train_steps", "1000", "--learning_rate", "2e-3", "--control_lr", "5e-3",
+    "--train_batch_size", "32", "--max_train_steps", "800", "--learning_rate", "2e-3", "--control_lr", "5e-3",
     "--mixed_precision", "bf16", "--cache_latents", "--pre_compute_text_embeddings", "--seed", "0",
 ]  # fmt: skip
 
 
 def train(data: Path, output_dir: Path, extra: list[str]) -> None:
-    """Call the training script as a user does; flags in `extra` go after, and before in effect, those here."""
+    """Call the training script as a user does; those in `extra` take the place of SETTINGS."""
     if not SCRIPT.is_file():
         raise SystemExit(f"{SCRIPT.name} is not beside the package: run this from a clone of the repository")
     command = [sys.executable, "-m", "accelerate.commands.launch", str(SCRIPT), "--train_data_dir", str(data)]
@@ -34,7 +34,7 @@ def train(data: Path, output_dir: Path, extra: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("out/control"))
-    parser.add_argument("--pairs", type=int, default=3000, help="pictures to train on")
+    parser.add_argument("--pairs", type=int, default=2000, help="pictures to train on")
     parser.add_argument("--held_out", type=int, default=48, help="maps to judge on")
     args, training_flags = parser.parse_known_args()  # everything else goes to the training script
 
@@ -44,7 +44,8 @@ def main() -> None:
     train(data, args.output_dir / "adapter", training_flags)
     command = [sys.executable, "-m", "ether_diffusion.cli", "evaluate-control", "--miniature", str(args.held_out)]
     command += ["--adapter", str(args.output_dir / "adapter"), "--output_dir", str(args.output_dir / "evaluation")]
-    subprocess.run([*command, "--judge_dir", str(args.output_dir / "judge")], check=True)
+    command += ["--num_inference_steps", "10", "--batch_size", "16", "--judge_dir", str(args.output_dir / "judge")]
+    subprocess.run(command, check=True)
     print(args.output_dir / "evaluation" / "sheet.png")
 
 

@@ -24,11 +24,11 @@ from ether_diffusion.training.command_line import (
 LEARNING_RATES = {
     "ether": 2e-3,
     "ether_plus": 1e-3,
-    "lora": 1e-3,
-    "oft": 5e-4,
+    "lora": 3e-4,
+    "oft": 3e-4,
     "boft": 1e-3,
-    "hra": 1e-3,
-    "vera": 1e-2,
+    "hra": 3e-3,
+    "vera": 3e-3,
     "full": 1e-5,
 }
 PRODIGY_LEARNING_RATE = 1.0
