@@ -195,6 +195,17 @@ np.save({str(tmp_path / "picture.npy")!r}, picture)
     assert np.abs(np.load(tmp_path / "picture.npy") - painted["trainer"]).max() <= STEP
 
 
+@pytest.mark.parametrize(("precision", "control_type"), [("bf16", "light"), ("bf16", "controlnet"), ("fp16", "light")])
+@pytest.mark.parametrize("base", ["sd", "sdxl"])
+def test_grids_are_painted_in_half_precision(train, base, precision, control_type):
+    flags = ["--mixed_precision", precision, "--control_type", control_type, "--learning_rate", 0.01]
+    flags += ["--num_validation_images", 1, "--num_inference_steps", 2, "--validation_steps", 2]
+    result, folder = train(*flags, base=base)
+    assert np.isfinite(result.losses).all()
+    grid = np.asarray(Image.open(folder / "grid.png"))
+    assert (folder / "validation" / "step-000002.png").exists() and grid.std() > 10
+
+
 def test_a_controlnet_to_start_from_is_taken(train, bases):
     first = train("--control_type", "controlnet", output="first")[1]
     flags = ["--control_type", "controlnet", "--controlnet_model_name_or_path", first / "controlnet"]
@@ -307,6 +318,10 @@ BAD = [
     ("--validation_image {map}", "--validation_image: needs a --validation_prompt for each picture"),
     ("--validation_image {map} {map} {map} --validation_prompt a b", "got 3 pictures for 2 prompts"),
     ("--validation_image {new} --validation_prompt a", "new: is not a picture that can be read"),
+    (
+        "--control_type controlnet --mixed_precision fp16",
+        "--mixed_precision fp16: --control_type controlnet needs a GPU",
+    ),
     ("--resume_from_checkpoint checkpoint-3", "checkpoint-3: there is no such folder"),
     ("--with_prior_preservation", "unrecognized arguments: --with_prior_preservation"),
 ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from ether_diffusion.training.control_options import (
 )
 from ether_diffusion.training.families import Blueprint, Family
 from ether_diffusion.training.images import read_image
+from ether_diffusion.training.loop import WEIGHT_DTYPES
 from ether_diffusion.training.methods import configs_of, loading_code, save_trained
 from ether_diffusion.training.objective import DenoisingObjective, PictureSet
 from ether_diffusion.training.optimizers import parameter_groups
@@ -65,6 +67,11 @@ class ControlRun(TrainingRun[ControlTrainingOptions]):
         return CONTROL_LEARNING_RATE if self.method.name == NO_METHOD else super().default_learning_rate
 
     def check(self, *, epoch_samples: int, depends_on: Mapping[str, str]) -> None:
+        if not self.is_light and self.precision == "fp16" and self.accelerator.device.type == "cpu":
+            raise InputError(
+                "--mixed_precision fp16: --control_type controlnet needs a GPU for it (on a CPU, autocast leaves "
+                "convolutions in the precision of their weights); use bf16 or no"
+            )
         optimization, self.control_lr = self.options.optimization, self.options.control.control_lr
         if optimization.optimizer == "prodigy" and self.control_lr != CONTROL_LEARNING_RATE:
             raise InputError(f"--control_lr: got {self.control_lr:g}, --optimizer prodigy takes one learning rate")
@@ -123,7 +130,7 @@ class ControlRun(TrainingRun[ControlTrainingOptions]):
                 getattr(self.control, name).float().requires_grad_(True)
             self.pipe = self.family.controlnet_pipeline_class(**pipe.components, controlnet=self.control)
         if self.preview is not None:
-            self.preview.pipe = self.pipe
+            self.preview.pipe, self.preview.precision = self.pipe, WEIGHT_DTYPES[self.precision]
         return models
 
     def objective(self, images: ControlImages) -> DenoisingObjective:
@@ -217,7 +224,10 @@ class ControlPreview(Preview):
 
     Attributes:
         pipe: the pipeline with the control, once there is one.
+        precision: in which a ControlNet computes, whose frozen weights have it and whose trained ones are in float32.
     """
+
+    precision: torch.dtype = torch.float32
 
     def __init__(
         self, family: Family, pairs: Sequence[tuple[Image.Image, str]], options: ControlValidationOptions, seed: int
@@ -232,7 +242,11 @@ class ControlPreview(Preview):
         return side_by_side(rows)
 
     def _paint(self) -> list[list[Image.Image]]:
-        with self.family.at_work(*self.family.modules()):
+        controlnet = getattr(self.pipe, CONTROLNET, None)
+        with (
+            self.family.at_work(*self.family.modules()),
+            nullcontext() if controlnet is None else computing_in(controlnet, self.precision),
+        ):
             return [self._paint_pair(control, prompt) for control, prompt in self.pairs]
 
     def _paint_pair(self, control: Image.Image, prompt: str) -> list[Image.Image]:
@@ -240,6 +254,23 @@ class ControlPreview(Preview):
         if self.pipe is not None:
             inputs["image" if hasattr(self.pipe, "controlnet") else "control_image"] = control
         return paint(self.pipe or self.family.pipe, prompt, self.options, self.seed, **inputs)
+
+
+@contextmanager
+def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """The model's calls in this precision, whatever that of its weights; float32 leaves them as they are.
+
+    Of this model alone: the autoencoder of SDXL, for one, overflows in float16.
+    """
+    if dtype == torch.float32:
+        yield
+        return
+    device = next(model.parameters()).device
+    model.forward = torch.autocast(device.type, dtype)(model.forward)
+    try:
+        yield
+    finally:
+        del model.forward
 
 
 def count_parameters(model: nn.Module) -> int:
