@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: quickstart test test-slow lint docs clean
+.PHONY: quickstart control test test-slow lint docs clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -15,6 +15,9 @@ $(READY): pyproject.toml constraints.txt
 
 quickstart: $(READY)
 	$(BIN)/python -m ether_diffusion.miniature.quickstart --output_dir out/quickstart
+
+control: $(READY)
+	$(BIN)/python -m ether_diffusion.miniature.control_quickstart --output_dir out/control
 
 test: $(READY) lint
 	$(PYTEST)

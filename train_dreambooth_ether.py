@@ -46,7 +46,11 @@ def run(options: Options, command: str) -> TrainingResult:
         ClassPictures.look(prior)
     images = TrainingImages(examples, repeats=data.repeats, **training.view_options)
     flag = "instance_data_dir" if data.dataset_name is None else "dataset_name"
-    training.check(epoch_samples=len(images), depends_on={flag: images.fingerprint})
+    training.check(
+        epoch_samples=len(images),
+        depends_on={flag: images.fingerprint},
+        later=["class_data_dir"] if prior.with_prior_preservation else (),
+    )
 
     class_images = None
     if prior.with_prior_preservation:

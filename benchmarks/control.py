@@ -24,7 +24,7 @@ from ether_diffusion.miniature.control_data import KINDS, write_control_data
 from ether_diffusion.miniature.control_quickstart import SETTINGS, TRAINING_SEED, train
 
 # Of the method; the encoder has --control_lr. "none" is the paper's encoder-only baseline.
-LEARNING_RATES = {"none": 2e-3, "ether": 2e-3, "ether_plus": 2e-3, "lora": 1e-3, "oft": 5e-4}
+LEARNING_RATES = {"none": None, "ether": 2e-3, "ether_plus": 2e-3, "lora": 1e-3, "oft": 5e-4}
 
 
 def evaluate(adapter: Path, output_dir: Path, held_out: int, judge_dir: Path, kind: str) -> dict:
@@ -77,7 +77,8 @@ def main() -> None:
             continue
         folder = args.output_dir / method
         shutil.rmtree(folder, ignore_errors=True)
-        flags = ["--method", method, "--learning_rate", str(LEARNING_RATES[method])]
+        rate = LEARNING_RATES[method]
+        flags = ["--method", method, *(["--learning_rate", str(rate)] if rate else [])]
         train(data, folder / "adapter", [*flags, "--max_train_steps", str(args.max_train_steps)])
         report = evaluate(
             folder / "adapter",

@@ -31,11 +31,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from torch import Tensor, nn
 
-from .training.images import to_rgb
+from .images import INTERPOLATIONS, to_rgb
 
 CONTROL = "control_encoder"
 """What files and `set_adapters` call the encoder, as they call a UNet "unet"."""
-INTERPOLATIONS = {"nearest": Image.Resampling.NEAREST, "lanczos": Image.Resampling.LANCZOS}
 WIDTHS = (16, 32, 96, 256)
 
 Picture = Image.Image | np.ndarray | Tensor

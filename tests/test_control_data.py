@@ -1,6 +1,7 @@
 """Pairs for control training: columns, streams, and one crop and flip for both pictures."""
 
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -117,6 +118,9 @@ def test_the_fingerprint_knows_captions_and_pictures(tmp_path):
     folder = write(tmp_path / "data")
     before = images(folder).fingerprint
     assert images(folder).fingerprint == before
+    assert images(Path(shutil.copytree(folder, tmp_path / "moved"))).fingerprint == before
+    label_map(64, 64, 9).save(tmp_path / "moved" / "maps" / "2.png")
+    assert images(tmp_path / "moved").fingerprint != before
     text = (folder / "metadata.jsonl").read_text().replace("picture 2", "another")
     (folder / "metadata.jsonl").write_text(text)
     assert images(folder).fingerprint != before

@@ -3,24 +3,29 @@
 import argparse
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+import zoo
+from diffusers import ControlNetModel, DiffusionPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import dense, unit
 from peft import get_peft_model
 from pipelines import adapt, open_pipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from ether_diffusion import EtherConfig
+from ether_diffusion import ControlEncoder, EtherConfig
 from ether_diffusion.analysis import angles_from_start, conflict, transform_distance, transform_of
 from ether_diffusion.checkpoint import WEIGHTS_NAME, Checkpoint, EtherFileError, read_checkpoint, write_checkpoint
+from ether_diffusion.commands import export, merge
 from ether_diffusion.commands import inspect as command
+from ether_diffusion.training.command_line import InputError
 
 METHODS = st.sampled_from(["ether", "ether_plus"])
+STEM = ["controlnet_cond_embedding", "controlnet_mid_block"]
 BLOCKS = st.sampled_from([1, 2, 3, 4, 6, 12])
 
 
@@ -264,3 +269,105 @@ def test_a_file_that_cannot_be_loaded_is_not_described(tmp_path, capsys):
     with pytest.raises(EtherFileError, match="model.safetensors .*holds no ETHER adapter"):
         inspect(capsys, tmp_path / "model.safetensors")
     assert capsys.readouterr().out == ""
+
+
+# Weights that were trained as a whole ---------------------------------------------------------------------------
+
+
+def save_control(kind: str, base: Path, folder: Path, *, vectors: bool = True) -> Path:
+    """What control training leaves: "light", with an encoder, or "controlnet", with two modules."""
+    stock = DiffusionPipeline.from_pretrained(base)
+    light, with_controlnet = command.CONTROLLED[type(stock)]
+    encoder = ControlEncoder.for_unet(stock.unet, factor=stock.vae_scale_factor)
+    if kind == "light":
+        pipe, component = light.from_pipe(stock), "unet"
+        pipe.add_control("default", encoder)
+    else:
+        widths = encoder.config.block_out_channels
+        net = ControlNetModel.from_unet(stock.unet, conditioning_embedding_out_channels=widths)
+        pipe, component = with_controlnet.from_pipe(stock, controlnet=net), "controlnet"
+    if vectors:
+        zoo.adapt_components(pipe, component, num_blocks=2, target_modules=["to_q"])
+    whole = {"whole_modules": {"controlnet": STEM}} if kind == "controlnet" else {}
+    return pipe.save_ether_weights(folder, "default", **whole)
+
+
+@pytest.mark.parametrize("vectors", [True, False], ids=["with vectors", "alone"])
+@pytest.mark.parametrize(
+    ("kind", "component", "words"),
+    [
+        ("light", "control_encoder", r"control encoder, channels 3-\d+(-\d+)*-16, nearest"),
+        ("controlnet", "controlnet", ", ".join(STEM)),
+    ],
+)
+def test_weights_that_were_trained_as_a_whole_are_shown(
+    tiny_pipeline_folder, tmp_path, capsys, kind, component, words, vectors
+):
+    path = save_control(kind, tiny_pipeline_folder, tmp_path, vectors=vectors)
+    tensors = load_file(path)
+    whole = {name: t for name, t in tensors.items() if not name.rpartition(".")[2].startswith("ether_")}
+    report = inspect_json(capsys, path)
+    assert report["parameters"] == sum(tensor.numel() for tensor in tensors.values())
+    assert [part["component"] for part in report["components"]] == (
+        [{"light": "unet", "controlnet": "controlnet"}[kind]] if vectors else []
+    )
+    (entry,) = report["weights"]
+    count = sum(tensor.numel() for tensor in whole.values())
+    assert entry | read_checkpoint(path).weights[component].about == entry
+    assert (entry["component"], entry["tensors"], entry["parameters"]) == (component, len(whole), count)
+    assert (entry["bytes"], entry["dtypes"]) == (4 * count, ["float32"])
+    text = inspect(capsys, path)
+    assert re.search(rf"^{component} +{words} +{len(whole)} +{count:,} +{4 * count:,}$", text, re.MULTILINE)
+    assert ("method" in text) == vectors
+
+
+def test_an_adapter_without_such_weights_has_none_to_show(file, capsys):
+    assert inspect_json(capsys, file)["weights"] == []
+    assert "as a whole" not in inspect(capsys, file)
+
+
+@pytest.mark.parametrize("kind", ["light", "controlnet"])
+def test_the_fit_of_control_is_told_from_a_stock_pipeline(
+    tiny_pipeline_folder, wider_pipeline_folder, tmp_path, capsys, kind
+):
+    path = save_control(kind, tiny_pipeline_folder, tmp_path / "both")
+    fit = inspect_json(capsys, path, "--base", tiny_pipeline_folder)["fit"]
+    assert (fit["verdict"], fit["error"]) == ("fits, same weights", None)
+    assert inspect_json(capsys, path, "--base", wider_pipeline_folder)["fit"]["verdict"] == "does not fit"
+    alone = save_control(kind, tiny_pipeline_folder, tmp_path / "alone", vectors=False)
+    fit = inspect_json(capsys, alone, "--base", tiny_pipeline_folder)["fit"]
+    assert fit["verdict"] == "fits, weights cannot be compared"  # there are no adapted ones
+
+
+@pytest.mark.parametrize("kind", ["light", "controlnet"])
+def test_the_fit_of_control_for_sdxl_is_told_as_well(tiny_pipeline, tiny_pipeline_folder, tmp_path, capsys, kind):
+    zoo.sdxl(tiny_pipeline).save_pretrained(tmp_path / "xl")
+    path = save_control(kind, tmp_path / "xl", tmp_path / "adapter")
+    assert inspect_json(capsys, path, "--base", tmp_path / "xl")["fit"]["verdict"] == "fits, same weights"
+    assert inspect_json(capsys, path, "--base", tiny_pipeline_folder)["fit"]["verdict"] == "does not fit"
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (
+            "light",
+            "{path}: holds a control encoder, which {result} has no place for; load it with EtherControlPipeline",
+        ),
+        ("controlnet", r"{path}: holds modules .*\(controlnet: controlnet_cond_embedding, .*ControlNetModel.from_pre"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("exporter", "result", "flags"), [(export, "a LoRA", ["--to", "kohya"]), (merge, "a stock pipeline", [])]
+)
+def test_what_only_a_control_pipeline_can_hold_is_not_exported(
+    tiny_pipeline_folder, tmp_path, kind, message, exporter, result, flags
+):
+    path = save_control(kind, tiny_pipeline_folder, tmp_path / "adapter")
+    parser = argparse.ArgumentParser()
+    exporter.add_arguments(parser)
+    words = ["--base", tiny_pipeline_folder, "--adapter", path, "--output_dir", tmp_path / "out"]
+    args = parser.parse_args([*flags, *map(str, words)])
+    with pytest.raises(InputError, match=message.format(path=path, result=result)):
+        exporter.run(args)
+    assert not (tmp_path / "out").exists()

@@ -380,6 +380,8 @@ def test_what_cannot_be_evaluated_is_told_in_one_line(encoder_file, tiny_pipelin
     del row["labels"]
     broken.write_text(lines[0] + "\n" + json.dumps(row))
     assert "line 2 has no labels; all or none need them" in told(*based, "--data_dir", broken.parent)
+    broken.write_text(json.dumps(row | {"labels": 2}))
+    assert "line 1: got labels=2, needs the path of a picture" in told(*based, "--data_dir", broken.parent)
 
 
 def test_the_miniature_is_evaluated_from_its_maps_to_the_report(tmp_path, quick_judge, monkeypatch):

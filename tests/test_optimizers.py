@@ -172,7 +172,7 @@ def test_each_group_steps_with_its_own_rate():
 def test_the_groups_that_were_given_stay_as_they_are():
     groups = parameter_groups({"unet": Bowl(3)}, denoiser="unet", options=given())
     make_optimizer(groups, given())
-    assert [set(group) for group in groups] == [{"params", "lr"}]
+    assert [set(group) for group in groups] == [{"params", "lr", "name"}]
 
 
 # Prodigy and 8-bit AdamW ----------------------------------------------------------------------------------------

@@ -24,8 +24,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ether_diffusion import miniature
 from ether_diffusion.checkpoint import WEIGHTS_NAME
 from ether_diffusion.training import memory
-from ether_diffusion.training.card import CARD_NAME, figures_of, launch_command, size_of, write_card
+from ether_diffusion.training.card import CARD_NAME, figures_of, size_of, write_card
 from ether_diffusion.training.command_line import InputError
+from ether_diffusion.training.entry import launch_command
 from ether_diffusion.training.families import ModelSource
 from ether_diffusion.training.hub import check_hub, log_patterns, upload
 from ether_diffusion.training.loop import TrainingResult

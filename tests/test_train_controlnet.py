@@ -22,6 +22,7 @@ from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 from scripts import CONTROLNET, launch, load_script, reset_accelerate
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_control_data import label_map, write
 from zoo import sdxl
 
@@ -63,6 +64,8 @@ def train(pairs, bases, tmp_path, monkeypatch):
             "--control_lr": 0.05,
         }
         flags = tuple(map(str, flags))
+        if "none" in flags:
+            del usual["--learning_rate"]  # of the method
         instead = {"--dataset_name": "--train_data_dir", "--num_train_epochs": "--max_train_steps"}
         given = {*flags, *(replaced for flag, replaced in instead.items() if flag in flags)}
         words = [str(word) for flag, value in usual.items() if flag not in given for word in (flag, value)]
@@ -157,7 +160,8 @@ def test_peers_of_ether_are_saved_beside_the_encoder(train, painted, bases, meth
 @pytest.mark.parametrize("base", ["sd", "sdxl"])
 @pytest.mark.parametrize("method", ["none", "ether", "ether_plus", "full"])
 def test_a_merged_controlnet_paints_in_a_stock_pipeline_what_the_trainer_painted(train, painted, bases, base, method):
-    _, folder = train("--control_type", "controlnet", "--method", method, "--learning_rate", 0.01, base=base)
+    rate = [] if method == "none" else ["--learning_rate", 0.01]
+    _, folder = train("--control_type", "controlnet", "--method", method, *rate, base=base)
     kind = {"sd": StableDiffusionControlNetPipeline, "sdxl": StableDiffusionXLControlNetPipeline}[base]
     controlnet = ControlNetModel.from_pretrained(folder / "controlnet")
     assert not any("ether" in name for name, _ in controlnet.named_parameters())
@@ -204,6 +208,42 @@ def test_grids_are_painted_in_half_precision(train, base, precision, control_typ
     assert np.isfinite(result.losses).all()
     grid = np.asarray(Image.open(folder / "grid.png"))
     assert (folder / "validation" / "step-000002.png").exists() and grid.std() > 10
+
+
+@pytest.mark.parametrize("control_type", ["light", "controlnet"])
+def test_frozen_weights_stay_in_half_precision_and_trained_ones_are_float32(train, monkeypatch, control_type):
+    seen, save = [], ControlRun.save
+    monkeypatch.setattr(ControlRun, "save", lambda run, prompt: (seen.append(run), save(run, prompt))[1])
+    train("--mixed_precision", "bf16", "--control_type", control_type)
+    pipe = seen[0].pipe
+    models = [pipe.unet, pipe.vae, pipe.text_encoder, seen[0].control]
+    dtypes = {(each.requires_grad, each.dtype) for model in models for each in model.parameters()}
+    assert dtypes == {(False, torch.bfloat16), (True, torch.float32)}
+
+
+CARDS = ["--method ether", "--method none", "--method lora", "--method oft", "--method full"]
+
+
+@pytest.mark.parametrize("flags", [*CARDS, "--control_type controlnet"])
+def test_the_code_on_the_card_paints_under_control(train, bases, tmp_path, monkeypatch, flags):
+    shutil.copytree(bases["sd"], tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    label_map(16, 16, 3).save("map.png")
+    train("--pretrained_model_name_or_path", tmp_path / "base", *flags.split())
+    code = re.search(r"```python\n(.*?)\n```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)[1]
+    names = {}
+    exec(code.replace("=control).images", "=control, num_inference_steps=1).images"), names)
+    assert names["image"].size == (16, 16)
+
+
+def test_every_learning_rate_is_logged_under_its_name_and_stands_on_the_card(train):
+    flags = ["--train_text_encoder", "--text_encoder_lr", 0.02, "--report_to", "tensorboard"]
+    _, folder = train(*flags)
+    logged = EventAccumulator(str(folder / "logs" / "ether-diffusion")).Reload()
+    rates = {"learning_rate": 0.05, "text_encoder_learning_rate": 0.02, "control_learning_rate": 0.05}
+    for name, rate in rates.items():
+        assert logged.Scalars(f"train/{name}")[0].value == pytest.approx(rate)
+    assert "denoiser 0.05, text encoder 0.02, control 0.05" in (folder / "README.md").read_text()
 
 
 def test_a_controlnet_to_start_from_is_taken(train, bases):
@@ -302,6 +342,7 @@ BAD = [
     ("--method none --train_text_encoder", "--train_text_encoder: has no effect with --method none"),
     ("--control_type controlnet --train_text_encoder", "--train_text_encoder: has no effect with --control_type"),
     ("--controlnet_model_name_or_path x", "has no effect without --control_type controlnet"),
+    ("--method none --learning_rate 0.1", "--learning_rate: has no effect with --method none; use --control_lr"),
     ("--control_lr 0", "--control_lr: got 0.0, needs a finite number above 0"),
     ("--optimizer prodigy", "--control_lr: got 0.05, --optimizer prodigy takes one learning rate"),
     ("--proportion_empty_prompts 1.5", "--proportion_empty_prompts: got 1.5, needs a number from 0 to 1"),
@@ -340,10 +381,16 @@ def test_a_wrong_flag_is_one_clear_error_and_nothing_is_loaded_or_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_is_no_controlnet_is_refused(train, pairs, capsys):
-    with pytest.raises(SystemExit) as stop:
-        train("--control_type", "controlnet", "--controlnet_model_name_or_path", pairs)
-    assert stop.value.code == 2 and "cannot be read as a ControlNet" in capsys.readouterr().err
+def test_a_controlnet_that_cannot_be_had_or_does_not_fit_is_told_before_weights_are_read(
+    train, pairs, bases, tmp_path, monkeypatch, capsys
+):
+    other = ControlNetModel.from_unet(DiffusionPipeline.from_pretrained(bases["sdxl"]).unet)
+    other.save_pretrained(tmp_path / "other")
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", None)
+    for folder, message in ((pairs, "cannot be read as a ControlNet"), (tmp_path / "other", "needs that of the UNet")):
+        with pytest.raises(SystemExit) as stop:
+            train("--control_type", "controlnet", "--controlnet_model_name_or_path", folder)
+        assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_every_flag_has_a_test():

@@ -241,6 +241,8 @@ def read_samples(args: argparse.Namespace, side: int) -> list[Sample]:
             raise InputError(f"{where}: has no text under {', '.join(missing)}; needs {', '.join(COLUMNS)}")
         real, control = (read_image(args.data_dir / row[name], row[name]) for name in COLUMNS[:2])
         labels = None
+        if not isinstance(row.get("labels", ""), str | None):
+            raise InputError(f"{where}: got labels={row['labels']!r}, needs the path of a picture")
         if row.get("labels"):
             labels = _read_labels(args.data_dir / row["labels"], side, args.reduce_labels)
         elif args.judge == "miniature":

@@ -3,15 +3,21 @@
   ether-diffusion export --to diffusers-lora --base runwayml/stable-diffusion-v1-5 --adapter dog --output_dir dog-lora
   ether-diffusion export --to kohya --base base --adapter dog style --scale 1 0.8 --dtype float16 --output_dir loras
 
-A LoRA is exact on the base weights it was computed from. What the formats hold: docs/export.md.
+A LoRA is exact on the base weights it was computed from. What the formats hold: docs/export.md. Adapters of control
+training hold more than reflections, which no LoRA can, and are refused.
 """
 
 from __future__ import annotations
 
 import argparse
 
+from diffusers import DiffusionPipeline
+
+from ..control import CONTROL
 from ..export import DTYPES, export_lora, open_adapted
 from ..lora_files import DEFAULT_NAMES, WRITERS
+from ..sources import find_checkpoint
+from ..training.command_line import InputError
 
 HELP = "write adapters as a LoRA for PEFT, diffusers, or kohya's format (ComfyUI, A1111)"
 
@@ -34,6 +40,32 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="go on where an adapter records that it was trained on other weights than the base's",
     )
+
+
+def open_inputs(args: argparse.Namespace, result: str) -> tuple[DiffusionPipeline, list[str]]:
+    """The base with the adapters on it, as `open_adapted` gives them.
+
+    Args:
+        result: what is to be written, in words.
+
+    Raises:
+        InputError: an adapter of control training, whose encoder or modules would be lost; says what to do instead.
+    """
+    for adapter in args.adapter:
+        whole = find_checkpoint(adapter).weights
+        if CONTROL in whole:
+            raise InputError(
+                f"--adapter {adapter}: holds a control encoder, which {result} has no place for; load it with "
+                "EtherControlPipeline (for SDXL, EtherControlXLPipeline)"
+            )
+        if whole:
+            held = "; ".join(f"{component}: {', '.join(each.about['modules'])}" for component, each in whole.items())
+            raise InputError(
+                f"--adapter {adapter}: holds modules that were trained as a whole ({held}), which {result} has no "
+                "place for; control training leaves the ControlNet merged in the folder controlnet beside the file, "
+                "for ControlNetModel.from_pretrained"
+            )
+    return open_adapted(args.base, args.adapter, args.scale, allow_other_base=args.allow_other_base)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +96,7 @@ def _rank(text: str) -> int | None:
 
 
 def run(args: argparse.Namespace) -> None:
-    pipe, names = open_adapted(args.base, args.adapter, args.scale, allow_other_base=args.allow_other_base)
+    pipe, names = open_inputs(args, "a LoRA")
     report = export_lora(
         pipe,
         args.output_dir,

@@ -11,6 +11,9 @@ Per side of a layer, at strength 1:
   alignment  with --against: the largest |cosine| between vectors of the two adapters; 1 is a full clash.
   commutator with --against: how much the order of the two matters, ‖T_a T_b − T_b T_a‖_F.
 
+Of weights that were trained as a whole (a control encoder, modules of a ControlNet) it says which they are and how
+many. --base opens the pipeline that an adapter with such weights belongs on.
+
 Without --base no model is loaded.
 """
 
@@ -22,16 +25,31 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
+from diffusers import (
+    ControlNetModel,
+    DiffusionPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLPipeline,
+)
+from torch import Tensor
 
 from ..analysis import angles_from_start, conflict, transform_distance, transform_of
-from ..checkpoint import PEFT_WEIGHTS_NAME, Checkpoint, EtherFileError, canonical_path, printable
+from ..checkpoint import PEFT_WEIGHTS_NAME, Checkpoint, EtherFileError, WholeWeights, canonical_path, printable
+from ..control import CONTROL, ControlEncoder, EtherControlPipeline, EtherControlXLPipeline
 from ..functional import Transform
 from ..injection import collect, plan, put_on
 from ..sources import find_checkpoint
 
 HELP = "show what is in an adapter file, how far it has moved, and what it fits"
 METHODS = {"ether": "ETHER", "ether_plus": "ETHER+"}
+CONTROLNET = "controlnet"
+CONTROLLED = {
+    StableDiffusionPipeline: (EtherControlPipeline, StableDiffusionControlNetPipeline),
+    StableDiffusionXLPipeline: (EtherControlXLPipeline, StableDiffusionXLControlNetPipeline),
+}
+"""Stock pipeline -> the one with light control, the one with a ControlNet."""
 UNKNOWN = "–"
 LONGEST_TEXT = 200
 STRONGEST = 3
@@ -68,12 +86,13 @@ def describe(file: str | Path, *, base: str | None = None, against: str | Path |
     other = None if against is None else find_checkpoint(against)
     fit = None
     if base is not None:
-        pipe = DiffusionPipeline.from_pretrained(base)
+        pipe = open_base(base, checkpoint)
         if other is not None and None in other.configs:
             other, _ = plan(pipe, other)
         checkpoint, fit = check_fit(pipe, checkpoint)
     sides = transforms_of(checkpoint)
     metadata = checkpoint.metadata
+    parts = [*checkpoint.tensors.values(), *(whole.tensors for whole in checkpoint.weights.values())]
     return {
         "file": checkpoint.source,
         "file_bytes": _file_of(checkpoint).stat().st_size,
@@ -81,8 +100,9 @@ def describe(file: str | Path, *, base: str | None = None, against: str | Path |
         "versions": metadata.get("versions"),
         "base_model": metadata.get("base_model"),
         "prompt": None if metadata.get("prompt") is None else str(metadata["prompt"]),
-        "parameters": sum(tensor.numel() for vectors in checkpoint.tensors.values() for tensor in vectors.values()),
+        "parameters": sum(tensor.numel() for part in parts for tensor in part.values()),
         "components": [_describe_component(checkpoint, component) for component in checkpoint.configs],
+        "weights": [_describe_whole(component, whole) for component, whole in checkpoint.weights.items()],
         "layers": [_describe_side(side, transform) for side, transform in sides.items()],
         "fit": None if fit is None else {"base": base, **fit},
         "against": None if other is None else compare(checkpoint, other),
@@ -113,9 +133,19 @@ def _describe_component(checkpoint: Checkpoint, component: str | None) -> dict[s
         "sides": config.sides,
         "num_blocks": config.num_blocks,
         "layers": len({key.rpartition(".")[0] for key in vectors}),
-        "parameters": sum(tensor.numel() for tensor in vectors.values()),
-        "bytes": sum(tensor.nbytes for tensor in vectors.values()),
-        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in vectors.values()}),
+        **_measure(vectors),
+    }
+
+
+def _describe_whole(component: str, whole: WholeWeights) -> dict[str, Any]:
+    return {"component": component, **whole.about, "tensors": len(whole.tensors), **_measure(whole.tensors)}
+
+
+def _measure(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "bytes": sum(tensor.nbytes for tensor in tensors.values()),
+        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}),
     }
 
 
@@ -133,6 +163,23 @@ def _describe_side(side: Side, transform: Transform) -> dict[str, Any]:
 
 def _name_side(side: Side) -> dict[str, Any]:
     return dict(zip(("component", "path", "side"), side, strict=True))
+
+
+def open_base(base: str, checkpoint: Checkpoint) -> DiffusionPipeline:
+    """The base, as the pipeline that an adapter with a control encoder, or one for a ControlNet, is loaded onto.
+
+    The ControlNet is what training starts from, a copy of the UNet. For other adapters, and of other classes, the base
+    is opened as it is.
+    """
+    pipe = DiffusionPipeline.from_pretrained(base)
+    light, with_controlnet = CONTROLLED.get(type(pipe), (None, None))
+    if light is not None and CONTROL in checkpoint.weights:
+        return light.from_pipe(pipe)
+    if with_controlnet is not None and CONTROLNET in {*checkpoint.configs, *checkpoint.weights}:
+        widths = ControlEncoder.for_unet(pipe.unet, factor=pipe.vae_scale_factor).config.block_out_channels
+        controlnet = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=widths)
+        return with_controlnet.from_pipe(pipe, controlnet=controlnet)
+    return pipe
 
 
 def check_fit(pipe: DiffusionPipeline, checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, str | None]]:
@@ -155,14 +202,14 @@ def same_weights(then: Mapping[str, Mapping[str, str]], now: Mapping[str, Mappin
     """Whether the fingerprints of all components, component -> dtype -> SHA-256, agree in a dtype.
 
     One dtype is enough: a model that was stored in float16 or bfloat16 agrees in that one alone. None: a component
-    has no fingerprint in a common dtype, and no other disagrees.
+    has no fingerprint in a common dtype, and no other disagrees; or there is none to compare.
     """
     agreements = []
     for component, prints in now.items():
         recorded = then.get(component, {})
         common = prints.keys() & recorded.keys()
         agreements.append(any(prints[dtype] == recorded[dtype] for dtype in common) if common else None)
-    return False if False in agreements else None if None in agreements else True
+    return False if False in agreements else None if None in agreements or not agreements else True
 
 
 def compare(checkpoint: Checkpoint, other: Checkpoint) -> dict[str, Any]:
@@ -204,12 +251,19 @@ def render(report: Mapping[str, Any], *, layers: bool = False) -> Iterable[str]:
     yield from (f"{name:10}  {_short(value)}" for name, value in facts.items())
     if fit := report["fit"]:
         yield f"{'fit':10}  {fit['verdict']} on {fit['base']}" + (f": {fit['error']}" if fit["error"] else "")
-    yield ""
-    yield from _table(
-        ("component", "method", "sides", "blocks", "layers", "parameters", "bytes", "angle", "distance"),
-        [_component_row(entry, report["layers"]) for entry in report["components"]],
-        texts=3,
-    )
+    if report["components"]:
+        yield ""
+        yield from _table(
+            ("component", "method", "sides", "blocks", "layers", "parameters", "bytes", "angle", "distance"),
+            [_component_row(entry, report["layers"]) for entry in report["components"]],
+            texts=3,
+        )
+    if report["weights"]:
+        yield ""
+        yield from _table(
+            ("component", "trained as a whole", "tensors", "parameters", "bytes"),
+            [_whole_row(entry) for entry in report["weights"]],
+        )
     if against := report["against"]:
         yield ""
         yield from _render_conflicts(against)
@@ -232,6 +286,16 @@ def _component_row(entry: Mapping[str, Any], layers: Iterable[Mapping[str, Any]]
         f"{sum(angles) / len(angles):.1f}°" if angles else UNKNOWN,
         f"{sum(row['distance'] for row in own) / len(own):.3f}",
     )
+
+
+def _whole_row(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    if config := entry.get("config"):
+        widths = (config["conditioning_channels"], *config["block_out_channels"], config["out_channels"])
+        what = f"control encoder, channels {'-'.join(map(str, widths))}, {config['interpolation']}"
+    else:
+        what = ", ".join(entry["modules"])
+    numbers = (f"{entry[name]:,}" for name in ("tensors", "parameters", "bytes"))
+    return (_short(entry["component"]), _short(what), *numbers)
 
 
 def _render_conflicts(against: Mapping[str, Any]) -> Iterable[str]:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import argparse
 
-from ..export import DTYPES, merge_adapters, open_adapted
-from .export import add_input_arguments
+from ..export import DTYPES, merge_adapters
+from .export import add_input_arguments, open_inputs
 
 HELP = "write a whole pipeline with adapters merged into its weights"
 
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    pipe, names = open_adapted(args.base, args.adapter, args.scale, allow_other_base=args.allow_other_base)
+    pipe, names = open_inputs(args, "a stock pipeline")
     path = merge_adapters(pipe, args.output_dir, adapter_names=names, dtype=DTYPES[args.dtype])
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     print(f"{path}: {type(pipe).__name__} with {', '.join(names)} merged, {args.dtype}, {size:,} bytes")

@@ -18,7 +18,7 @@ from .control_data import write_control_data
 SCRIPT = Path(__file__).resolve().parents[2] / "train_controlnet_ether.py"
 TRAINING_SEED = "control training"
 SETTINGS = [
-    "--train_batch_size", "32", "--max_train_steps", "800", "--learning_rate", "2e-3", "--control_lr", "5e-3",
+    "--train_batch_size", "32", "--max_train_steps", "800", "--control_lr", "5e-3",
     "--mixed_precision", "bf16", "--cache_latents", "--pre_compute_text_embeddings", "--seed", "0",
 ]  # fmt: skip
 
@@ -41,7 +41,7 @@ def main() -> None:
     data = args.output_dir / "data"
     if not (data / "metadata.jsonl").exists():
         write_control_data(data, args.pairs, TRAINING_SEED)
-    train(data, args.output_dir / "adapter", training_flags)
+    train(data, args.output_dir / "adapter", ["--learning_rate", "2e-3", *training_flags])
     command = [sys.executable, "-m", "ether_diffusion.cli", "evaluate-control", "--miniature", str(args.held_out)]
     command += ["--adapter", str(args.output_dir / "adapter"), "--output_dir", str(args.output_dir / "evaluation")]
     command += ["--num_inference_steps", "10", "--batch_size", "16", "--judge_dir", str(args.output_dir / "judge")]

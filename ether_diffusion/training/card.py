@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
+from diffusers import DiffusionPipeline
 
 from ether_diffusion.training.families import ModelSource
 from ether_diffusion.training.loop import TrainingResult
@@ -21,11 +21,6 @@ WHERE = "{where}"
 """In a card's lines of code: the place of the weights, as a Python string."""
 
 AVERAGED_STEPS = 50
-
-
-def launch_command(script: str, arguments: Sequence[str]) -> str:
-    """The command as it was typed, but for the place of the script."""
-    return shlex.join(["accelerate", "launch", Path(script).name, *arguments])
 
 
 def size_of(weights: Path) -> int:
@@ -86,6 +81,7 @@ def write_card(
     figures: Mapping[str, str],
     command: str,
     with_pictures: bool,
+    inputs: str = "",
     hub_id: str | None = None,
 ) -> Path:
     """Write `README.md` into the output folder and return its path.
@@ -104,6 +100,7 @@ def write_card(
         figures: name -> text, see `figures_of`.
         command: as typed.
         with_pictures: whether the grid is there.
+        inputs: what `pipe` is called with besides the prompt, as code.
         hub_id: the repository that the folder is uploaded to.
     """
     header = {
@@ -131,7 +128,7 @@ The result is in {place}: {format_bytes(size_of(weights))}.
 {samples}
 ## Use
 
-{_block(_usage(source, loading, hub_id or folder.resolve().name, prompt), "python")}
+{_block(_usage(source, loading, hub_id or folder.resolve().name, prompt, inputs), "python")}
 
 ## Training
 
@@ -146,25 +143,34 @@ The result is in {place}: {format_bytes(size_of(weights))}.
     return path
 
 
-def _usage(source: ModelSource, loading: str, where: str, prompt: str) -> str:
-    """The Python code that paints a first picture."""
-    lines = loading.replace(WHERE, json.dumps(where, ensure_ascii=False)).splitlines()
-    imports = [line for line in lines if line.startswith(("import ", "from "))]
-    lines = [line for line in lines if line.strip() and line not in imports]
-    if not any(line.startswith("pipe = ") for line in lines):
-        needed, opening = _opening(source)
-        imports.append(needed)
-        lines.insert(0, opening)
-    return "\n".join([*dict.fromkeys(imports), "", *lines, f"image = pipe({prompt!r}).images[0]"])
+def opening(source: ModelSource, kind: type[DiffusionPipeline] = DiffusionPipeline, inputs: str = "") -> str:
+    """Lines of Python that open the base model as `pipe`.
 
-
-def _opening(source: ModelSource) -> tuple[str, str]:
-    """What opens the base model: an import and a statement."""
-    if source.is_miniature:
-        return "from ether_diffusion import miniature", "pipe = miniature.load_pipeline()"
+    Args:
+        source: the base model.
+        kind: class of the pipeline.
+        inputs: what its `from_pretrained` takes besides, as code.
+    """
+    if source.is_miniature and kind is DiffusionPipeline:
+        return "from ether_diffusion import miniature\npipe = miniature.load_pipeline()"
+    imports = [f"from {kind.__module__.partition('.')[0]} import {kind.__name__}"]
     options = {"revision": source.revision, "variant": source.variant}
     given = [repr(source.name), *(f"{name}={value!r}" for name, value in options.items() if value is not None)]
-    return "from diffusers import DiffusionPipeline", f"pipe = DiffusionPipeline.from_pretrained({', '.join(given)})"
+    if source.is_miniature:
+        imports, given = [*imports, "from ether_diffusion import miniature"], ["miniature.FOLDER"]
+    given += [inputs] if inputs else []
+    return "\n".join([*imports, f"pipe = {kind.__name__}.from_pretrained({', '.join(given)})"])
+
+
+def _usage(source: ModelSource, loading: str, where: str, prompt: str, inputs: str) -> str:
+    """The Python code that paints a first picture."""
+    lines = loading.replace(WHERE, json.dumps(where, ensure_ascii=False)).splitlines()
+    if not any(line.startswith("pipe = ") for line in lines):
+        lines = [*opening(source).splitlines(), *lines]
+    imports = [line for line in lines if line.startswith(("import ", "from "))]
+    lines = [line for line in lines if line.strip() and line not in imports]
+    call = ", ".join([repr(prompt), *([inputs] if inputs else [])])
+    return "\n".join([*dict.fromkeys(imports), "", *lines, f"image = pipe({call}).images[0]"])
 
 
 def _longest_ticks(text: str) -> int:

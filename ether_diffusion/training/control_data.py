@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ether_diffusion.images import INTERPOLATIONS
 from ether_diffusion.training.command_line import InputError
 from ether_diffusion.training.control_options import ControlDataOptions
 from ether_diffusion.training.data import open_data_set, read_cell
@@ -23,16 +25,13 @@ from ether_diffusion.training.views import (
     Size,
     Target,
     View,
-    center_view,
-    crop_size,
     cut,
     frame,
     nearest_target,
+    place_view,
     shrink,
-    shrunk_size,
 )
 
-RESAMPLING = {"nearest": Image.Resampling.NEAREST, "lanczos": Image.Resampling.LANCZOS}
 SHUFFLE_BUFFER = 1000
 FINGERPRINTED_ROWS = 256
 
@@ -93,7 +92,7 @@ def find_pairs(options: ControlDataOptions, *, seed: int) -> Pairs:
     if options.max_train_samples is not None:
         rows = rows.take(options.max_train_samples)
     make = partial(_make_pair, options, source, folder)
-    return StreamedPairs(rows, make, source, seed) if options.streaming else StoredPairs(rows, make, options)
+    return StreamedPairs(rows, make, source, seed) if options.streaming else StoredPairs(rows, make, options, folder)
 
 
 def _make_pair(
@@ -107,10 +106,7 @@ def _make_pair(
         raise InputError(f"{name}: its {options.caption_column} is a {kind}, needs a text or a list of texts")
 
     def read(column: str) -> Image.Image:
-        cell = row[column]
-        if folder is not None and cell and cell.get("bytes") is None and cell.get("path"):
-            cell = {"path": str(folder / cell["path"])}  # an absolute path stays as it is
-        return read_cell(cell, f"{name}, {column}")
+        return read_cell(_located(row[column], folder), f"{name}, {column}")
 
     return Pair(
         name,
@@ -120,20 +116,41 @@ def _make_pair(
     )
 
 
+def _located(cell: dict[str, Any] | None, folder: Path | None) -> dict[str, Any] | None:
+    """A picture as it is stored, or as a file whose path counts from the folder of the data."""
+    if folder is None or not cell or cell.get("bytes") is not None or not cell.get("path"):
+        return cell
+    return {"path": str(folder / cell["path"])}  # an absolute path stays as it is
+
+
+def _content(cell: dict[str, Any] | None) -> bytes:
+    """The file of a picture; nothing where it cannot be read, which is told when its sample comes."""
+    if not cell or cell.get("bytes") is not None or not cell.get("path"):
+        return (cell or {}).get("bytes") or b""
+    with contextlib.suppress(OSError):
+        return Path(cell["path"]).read_bytes()
+    return b""
+
+
 class StoredPairs:
-    """The rows of a data set that lies on the disk."""
+    """The rows of a data set that lies on the disk. A part of them, evenly spread, makes the fingerprint."""
 
     endless = False
 
-    def __init__(self, rows: Any, make: Callable[[dict[str, Any], int], Pair], options: ControlDataOptions):
+    def __init__(
+        self,
+        rows: Any,
+        make: Callable[[dict[str, Any], int], Pair],
+        options: ControlDataOptions,
+        folder: Path | None,
+    ):
         self.rows, self.make = rows, make
         digest = hashlib.sha256(str(len(rows)).encode())
         for number in np.linspace(0, len(rows) - 1, min(len(rows), FINGERPRINTED_ROWS)).round().astype(int).tolist():
             row = rows[number]
             digest.update(str(row[options.caption_column]).encode())
             for column in (options.image_column, options.conditioning_image_column):
-                cell = row[column] or {}
-                digest.update(cell.get("bytes") or Path(cell.get("path") or "").name.encode())
+                digest.update(hashlib.sha256(_content(_located(row[column], folder))).digest())
         self.fingerprint = f"sha256:{digest.hexdigest()[:16]}"
 
     def __len__(self) -> int:
@@ -218,7 +235,7 @@ class ControlImages:
     ):
         self.pairs, self.possible_targets = pairs, list(targets)
         self.center_crop, self.random_flip, self.fixed_crops = center_crop, random_flip, fixed_crops
-        self.resample = RESAMPLING[interpolation]
+        self.resample = INTERPOLATIONS[interpolation]
         self.proportion_empty_prompts = proportion_empty_prompts
         self.seed = seed
         self._pair = lru_cache(maxsize=_KEPT_PAIRS)(self._read)
@@ -280,14 +297,8 @@ class ControlImages:
 
     def _crop(self, number: int, draw: torch.Generator, flip: bool) -> View:
         pair = self._pair(number)
-        if self.center_crop:
-            center = center_view(pair.original_size, pair.target)
-            return View(number, center.left, center.top, flip)
-        size = shrunk_size(pair.original_size, pair.target)
-        width, height = crop_size(size, pair.target)
-        left = int(torch.randint(size[0] - width + 1, (), generator=draw))
-        top = int(torch.randint(size[1] - height + 1, (), generator=draw))
-        return View(number, left, top, flip)
+        place = None if self.center_crop else draw
+        return place_view(number, pair.original_size, pair.target, place, flip=flip)
 
     def _read(self, number: int) -> _ReadPair:
         pair = self.pairs[number]

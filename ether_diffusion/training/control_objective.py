@@ -8,12 +8,12 @@ import torch
 from diffusers import ControlNetModel
 from torch import Tensor
 
-from ether_diffusion.control import ControlEncoder, inject
+from ether_diffusion.control import CONTROL, ControlEncoder, inject
 from ether_diffusion.training.families import Family
 from ether_diffusion.training.families.base import Conditioning
 from ether_diffusion.training.objective import DenoisingObjective, PictureSet, Sample
 
-ENCODER, CONTROLNET = "control_encoder", "controlnet"
+ENCODER, CONTROLNET = CONTROL, "controlnet"
 
 
 def stacked_control(drawn: Sequence[Sample]) -> Tensor:

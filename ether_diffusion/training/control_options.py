@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ether_diffusion.images import INTERPOLATIONS
 from ether_diffusion.training.command_line import (
     ABOVE_ZERO,
     POSITIVE,
@@ -15,7 +16,6 @@ from ether_diffusion.training.command_line import (
 from ether_diffusion.training.options import METHODS, AdapterOptions, TrainingOptions, ValidationOptions
 
 CONTROL_TYPES = ("light", "controlnet")
-INTERPOLATIONS = ("nearest", "lanczos")
 NO_METHOD = "none"
 CONTROL_LEARNING_RATE = 1e-3
 
@@ -39,7 +39,7 @@ class ControlOptions(OptionGroup):
     conditioning_interpolation: str = option(
         "How control pictures are brought to size: nearest leaves label maps without new colours, lanczos is smooth.",
         "nearest",
-        choices=INTERPOLATIONS,
+        choices=tuple(INTERPOLATIONS),
     )
     controlnet_model_name_or_path: str | None = option(
         "A ControlNet to start from, a folder or an id on the Hub; needs --control_type controlnet. Default: a copy "

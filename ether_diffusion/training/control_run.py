@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ from PIL import Image
 from torch import nn
 
 from ether_diffusion.control import ControlEncoder
+from ether_diffusion.images import INTERPOLATIONS
 from ether_diffusion.training.adapters import ADAPTER_NAME, Configs, add_adapters, rehearse
+from ether_diffusion.training.card import opening
 from ether_diffusion.training.command_line import InputError
-from ether_diffusion.training.control_data import RESAMPLING, ControlImages
+from ether_diffusion.training.control_data import ControlImages
 from ether_diffusion.training.control_objective import (
     CONTROLNET,
     ENCODER,
@@ -42,6 +44,15 @@ from ether_diffusion.training.views import center_cut
 
 WHOLE_MODULES = ("controlnet_down_blocks", "controlnet_mid_block", "controlnet_cond_embedding")
 """Parts of a ControlNet that begin at zero or at random, so they are trained as they are."""
+FITTING = (
+    "in_channels",
+    "block_out_channels",
+    "layers_per_block",
+    "cross_attention_dim",
+    "addition_embed_type",
+    "projection_class_embeddings_input_dim",
+)
+"""What a ControlNet must have in common with its UNet: what goes in, and the shapes of what is added."""
 
 
 class ControlRun(TrainingRun[ControlTrainingOptions]):
@@ -59,8 +70,17 @@ class ControlRun(TrainingRun[ControlTrainingOptions]):
         return self.is_light
 
     @property
+    def deep(self) -> Collection[str]:
+        return self.configs.keys() if self.is_light else {CONTROLNET}
+
+    @property
     def is_light(self) -> bool:
         return self.options.control.control_type == "light"
+
+    @property
+    def one_file(self) -> bool:
+        """Whether one file holds all that was trained."""
+        return self.method.layout == "ether" or self.method.name == NO_METHOD
 
     @property
     def default_learning_rate(self) -> float | None:
@@ -75,6 +95,8 @@ class ControlRun(TrainingRun[ControlTrainingOptions]):
         optimization, self.control_lr = self.options.optimization, self.options.control.control_lr
         if optimization.optimizer == "prodigy" and self.control_lr != CONTROL_LEARNING_RATE:
             raise InputError(f"--control_lr: got {self.control_lr:g}, --optimizer prodigy takes one learning rate")
+        if not self.configs and optimization.optimizer != "prodigy" and optimization.learning_rate is not None:
+            raise InputError("--learning_rate: has no effect with --method none; use --control_lr")
         if optimization.scale_lr:
             self.control_lr *= optimization.samples_per_step(self.accelerator.num_processes)
         super().check(epoch_samples=epoch_samples, depends_on=depends_on)
@@ -85,7 +107,7 @@ class ControlRun(TrainingRun[ControlTrainingOptions]):
         with torch.device("meta"):
             encoder = self._make_encoder(unet)
             self.widths = encoder.config.block_out_channels
-            controlnet = None if self.is_light else self._copy_of(unet, load_weights_from_unet=False)
+            controlnet = None if self.is_light else self._plan_controlnet(unet)
         if controlnet is None:
             return configs, rehearse(blueprint.models, configs) + count_parameters(encoder)
         configs = {CONTROLNET: configs["unet"]} if "unet" in configs else {}
@@ -106,7 +128,7 @@ class ControlRun(TrainingRun[ControlTrainingOptions]):
         if not pairs:
             values = images.control(first).mul(255).round().byte().permute(1, 2, 0)
             pairs = [(Image.fromarray(values.numpy()), images.prompt(first, 0))]
-        resample = RESAMPLING[self.options.control.conditioning_interpolation]
+        resample = INTERPOLATIONS[self.options.control.conditioning_interpolation]
         self.validation_pairs = [(center_cut(image, self.targets[0], resample), prompt) for image, prompt in pairs]
 
     def make_preview(self, prompts: Sequence[str]) -> ControlPreview:
@@ -114,21 +136,23 @@ class ControlRun(TrainingRun[ControlTrainingOptions]):
 
     def adapt(self) -> dict[str, nn.Module]:
         pipe = self.family.pipe
+        kept = {"dtype": pipe.unet.dtype}  # else `from_pipe` would make all of it float32
         if self.is_light:
+            # Before there are adapters, which are float32 in every precision.
+            self.pipe = self.family.light_control_pipeline_class.from_pipe(pipe, **kept)
             models = super().adapt()
             with torch.random.fork_rng():
                 torch.manual_seed(self.options.run.seed)
                 self.control = self._make_encoder(pipe.unet).to(self.accelerator.device)
-            self.pipe = self.family.light_control_pipeline_class.from_pipe(pipe)
             self.pipe.add_control(ADAPTER_NAME, self.control)
             models[ENCODER] = self.control
         else:
             self.control = self._load_controlnet().to(self.accelerator.device).requires_grad_(False)
+            self.pipe = self.family.controlnet_pipeline_class.from_pipe(pipe, controlnet=self.control, **kept)
             models = {CONTROLNET: self.control}
             add_adapters({name: models[name] for name in self.configs}, self.configs, seed=self.options.run.seed)
             for name in WHOLE_MODULES:
                 getattr(self.control, name).float().requires_grad_(True)
-            self.pipe = self.family.controlnet_pipeline_class(**pipe.components, controlnet=self.control)
         if self.preview is not None:
             self.preview.pipe, self.preview.precision = self.pipe, WEIGHT_DTYPES[self.precision]
         return models
@@ -156,7 +180,7 @@ class ControlRun(TrainingRun[ControlTrainingOptions]):
             models = {name: self.models[name] for name in self.configs}
             for group in parameter_groups(models, denoiser=denoiser, options=optimization):
                 groups.append({**group, "params": [each for each in group["params"] if id(each) not in taken]})
-        return [*groups, {"params": own, "lr": rate}]
+        return [*groups, {"params": own, "lr": rate, "name": "control"}]
 
     def save(self, prompt: str) -> Path:
         """Light control with ETHER or alone: one file. A ControlNet: one file, and the merged ControlNet as a folder.
@@ -164,33 +188,45 @@ class ControlRun(TrainingRun[ControlTrainingOptions]):
         Peers of ETHER are saved as in every run, and encoder or ControlNet beside them.
         """
         folder, metadata = self.output_dir, {"prompt": prompt}
-        one_file = self.method.layout == "ether" or self.method.name == NO_METHOD
         if self.is_light:
-            if one_file:
+            if self.one_file:
                 return self.pipe.save_ether_weights(folder, ADAPTER_NAME, metadata=metadata)
             self.control.save_pretrained(folder / ENCODER)
             return save_trained(self.family.pipe, self.configs, folder, method=self.method, metadata=metadata)
-        if one_file:
+        if self.one_file:
             whole = {CONTROLNET: list(WHOLE_MODULES)}
             self.pipe.save_ether_weights(folder, ADAPTER_NAME, metadata=metadata, whole_modules=whole)
         merged(self.control).save_pretrained(folder / CONTROLNET)
         return folder / CONTROLNET
 
+    @property
+    def inputs_code(self) -> str:
+        return "control_image=control" if self.is_light else "image=control"
+
     def loading_code(self) -> str:
-        if self.is_light and (self.method.layout == "ether" or self.method.name == NO_METHOD):
-            kind = type(self.pipe).__name__
-            return (
-                f"from ether_diffusion import {kind}\n\npipe = {kind}.from_pretrained({self.source.name!r})\n"
-                "pipe.load_ether_weights({where})"
-            )
-        if self.is_light:
-            return loading_code(self.method, list(self.configs))
-        kind = type(self.pipe).__name__
-        return (
-            f"from diffusers import ControlNetModel, {kind}\n\n"
-            'controlnet = ControlNetModel.from_pretrained({where}, subfolder="controlnet")\n'
-            f"pipe = {kind}.from_pretrained({self.source.name!r}, controlnet=controlnet)"
-        )
+        kind = type(self.pipe)
+        lines = ["from diffusers.utils import load_image", 'control = load_image("map.png")  # the control picture']
+        if not self.is_light:
+            lines += [
+                "from diffusers import ControlNetModel",
+                f'controlnet = ControlNetModel.from_pretrained({{where}}, subfolder="{CONTROLNET}")',
+                opening(self.source, kind, "controlnet=controlnet"),
+            ]
+        elif self.one_file:
+            lines += [opening(self.source, kind), "pipe.load_ether_weights({where})"]
+        else:
+            whole = [
+                f"from ether_diffusion import {kind.__name__}",
+                f"pipe = {kind.__name__}.from_pretrained({{where}})",
+            ]
+            peer = [opening(self.source, kind), loading_code(self.method, list(self.configs))]
+            lines += [
+                *(whole if self.method.layout == "full" else peer),
+                "from ether_diffusion import ControlEncoder",
+                f'encoder = ControlEncoder.from_pretrained({{where}}, subfolder="{ENCODER}")',
+                'pipe.add_control("control", encoder)',
+            ]
+        return "\n".join(lines)
 
     def _make_encoder(self, unet: nn.Module) -> ControlEncoder:
         interpolation = self.options.control.conditioning_interpolation
@@ -200,6 +236,29 @@ class ControlRun(TrainingRun[ControlTrainingOptions]):
         """A ControlNet that begins as this UNet, with a stem for the autoencoder's factor."""
         return ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=self.widths, **options)
 
+    def _plan_controlnet(self, unet: nn.Module) -> ControlNetModel:
+        """The ControlNet to train, without weights. Raises `InputError` for one that does not fit the UNet."""
+        path = self.options.control.controlnet_model_name_or_path
+        fits = self._copy_of(unet, load_weights_from_unet=False)
+        if path is None:
+            return fits
+        with self._reading_controlnet():
+            controlnet = ControlNetModel.from_config(ControlNetModel.load_config(path))
+        for name in FITTING:
+            if controlnet.config[name] != fits.config[name]:
+                raise InputError(
+                    f"--controlnet_model_name_or_path {path}: has {name} {controlnet.config[name]}, needs that of the "
+                    f"UNet, {fits.config[name]}"
+                )
+        stems = (each.config.conditioning_embedding_out_channels for each in (controlnet, fits))
+        factor, needed = (2 ** (len(widths) - 1) for widths in stems)
+        if factor != needed:
+            raise InputError(
+                f"--controlnet_model_name_or_path {path}: makes a side {factor} times smaller, and the autoencoder "
+                f"{needed} times"
+            )
+        return controlnet
+
     def _load_controlnet(self) -> ControlNetModel:
         path = self.options.control.controlnet_model_name_or_path
         unet = self.family.pipe.unet
@@ -207,12 +266,18 @@ class ControlRun(TrainingRun[ControlTrainingOptions]):
             torch.manual_seed(self.options.run.seed)
             if path is None:
                 return self._copy_of(unet).to(unet.dtype)
-            try:
+            with self._reading_controlnet():
                 return ControlNetModel.from_pretrained(path, dtype=unet.dtype)
-            except (OSError, ValueError, KeyError) as error:
-                raise InputError(
-                    f"--controlnet_model_name_or_path {path}: cannot be read as a ControlNet: {error}"
-                ) from error
+
+    @contextmanager
+    def _reading_controlnet(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            path = self.options.control.controlnet_model_name_or_path
+            raise InputError(
+                f"--controlnet_model_name_or_path {path}: cannot be read as a ControlNet: {error}"
+            ) from error
 
 
 class ControlPreview(Preview):

@@ -24,13 +24,11 @@ from ether_diffusion.training.views import (
     Size,
     Target,
     View,
-    center_view,
-    crop_size,
     cut,
     frame,
     nearest_target,
+    place_view,
     shrink,
-    shrunk_size,
 )
 
 METADATA_NAME, METADATA_FILE_KEY, METADATA_CAPTION_KEY = "metadata.jsonl", "file_name", "text"
@@ -306,15 +304,8 @@ class TrainingImages:
         return frame(self.original_sizes[view.image], view, self.targets[view.image])
 
     def _crop(self, image: int, draw: torch.Generator, flip: bool) -> View:
-        original, target = self.original_sizes[image], self.targets[image]
-        if self.center_crop:
-            center = center_view(original, target)
-            return View(image, center.left, center.top, flip)
-        size = shrunk_size(original, target)
-        width, height = crop_size(size, target)
-        left = int(torch.randint(size[0] - width + 1, (), generator=draw))
-        top = int(torch.randint(size[1] - height + 1, (), generator=draw))
-        return View(image, left, top, flip)
+        place = None if self.center_crop else draw
+        return place_view(image, self.original_sizes[image], self.targets[image], place, flip=flip)
 
     def _read(self, number: int) -> Image.Image:
         """A picture, reduced for training."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from ether_diffusion.images import to_rgb
 from ether_diffusion.training.command_line import InputError
 
 # HEIC is here although Pillow needs a plugin for it: a photograph left out in silence is worse than an error.
@@ -72,19 +73,6 @@ def read_image(file: str | Path | BinaryIO, name: str | None = None) -> Image.Im
             return to_rgb(ImageOps.exif_transpose(image))
         except _DAMAGE as error:
             raise InputError(f"{name}: the picture is truncated or damaged ({error})") from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        # Pillow's own conversion clips 16-bit values at 255 instead of scaling them.
-        values = np.asarray(image, dtype=np.float64)
-        scale = 257.0 if values.max(initial=0.0) > 255 else 1.0
-        return Image.fromarray((values / scale).round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:

@@ -9,11 +9,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -33,6 +35,7 @@ from ether_diffusion.training.state import (
 )
 from ether_diffusion.training.trackers import PROJECT, check_trackers, init_kwargs, tracker_names
 
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -84,6 +87,8 @@ def make_accelerator(run: RunOptions, performance: PerformanceOptions, accumulat
             gradient_accumulation_steps=accumulation,
             log_with=tracker_names(run.report_to) or None,
             project_dir=str(logging_dir),
+            # The others wait in a collective while the first process paints.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
         )
     except ValueError as error:
         precision = performance.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -118,7 +123,8 @@ def train(
     Args:
         accelerator: prepared here for objective and optimiser.
         objective: maps global sample indices to a loss for each, (b,).
-        groups: what is trained, as optimisers take parameters: dictionaries with "params" and "lr".
+        groups: what is trained, as optimisers take parameters: dictionaries with "params" and "lr", and a "name" to
+            log the rate under where it is not the denoiser's.
         options: steps, batch, schedule, optimiser; resolved.
         layout: of the processes; "sharded" needs a denoiser that is.
         checkpoints: where to start and what to save; without them the run starts at the beginning, saves nothing and
@@ -140,6 +146,7 @@ def train(
     schedule = make_schedule(optimizer, options)
     average = RunningAverage(parameters, options.ema_decay) if options.use_ema else None
     names = {parameter: name for name, parameter in objective.named_parameters()}
+    rate_names = [_rate_name(group.get("name", "denoiser")) for group in groups]
     state = RunState({names[each]: each for each in parameters}, optimizer, schedule, accelerator.scaler, average)
     spread = LAYOUTS[layout](accelerator, objective, optimizer, options)
     state.divides_optimizer = spread.divides_optimizer
@@ -179,9 +186,7 @@ def train(
                 average.update()
             state.losses.append(mean)
             state.seconds = time.perf_counter() - started
-            figures = {"train/loss": mean, "train/learning_rate": rates[0]}
-            if len(rates) > 1:
-                figures["train/text_encoder_learning_rate"] = rates[1]
+            figures = {"train/loss": mean, **dict(zip(rate_names, rates, strict=True))}
             figures["train/seconds_per_step"] = time.perf_counter() - begun
             figures["train/memory"] = current_memory(accelerator.device)
             accelerator.log(figures, step=step + 1)
@@ -210,6 +215,11 @@ def train(
     if average is not None:
         average.apply()
     return TrainingResult(state.losses, state.seconds, peak_memory(accelerator.device))
+
+
+def _rate_name(group: str) -> str:
+    """What the trackers call the learning rate of a group."""
+    return "train/learning_rate" if group == "denoiser" else f"train/{group.replace(' ', '_')}_learning_rate"
 
 
 @contextmanager

@@ -42,7 +42,7 @@ def _check_installed(flag: str, *, package: str, extra: str) -> None:
 def parameter_groups(
     models: Mapping[str, nn.Module], *, denoiser: str, options: OptimizationOptions
 ) -> list[dict[str, Any]]:
-    """What is trained, in one group per learning rate; the denoiser's comes first.
+    """What is trained, in one group per learning rate, with a "name" for people; the denoiser's comes first.
 
     Args:
         models: everything that may hold trained parameters (those that require gradients), by name.
@@ -60,7 +60,11 @@ def parameter_groups(
             groups.setdefault(rate, []).extend(trained)
     if not groups:
         raise ValueError(f"nothing to train: no parameter of {', '.join(models)} requires gradients")
-    return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
+    names = ("denoiser", "text encoder")
+    return [
+        {"params": parameters, "lr": rate, "name": name}
+        for (rate, parameters), name in zip(groups.items(), names, strict=False)
+    ]
 
 
 def make_optimizer(groups: Sequence[Mapping[str, Any]], options: OptimizationOptions) -> torch.optim.Optimizer:
@@ -78,7 +82,7 @@ def make_optimizer(groups: Sequence[Mapping[str, Any]], options: OptimizationOpt
         "weight_decay": options.adam_weight_decay,
         "eps": options.adam_epsilon,
     }
-    groups = [dict(group) for group in groups]  # optimisers write into them
+    groups = [{"params": group["params"], "lr": group["lr"]} for group in groups]  # optimisers write into them
     if options.optimizer == "prodigy":
         from prodigyopt import Prodigy  # an extra
 
@@ -103,6 +107,21 @@ def _move_versions(optimizer: torch.optim.Optimizer, *_: object) -> None:
     torch.autograd.graph.increment_version([each for group in optimizer.param_groups for each in group["params"]])
 
 
+def check_schedule(options: OptimizationOptions) -> None:
+    """Make sure that the learning rate has room for its course.
+
+    options: with definite learning rates.
+
+    Raises:
+        InputError: a learning rate below the end of the polynomial schedule.
+    """
+    if options.lr_scheduler == "polynomial" and _rate(options) <= POLYNOMIAL_END:
+        raise InputError(
+            f"--learning_rate: got {options.learning_rate:g}, needs more than {POLYNOMIAL_END:g}, where "
+            "--lr_scheduler polynomial ends"
+        )
+
+
 def make_schedule(optimizer: torch.optim.Optimizer, options: OptimizationOptions) -> LRScheduler:
     """The course of the learning rates: one step of it for one of the optimiser.
 
@@ -113,11 +132,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, options: OptimizationOptions
     Raises:
         InputError: a learning rate below the end of the polynomial schedule.
     """
-    if options.lr_scheduler == "polynomial" and _rate(options) <= POLYNOMIAL_END:
-        raise InputError(
-            f"--learning_rate: got {options.learning_rate:g}, needs more than {POLYNOMIAL_END:g}, where "
-            "--lr_scheduler polynomial ends"
-        )
+    check_schedule(options)
     return get_scheduler(
         options.lr_scheduler,
         optimizer,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -20,7 +20,7 @@ from ether_diffusion.training.families import Blueprint, Family, ModelSource, fa
 from ether_diffusion.training.hub import check_hub, log_patterns, upload
 from ether_diffusion.training.loop import WEIGHT_DTYPES, TrainingResult, check_output_dir, make_accelerator, train
 from ether_diffusion.training.methods import configs_of, loading_code, read_method, save_trained
-from ether_diffusion.training.optimizers import check_optimizer, parameter_groups
+from ether_diffusion.training.optimizers import check_optimizer, check_schedule, parameter_groups
 from ether_diffusion.training.options import TrainingOptions
 from ether_diffusion.training.preview import Preview, is_due
 from ether_diffusion.training.state import Checkpoints
@@ -49,6 +49,7 @@ class TrainingRun(Generic[Options]):
 
     Class attributes:
         tags: of the model card.
+        inputs_code: what the card's code calls the pipeline with besides the prompt.
         can_shard: whether what is trained can be made beside a sharded denoiser.
 
     Raises:
@@ -56,6 +57,7 @@ class TrainingRun(Generic[Options]):
     """
 
     tags: Sequence[str] = ("dreambooth",)
+    inputs_code: str = ""
     can_shard: bool = True
 
     def __init__(self, options: Options, command: str):
@@ -92,6 +94,11 @@ class TrainingRun(Generic[Options]):
         return configs, rehearse(blueprint.models, configs)
 
     @property
+    def deep(self) -> Collection[str]:
+        """Names of the models with trained parameters whose activations can be recomputed."""
+        return self.configs.keys()
+
+    @property
     def default_learning_rate(self) -> float | None:
         """Of the method; None where there is none."""
         return self.method.learning_rate
@@ -113,12 +120,13 @@ class TrainingRun(Generic[Options]):
             "seed": self.options.run.seed,
         }
 
-    def check(self, *, epoch_samples: int, depends_on: Mapping[str, str]) -> None:
+    def check(self, *, epoch_samples: int, depends_on: Mapping[str, str], later: Sequence[str] = ()) -> None:
         """The rest of what can fail, which needs to know the data.
 
         Args:
             epoch_samples: pictures in one epoch.
             depends_on: more that the result depends on: flag that named it -> fingerprint.
+            later: flags whose fingerprints `checkpoints.bind` will add, once they are known.
 
         Raises:
             InputError: nothing to go on from, too little room on the disk, or no way to the Hub.
@@ -127,6 +135,7 @@ class TrainingRun(Generic[Options]):
         optimization = self.options.optimization.resolve(
             default_learning_rate=self.default_learning_rate or 0.0, epoch_samples=epoch_samples, processes=processes
         )
+        check_schedule(optimization)
         self.options = replace(self.options, optimization=optimization)
         self.epoch_samples = epoch_samples
         given = {**binding(self.options), **depends_on, "method": self.method.name}
@@ -134,7 +143,7 @@ class TrainingRun(Generic[Options]):
         if self.options.adapter.adapter_config is not None:
             content = Path(self.options.adapter.adapter_config).read_bytes()
             given["adapter_config"] = f"sha256:{hashlib.sha256(content).hexdigest()[:16]}"
-        self.checkpoints = Checkpoints(self.output_dir, self.options.state, given)
+        self.checkpoints = Checkpoints(self.output_dir, self.options.state, given, later=later)
         self.checkpoints.check_space(self.parameter_count)
         self.hub_id = on_main_process(self.accelerator, lambda: check_hub(self.options.run))
 
@@ -153,8 +162,8 @@ class TrainingRun(Generic[Options]):
         if self.options.validation.num_validation_images and self._paints:
             self.preview = self.make_preview(prompts)
         self.models = self.adapt()
-        adapted = [self.models[name] for name in self.configs if name != self.family.denoiser]
-        self.family.speed_up(performance, [self.family.component(self.family.denoiser), *adapted])
+        others = [model for name, model in self.models.items() if name in self.deep and name != self.family.denoiser]
+        self.family.speed_up(performance, [self.family.component(self.family.denoiser), *others])
         return self.family
 
     @property
@@ -250,10 +259,6 @@ class TrainingRun(Generic[Options]):
             self.preview.compare()  # takes part in the painting, writes nothing
 
     def _write_card(self, result: TrainingResult, weights: Path, prompt: str, pictures: str) -> None:
-        optimization = self.options.optimization
-        rates = {"denoiser": optimization.learning_rate}
-        if optimization.text_encoder_lr is not None:
-            rates["text encoders"] = optimization.text_encoder_lr
         write_card(
             self.output_dir,
             source=self.source,
@@ -269,9 +274,10 @@ class TrainingRun(Generic[Options]):
                 pictures=pictures,
                 parameters=self.parameter_count,
                 weights=weights,
-                learning_rates=rates,
+                learning_rates={group["name"]: group["lr"] for group in self.parameter_groups()},
             ),
             command=self.command,
             with_pictures=self.preview is not None,
+            inputs=self.inputs_code,
             hub_id=self.hub_id,
         )

@@ -261,15 +261,22 @@ def _whole_checkpoints(folder: Path) -> Iterator[Snapshot]:
 # The checkpoints of a run ---------------------------------------------------------------------------------------
 
 
-def check_same_run(snapshot: Snapshot, run: Mapping[str, Any]) -> None:
+def check_same_run(snapshot: Snapshot, run: Mapping[str, Any], *, later: Sequence[str] = ()) -> None:
     """Make sure that going on gives what the first run would have given.
 
     `max_train_steps` may grow where the learning rate does not depend on it.
+
+    Args:
+        snapshot: the checkpoint to go on from.
+        run: name of the option -> value, of the run that wants to.
+        later: names whose values are not known yet.
 
     Raises:
         InputError: an option that has changed; names it, and its value then and now.
     """
     for name in dict.fromkeys([*run, *snapshot.run]):
+        if name in later:
+            continue
         then, now = snapshot.run.get(name, "not there"), run.get(name, "not there")
         if then == now:
             continue
@@ -289,6 +296,7 @@ class Checkpoints:
         options: how often, how many, and what to go on from.
         run: name of the option -> value, for all that the result depends on; `max_train_steps` and `lr_scheduler`
             are among them.
+        later: names that `bind` will add to them.
 
     Attributes:
         start: the checkpoint to go on from, verified; None at the beginning.
@@ -299,8 +307,8 @@ class Checkpoints:
             or a folder with checkpoints that this run would get into conflict with.
     """
 
-    def __init__(self, folder: Path, options: StateOptions, run: Mapping[str, Any]):
-        self.folder, self.options, self.run = folder, options, dict(run)
+    def __init__(self, folder: Path, options: StateOptions, run: Mapping[str, Any], *, later: Sequence[str] = ()):
+        self.folder, self.options, self.run, self.later = folder, options, dict(run), later
         self.start = self._find_start()
         self.last = None if self.start is None else self.start.path
 
@@ -316,7 +324,7 @@ class Checkpoints:
                 "--resume_from_checkpoint latest, or remove it, or take another folder"
             )
         if start is not None:
-            check_same_run(start, self.run)
+            check_same_run(start, self.run, later=self.later)
         return start
 
     def _locate(self, given: str) -> Path:

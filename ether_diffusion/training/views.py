@@ -6,6 +6,7 @@ Sizes of pictures are (width, height), as Pillow has them; targets are (height, 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from PIL import Image, ImageOps
 
 Size = tuple[int, int]
@@ -113,11 +114,22 @@ def frame(original_size: Size, view: View, target: Target) -> Framing:
     )
 
 
+def place_view(
+    image: int, original_size: Size, target: Target, draw: torch.Generator | None, *, flip: bool = False
+) -> View:
+    """The view of picture number `image`, read at this size: central where `draw` is None."""
+    size = shrunk_size(original_size, target)
+    margins = [whole - part for whole, part in zip(size, crop_size(size, target), strict=True)]
+    if draw is None:
+        left, top = (margin // 2 for margin in margins)
+    else:
+        left, top = (int(torch.randint(margin + 1, (), generator=draw)) for margin in margins)
+    return View(image, left, top, flip)
+
+
 def center_view(original_size: Size, target: Target) -> View:
     """The central rectangle of a picture that was read at this size, without any chance."""
-    size = shrunk_size(original_size, target)
-    width, height = crop_size(size, target)
-    return View(0, (size[0] - width) // 2, (size[1] - height) // 2, flip=False)
+    return place_view(0, original_size, target, None)
 
 
 def center_cut(image: Image.Image, target: Target, resample: Image.Resampling = SMOOTH) -> Image.Image:
