@@ -1,0 +1,122 @@
+"""What one request asks for, checked; and how a picture carries it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, PngImagePlugin
+
+from ..training.command_line import InputError
+
+TEXT_KEY = "ether_diffusion"
+"""Of the PNG text chunk that holds the settings."""
+LONGEST_PROMPT, MOST_STEPS, MOST_PICTURES, MOST_ADAPTERS = 1000, 150, 4, 3
+HIGHEST_STRENGTH, HIGHEST_GUIDANCE, HIGHEST_SEED = 1.5, 30.0, 2**32 - 1
+LARGEST_TEXT_CHUNK = 20_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """One request: what is painted, with which adapters.
+
+    adapters: (name, strength) in the order in which they act.
+    seed: of the first picture; the next have the numbers after it.
+    width, height: in pixels; what fits them is the base model's to say.
+
+    Raises:
+        InputError: a value outside its bounds; says which, what came and what fits.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    adapters: tuple[tuple[str, float], ...] = ()
+    steps: int = 25
+    guidance: float = 5.0
+    width: int = 64
+    height: int = 64
+    seed: int = 0
+    pictures: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "negative_prompt"):
+            text = getattr(self, name)
+            if not isinstance(text, str) or len(text) > LONGEST_PROMPT:
+                raise InputError(f"{_said(name)}: needs a text of {LONGEST_PROMPT} characters at most")
+        if not self.prompt.strip():
+            raise InputError("Prompt: is empty; say what the picture should show")
+        for name, low, high in (
+            ("steps", 1, MOST_STEPS),
+            ("pictures", 1, MOST_PICTURES),
+            ("seed", 0, HIGHEST_SEED),
+            ("width", 1, 1 << 13),
+            ("height", 1, 1 << 13),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise InputError(f"{_said(name)}: got {value!r}, needs a whole number from {low} to {high}")
+        _check_number("Guidance", self.guidance, HIGHEST_GUIDANCE)
+        names = [name for name, _ in self.adapters]
+        if len(names) > MOST_ADAPTERS or len(set(names)) < len(names):
+            raise InputError(f"Adapters: got {', '.join(names)}; {MOST_ADAPTERS} at most fit, each once")
+        for name, strength in self.adapters:
+            _check_number(f"Strength of {name}", strength, HIGHEST_STRENGTH)
+
+    @classmethod
+    def from_json(cls, text: str) -> Settings:
+        """The settings that `to_json` wrote.
+
+        Raises:
+            InputError: another text.
+        """
+        try:
+            values = json.loads(text)
+            known = {each.name for each in fields(cls)}
+            if not isinstance(values, dict) or not set(values) <= known:
+                raise TypeError("other entries than settings")
+            values["adapters"] = tuple((str(name), float(strength)) for name, strength in values.get("adapters", ()))
+            return cls(**values)
+        except InputError:
+            raise
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InputError(f"the settings in the picture cannot be read ({error})") from error
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def _said(name: str) -> str:
+    return name.replace("_", " ").capitalize()
+
+
+def _check_number(what: str, value: Any, highest: float) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not 0 <= value <= highest:
+        raise InputError(f"{what}: got {value!r}, needs a number from 0 to {highest:g}")
+
+
+def save_picture(image: Image.Image, path: Path, settings: Settings) -> None:
+    """Write a PNG that says how it was made."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text(TEXT_KEY, settings.to_json())
+    image.save(path, pnginfo=info)
+
+
+def read_settings(path: str | Path) -> Settings:
+    """The settings in a picture that `save_picture` wrote.
+
+    Raises:
+        InputError: not such a picture.
+    """
+    name = Path(path).name
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            text = image.info.get(TEXT_KEY)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{name}: is not a PNG picture that can be read") from error
+    if not isinstance(text, str) or len(text) > LARGEST_TEXT_CHUNK:
+        raise InputError(f"{name}: holds no settings; pictures that were downloaded from this page do")
+    return Settings.from_json(text)
