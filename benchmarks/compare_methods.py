@@ -24,7 +24,7 @@ from diffusers import DiffusionPipeline
 from measuring import machine
 from PIL import Image
 from result_file import ResultFile
-from subjects import MINIATURE, PHOTOGRAPHS, Subject, drawn, load_result, load_script, photographed
+from subjects import MINIATURE, PHOTOGRAPHS, Subject, drawn, load_result, load_script, photographed, squares
 
 from ether_diffusion.miniature import FOLDER, ClipScore
 from ether_diffusion.miniature.evaluate import checksum
@@ -42,7 +42,6 @@ from ether_diffusion.training.options import (
     ValidationOptions,
 )
 from ether_diffusion.training.preview import paint, side_by_side
-from ether_diffusion.training.views import center_cut
 
 BASE = "base"
 SIDE = 64  # of the miniature's pictures, in pixels
@@ -103,7 +102,7 @@ class Comparison:
         others = [self._paint(pipe, prompt, 1)[0] for prompt in OTHER_PROMPTS]
         return {
             "held_out": denoising_loss(pipe, read_image(subject.held_out), subject.prompt, seed=self.seed),
-            "clip_i": self.score.image_similarity(own, squares(subject)),
+            "clip_i": self.score.image_similarity(own, squares(subject, (SIDE, SIDE))),
             "clip_t": self.score.text_similarity(others, OTHER_PROMPTS),
         }
 
@@ -114,18 +113,13 @@ class Comparison:
         return paint(pipe, prompt, options, self.seed)
 
 
-def squares(subject: Subject) -> list[Image.Image]:
-    """The pictures that the subject is learned from, as the model sees them."""
-    return [center_cut(read_image(path), (SIDE, SIDE)) for path in subject.seen]
-
-
 def picture_folder(pictures_dir: Path, subject: Subject, method: str) -> Path:
     return pictures_dir / subject.origin / subject.name / method
 
 
 def draw_sheet(subject: Subject, methods: Sequence[str], pictures_dir: Path) -> Path:
     """Rows of the same seeds: what was learned from, the base model, each method."""
-    rows = [(f"{subject.name}: learned from", squares(subject))]
+    rows = [(f"{subject.name}: learned from", squares(subject, (SIDE, SIDE)))]
     for name in (BASE, *methods):
         folder = picture_folder(pictures_dir, subject, name)
         rows.append((TITLES.get(name, name), [read_image(folder / f"{k}.png") for k in range(SEEDS)]))

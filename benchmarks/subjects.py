@@ -12,12 +12,14 @@ from types import ModuleType
 
 from diffusers import DiffusionPipeline
 from peft import PeftModel
+from PIL import Image
 
 import ether_diffusion  # noqa: F401  (gives pipelines their *_ether_* methods)
 from ether_diffusion.miniature import world
-from ether_diffusion.training.images import find_images
+from ether_diffusion.training.images import find_images, read_image
 from ether_diffusion.training.methods import read_method
 from ether_diffusion.training.options import AdapterOptions
+from ether_diffusion.training.views import center_cut
 
 SCRIPT = Path(__file__).resolve().parents[1] / "train_dreambooth_ether.py"
 MINIATURE, PHOTOGRAPHS = "miniature", "photographs"
@@ -92,18 +94,23 @@ def load_script() -> ModuleType:
     return module
 
 
+def squares(subject: Subject, size: tuple[int, int]) -> list[Image.Image]:
+    """The pictures that the subject is learned from, as the model sees them: cut to a size in pixels."""
+    return [center_cut(read_image(path), size) for path in subject.seen]
+
+
 def load_result(
-    model: Path | str, folder: Path, method: str, components: Sequence[str] = ("unet",)
+    model: Path | str, folder: Path, method: str | AdapterOptions, components: Sequence[str] = ("unet",)
 ) -> DiffusionPipeline:
     """The pipeline with what the script left on it, the way the libraries load it.
 
     Args:
         model: what it was trained on.
         folder: --output_dir of the run.
-        method: of the run.
+        method: of the run, by name or as the script's options say it.
         components: what was trained.
     """
-    layout = read_method(AdapterOptions(method=method)).layout
+    layout = read_method(AdapterOptions(method=method) if isinstance(method, str) else method).layout
     pipe = DiffusionPipeline.from_pretrained(folder if layout == "full" else model)
     if layout == "ether":
         pipe.load_ether_weights(folder)

@@ -1,6 +1,7 @@
-"""What adapters do, told from their vectors: how far a transform moves, how far it has turned, how two of them clash.
+"""What adapters do: how far a transform moves, how far it has turned, how two of them clash, what becomes of weights.
 
-Axes: d the width of one side of a layer, n its blocks, b = d/n; g groups of blocks, m vectors in a group.
+Axes: d the width of one side of a layer, n its blocks, b = d/n; g groups of blocks, m vectors in a group; o neurons
+(rows) of a weight, i their width.
 All of it is exact and in float64; no d×d matrix is built.
 
 Source of the transforms: ETHER, arXiv:2405.20271.
@@ -9,12 +10,18 @@ Source of the transforms: ETHER, arXiv:2405.20271.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 
 from .functional import Transform
+
+CLOSEST = 1e-6
+"""Neurons that are nearer than this on the sphere count as this far apart: the energy of equal ones is infinite."""
+ROWS_AT_ONCE = 256
 
 
 def transform_of(u: Tensor, v: Tensor | None = None) -> Transform:
@@ -85,3 +92,57 @@ def _rows(transform: Transform, groups: int) -> tuple[Tensor, Tensor]:
         rows.append(torch.diag_embed(parts.mT, dim1=1, dim2=2).flatten(2))
         factors.append(unit.new_full((parts.shape[1],), factor))
     return torch.cat(rows, 1), torch.cat(factors)
+
+
+def hyperspherical_energy(weight: Tensor, *, half_space: bool = False) -> float:
+    """How unevenly the neurons of a weight lie on the sphere: Σ_{i≠j} ‖ŵ_i − ŵ_j‖⁻¹ over its rows, ŵ = w/|w|.
+
+    Small where they are spread out. With `half_space` a neuron and its antipode are one direction:
+    Σ_{i≠j} (‖ŵ_i − ŵ_j‖⁻¹ + ‖ŵ_i + ŵ_j‖⁻¹). Orthonormal neurons have o(o − 1)/√2 and twice that.
+    Source: Liu et al., Learning towards Minimum Hyperspherical Energy, arXiv:1805.09298, with s = 1.
+
+    Args:
+        weight: (o, i) of a linear layer, or (o, i, …) of a convolution, whose kernels are flattened. Rows of zeros
+            have no direction and are left out.
+
+    Computed in float64, ROWS_AT_ONCE rows at a time.
+    """
+    rows = weight.detach().flatten(1).double()
+    lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    rows = (rows / lengths)[lengths.squeeze(1) > 0]
+    energy = 0.0
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        cosines = rows[start : start + ROWS_AT_ONCE] @ rows.T
+        for sign in (1, -1) if half_space else (1,):
+            distances = (2 - 2 * sign * cosines).clamp_(min=CLOSEST**2).sqrt_()
+            distances.diagonal(start).fill_(math.inf)
+            energy += distances.reciprocal_().sum().item()
+    return energy
+
+
+def adapted_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """The weight of each adapted layer as it was and as its active adapters make it, for any method of PEFT.
+
+    Yields:
+        The layer's path in the model, W and W', each in the shape and dtype of the layer's weight. The layer is as
+        it was, bit for bit, when the next one is asked for.
+
+    Raises:
+        ValueError: no layer carries an adapter, or one is merged.
+    """
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
+    layers = [(name, layer) for name, layer in layers if hasattr(layer.get_base_layer(), "weight")]
+    if not layers:
+        raise ValueError("adapted_weights: no layer of the model carries an adapter")
+    if merged := next((name for name, layer in layers if layer.merged), None):
+        raise ValueError(f"adapted_weights: {merged} is merged; call unmerge_adapter() first")
+    for name, layer in layers:
+        weight = layer.get_base_layer().weight
+        before = weight.detach().clone()
+        layer.merge()
+        try:
+            after = layer.get_base_layer().weight.detach().clone()
+        finally:
+            layer.unmerge()
+            layer.get_base_layer().weight.data.copy_(before)  # PEFT's own methods subtract, and round
+        yield name, before, after

@@ -1,0 +1,235 @@
+"""Over how many decades of learning rate does a method work?
+
+    python benchmarks/lr_robustness.py --output_dir out/lr_robustness --processes 2
+    python benchmarks/lr_robustness.py --output_dir out/lr_robustness --quick
+
+For each method, learning rates on a grid of half decades from 1e-6 to 1e4: from the script's default upwards, until
+the method has failed at `PATIENCE` rates in a row, then downwards likewise. At each rate a training for each pair of
+a subject and a seed. Measured: similarity to the subject (CLIP-I) of pictures of it in four settings, similarity of
+pictures without it to their own prompts (CLIP-T), drift of those from the base model's of the same seeds, the
+denoising loss on the picture that was held out.
+
+The usable window of a method is the run of rates, around its best, at which the mean CLIP-I is at least 90 % of the
+method's best and the mean CLIP-T at least 90 % of the base model's. Its width is log10(highest / lowest), so that
+one rate alone has width 0; its interval is that of the pairs, drawn anew with replacement in all ways (95 %). A
+window that is still open at an end of the grid is wider than what is said.
+
+--steps_factor 4 asks the same with four times the steps. What is not a flag here goes to the training script, such as
+--mixed_precision bf16 --resolution 512. Writes JSON row by row: the same command goes on where it was stopped.
+benchmarks/plot_results.py draws it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
+
+from measuring import machine
+from result_file import ResultFile
+from trials import BASE, FOLDER, Settings, Trial, Trials, Variant, pairs, settings_of
+
+from ether_diffusion.miniature.evaluate import checksum
+from ether_diffusion.training.options import DEFAULT_STEPS, LEARNING_RATES
+
+STUDIED = ("ether", "ether_plus", "lora", "oft", "hra", "full")
+RATES = [float(f"{10 ** (k / 2):.0e}") for k in range(-12, 9)]  # 1e-6, 3e-6, 1e-5, … 1e4
+ENOUGH = 0.9
+PATIENCE = 2
+QUICK = {"methods": ("ether_plus",), "pairs": 1, "max_train_steps": 2, "num_inference_steps": 2, "rates": (1e-3, 3e-3)}
+
+
+class Window(NamedTuple):
+    """A run of usable learning rates; all None where no rate is usable."""
+
+    low: float | None
+    high: float | None
+    open_low: bool
+    open_high: bool
+
+    @property
+    def decades(self) -> float:
+        """log10(high / low); −½ where there is none, so that it is below that of a single rate."""
+        return -0.5 if self.low is None or self.high is None else math.log10(self.high / self.low)
+
+
+def usable(clip_i: float, clip_t: float, *, best_clip_i: float, base_clip_t: float) -> bool:
+    return clip_i >= ENOUGH * best_clip_i and clip_t >= ENOUGH * base_clip_t
+
+
+def window(figures: Mapping[float, tuple[float, float]], base_clip_t: float, grid: Sequence[float]) -> Window:
+    """The usable window around the best rate.
+
+    The best rate is that of the highest CLIP-I among those whose CLIP-T is high enough: a model that paints nothing
+    but its subject is no success.
+
+    Args:
+        figures: learning rate -> (CLIP-I, CLIP-T), means over trials.
+        base_clip_t: of the base model.
+        grid: all rates that might have been tried; at its ends a window is open.
+    """
+    faithful = {rate: clip_i for rate, (clip_i, clip_t) in figures.items() if clip_t >= ENOUGH * base_clip_t}
+    if not faithful:
+        return Window(None, None, False, False)
+    best = max(faithful, key=faithful.__getitem__)
+
+    def fits(rate: float) -> bool:
+        return rate in figures and usable(*figures[rate], best_clip_i=faithful[best], base_clip_t=base_clip_t)
+
+    ends = []
+    for direction in (-1, 1):
+        k = grid.index(best)
+        while 0 <= k + direction < len(grid) and fits(grid[k + direction]):
+            k += direction
+        ends.append(k)
+    return Window(grid[ends[0]], grid[ends[1]], ends[0] == 0, ends[1] == len(grid) - 1)
+
+
+def means(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Mean CLIP-I and CLIP-T; a training that failed counts as 0."""
+    return mean(row["clip_i"] or 0.0 for row in rows), mean(row["clip_t"] or 0.0 for row in rows)
+
+
+def interval(
+    by_rate: Mapping[float, Sequence[Mapping[str, Any]]], base_clip_t: Sequence[float], grid: Sequence[float]
+) -> tuple[float, float]:
+    """The 95 % interval of the window's decades: percentiles over all ways to draw as many pairs with replacement.
+
+    Args:
+        by_rate: learning rate -> rows, one for each pair, in one order.
+        base_clip_t: of the pairs, in that order.
+        grid: as for `window`.
+    """
+    widths = []
+    for drawn in itertools.combinations_with_replacement(range(len(base_clip_t)), len(base_clip_t)):
+        ways = math.factorial(len(drawn))
+        for k in set(drawn):
+            ways //= math.factorial(drawn.count(k))
+        figures = {rate: means([rows[k] for k in drawn]) for rate, rows in by_rate.items()}
+        widths += [window(figures, mean(base_clip_t[k] for k in drawn), grid).decades] * ways
+    widths.sort()
+    edge = round(0.025 * (len(widths) - 1))
+    return widths[edge], widths[-1 - edge]
+
+
+def explore(
+    rates: Sequence[float], start: float, measure: Callable[[float], tuple[float, float]], base_clip_t: float
+) -> dict[float, tuple[float, float]]:
+    """Figures at the rates around the start, up and then down, until a side has failed `PATIENCE` times in a row.
+
+    Failed at a rate: not `usable` beside the best CLIP-I so far.
+    """
+    first = min(range(len(rates)), key=lambda k: abs(math.log(rates[k] / start)))
+    found: dict[float, tuple[float, float]] = {}
+    for side in (rates[first:], rates[:first][::-1]):
+        failures = 0
+        for rate in side:
+            found[rate] = measure(rate)
+            best = max((i for i, t in found.values() if t >= ENOUGH * base_clip_t), default=0.0)
+            failed = not usable(*found[rate], best_clip_i=best, base_clip_t=base_clip_t)
+            failures = failures + 1 if failed else 0
+            if failures == PATIENCE:
+                break
+    return found
+
+
+def summary(rows: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]], grid: Sequence[float]) -> dict:
+    """A method's window with its interval, its best rate and the figures there, and the most drift at any rate."""
+    by_rate = {
+        rate: [row for row in rows if row["learning_rate"] == rate] for rate in {row["learning_rate"] for row in rows}
+    }
+    figures = {rate: means(own) for rate, own in by_rate.items()}
+    base_clip_t = [row["clip_t"] for row in base]
+    found = window(figures, mean(base_clip_t), grid)
+    faithful = [rate for rate, (_, clip_t) in figures.items() if clip_t >= ENOUGH * mean(base_clip_t)]
+    best = max(faithful, key=lambda rate: figures[rate][0], default=None)
+    drifts = [mean(1.0 if row["drift"] is None else row["drift"] for row in own) for own in by_rate.values()]
+    return {
+        "low": found.low,
+        "high": found.high,
+        "open_low": found.open_low,
+        "open_high": found.open_high,
+        "decades": found.decades,
+        "interval": interval(by_rate, base_clip_t, grid),
+        "best_rate": best,
+        "best_clip_i": None if best is None else figures[best][0],
+        "best_clip_t": None if best is None else figures[best][1],
+        "largest_drift": max(drifts),
+        "failed": sum(row.get("failed") is not None for row in rows),
+    }
+
+
+def line(name: str, found: Mapping[str, Any]) -> str:
+    if found["best_rate"] is None:
+        return f"{name:18}{'no usable rate':>30}"
+    low, high = (
+        f"{'≤' if found['open_low'] else ''}{found['low']:.0e}",
+        f"{'≥' * found['open_high']}{found['high']:.0e}",
+    )
+    ends = f"[{found['interval'][0]:.1f}, {found['interval'][1]:.1f}]"
+    return (
+        f"{name:18}{low:>8}{high:>9}{found['decades']:>9.1f} {ends:12}{found['best_rate']:>9.0e}"
+        f"{found['best_clip_i']:>8.3f}{found['best_clip_t']:>8.3f}{found['largest_drift']:>8.3f}"
+    )
+
+
+HEAD = f"{'':18}{'window':>17}{'decades':>9} {'95 %':12}{'best at':>9}{'CLIP-I':>8}{'CLIP-T':>8}{'drift':>8}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--methods", nargs="+", choices=tuple(LEARNING_RATES), default=STUDIED)
+    parser.add_argument("--rates", nargs="+", type=float, choices=RATES, default=RATES, metavar="RATE")
+    parser.add_argument("--pairs", type=int, default=4, help="of a subject and a seed")
+    parser.add_argument("--data_dir", type=Path, help="folders of photographs; default: figures of the miniature")
+    parser.add_argument("--pretrained_model_name_or_path", default=str(FOLDER))
+    parser.add_argument("--max_train_steps", type=int, default=DEFAULT_STEPS)
+    parser.add_argument("--steps_factor", type=int, default=1, help="times as many steps")
+    parser.add_argument("--num_inference_steps", type=int, default=Settings.num_inference_steps)
+    parser.add_argument("--processes", type=int, default=1, help="trials at the same time")
+    parser.add_argument("--quick", action="store_true", help="a look at every part in less than a minute")
+    args, training_flags = parser.parse_known_args()
+    if args.quick:
+        vars(args).update(QUICK)
+
+    model = args.pretrained_model_name_or_path
+    settings = Settings(model, args.max_train_steps, args.num_inference_steps, tuple(training_flags))
+    shared = settings_of(settings) | ({"weights_sha256": checksum(FOLDER)} if model == str(FOLDER) else {})
+    results = ResultFile(args.output_dir / "lr_robustness.json", shared, machine=machine())
+    chosen = pairs(args.pairs, args.data_dir, args.output_dir / "views")
+    steps = args.max_train_steps * args.steps_factor
+    grid = sorted(args.rates)
+
+    with Trials(settings, args.output_dir / "pictures", processes=args.processes) as trials:
+
+        def measured(variant: Variant, rate: float) -> list[dict[str, Any]]:
+            wanted = [Trial(variant, rate, subject, seed, steps) for subject, seed in chosen]
+            missing = [trial for trial in wanted if results.find(**trial.key) is None]
+            for trial, figures in zip(missing, trials.run_all(missing), strict=True):
+                results.add({**trial.key, **figures})
+            return [results.find(**trial.key) for trial in wanted]
+
+        base = [results.find(variant=BASE, subject=subject.name, seed=seed) for subject, seed in chosen]
+        if None in base:
+            keys = [{"variant": BASE, "subject": subject.name, "seed": seed} for subject, seed in chosen]
+            base = [results.add({**key, **row}) for key, row in zip(keys, trials.base(chosen), strict=True)]
+        base_clip_i, base_clip_t = means(base)
+        print(f"{HEAD}\n{BASE:18}{'':47}{base_clip_i:>8.3f}{base_clip_t:>8.3f}", flush=True)
+        for method in args.methods:
+            variant, rows = Variant.of(method), []
+
+            def measure(rate: float, variant: Variant = variant, rows: list = rows) -> tuple[float, float]:
+                rows += measured(variant, rate)
+                return means(rows[-len(chosen) :])
+
+            explore(grid, LEARNING_RATES[method], measure, base_clip_t)
+            print(line(variant.name, summary(rows, base, grid)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

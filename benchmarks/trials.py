@@ -1,0 +1,313 @@
+"""One trial: a method learns a subject at a learning rate; then pictures are painted and measured.
+
+What the studies of learning rates and parameters have in common. Trials are independent: `Trials.run_all` shares them
+out over processes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from peft.tuners.tuners_utils import BaseTunerLayer
+from PIL import Image
+from subjects import Subject, drawn, load_result, load_script, photographed, squares
+from torch import Tensor, nn
+
+from ether_diffusion.analysis import adapted_weights, hyperspherical_energy
+from ether_diffusion.miniature import FOLDER, ClipScore
+from ether_diffusion.miniature.quickstart import OTHER_PROMPTS, SETTINGS
+from ether_diffusion.model import ATTENTION
+from ether_diffusion.training.families import family_of
+from ether_diffusion.training.images import read_image
+from ether_diffusion.training.methods import TITLES
+from ether_diffusion.training.objective import denoising_loss
+from ether_diffusion.training.options import AdapterOptions
+
+BASE = "base"
+FIGURES = ("clip_i", "clip_t", "clip_t_subject", "drift", "held_out")
+SEEDS = 2  # pictures of each prompt with the subject
+GUIDANCE = 5.0
+PICTURES_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method with its settings.
+
+    name: in rows and tables.
+    method: as --method names it, or None with a config.
+    config: a PEFT config, as --adapter_config reads it.
+    flags: more words for the training script, such as ("--rank", "8").
+    """
+
+    name: str
+    method: str | None = None
+    config: Mapping[str, Any] | None = None
+    flags: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, method: str) -> Variant:
+        return cls(TITLES[method], method)
+
+    def words(self, folder: Path) -> list[str]:
+        """What the training script is called with; a config is written into the folder."""
+        if self.config is None:
+            return ["--method", str(self.method), *self.flags]
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(dict(self.config)))
+        return ["--adapter_config", str(path), *self.flags]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every trial of a study has in common.
+
+    model: of the training and the painting, as `from_pretrained` takes it.
+    max_train_steps: of each training, unless a trial says otherwise.
+    num_inference_steps: of every picture.
+    flags: more words for the training script.
+    """
+
+    model: str = str(FOLDER)
+    max_train_steps: int = 200
+    num_inference_steps: int = 15
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Trial:
+    variant: Variant
+    learning_rate: float
+    subject: Subject
+    seed: int
+    steps: int
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What a row of results is found by."""
+        return {
+            "variant": self.variant.name,
+            "learning_rate": self.learning_rate,
+            "steps": self.steps,
+            "subject": self.subject.name,
+            "seed": self.seed,
+        }
+
+
+def pairs(count: int, data_dir: Path | None, views_dir: Path) -> list[tuple[Subject, int]]:
+    """Pairs of a subject and a seed: all subjects with seed 0, then with seed 1, until there are enough.
+
+    count: of the pairs.
+    data_dir: one folder of photographs for each subject; None: figures of the miniature's world.
+    views_dir: where those are drawn.
+    """
+    subjects = list(drawn(min(count, 9), views_dir)) if data_dir is None else photographed(data_dir)
+    return [(subjects[k % len(subjects)], k) for k in range(count)]
+
+
+class Bench:
+    """Runs trials in this process, one after the other.
+
+    Args:
+        settings: of the study.
+        pictures_dir: the pictures of a trial's subject go into a folder there.
+    """
+
+    def __init__(self, settings: Settings, pictures_dir: Path):
+        self.settings, self.pictures_dir = settings, pictures_dir
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.score, self.script = ClipScore(), load_script()
+        self._before: dict[str, tuple[dict[str, Any], list[Image.Image]]] = {}
+
+    def base(self, subject: Subject, seed: int) -> dict[str, Any]:
+        """The figures of the model as it is."""
+        return self._base(subject, seed)[0]
+
+    def _base(self, subject: Subject, seed: int) -> tuple[dict[str, Any], list[Image.Image]]:
+        key = f"{subject.name}/{seed}"
+        if key not in self._before:
+            pipe = DiffusionPipeline.from_pretrained(self.settings.model).to(self.device)
+            figures, others = self._measure(pipe, subject, seed, self.pictures_dir / BASE / f"{subject.name}_{seed}")
+            self._before[key] = {**figures, "drift": 0.0}, others
+        return self._before[key]
+
+    def run(self, trial: Trial) -> dict[str, Any]:
+        """The figures after a training; where it failed, `failed` says how and the figures are None."""
+        subject, seed = trial.subject, trial.seed
+        _, before = self._base(subject, seed)
+        with tempfile.TemporaryDirectory() as folder:
+            seen, output_dir = subject.copy_seen(Path(folder, "seen")), Path(folder, "result")
+            flags = {
+                "pretrained_model_name_or_path": self.settings.model,
+                "instance_data_dir": seen,
+                "instance_prompt": subject.prompt,
+                "output_dir": output_dir,
+                "learning_rate": trial.learning_rate,
+                "max_train_steps": trial.steps,
+                "seed": seed,
+                "num_validation_images": 0,
+            }
+            words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+            words += [*trial.variant.words(Path(folder)), *self.settings.flags]
+            try:
+                result = self.script.main(words)
+            except SystemExit as stop:
+                if not isinstance(stop.__cause__, FloatingPointError):
+                    raise
+                return {**dict.fromkeys(FIGURES), "failed": "the loss is not finite"}
+            except torch.linalg.LinAlgError:  # of methods that solve for an orthogonal matrix
+                return {**dict.fromkeys(FIGURES), "failed": "a matrix is singular"}
+            options = AdapterOptions(
+                method=trial.variant.method,
+                adapter_config=None if trial.variant.config is None else str(Path(folder, "adapter_config.json")),
+            )
+            pipe = load_result(self.settings.model, output_dir, options).to(self.device)
+            weights = changes(pipe, self.settings.model)
+            where = self.pictures_dir / trial.variant.name / f"{trial.learning_rate:.0e}_{trial.steps}"
+            figures, others = self._measure(pipe, subject, seed, where / f"{subject.name}_{seed}")
+        cosines = (self.score.embed_images(others) * self.score.embed_images(before)).sum(-1)
+        return {**figures, "drift": 1 - cosines.mean().item(), **weights, "seconds": result.seconds}
+
+    def _measure(
+        self, pipe: DiffusionPipeline, subject: Subject, seed: int, folder: Path
+    ) -> tuple[dict[str, Any], list[Image.Image]]:
+        """Figures of the pictures painted now, and those of prompts without the subject."""
+        pipe.set_progress_bar_config(disable=True)
+        prompts = [f"{subject.prompt} {setting}" for setting in SETTINGS for _ in range(SEEDS)]
+        seeds = [1000 * seed + k for _ in SETTINGS for k in range(SEEDS)]
+        own = self._paint(pipe, prompts, seeds)
+        others = self._paint(pipe, OTHER_PROMPTS, [1000 * seed] * len(OTHER_PROMPTS))
+        folder.mkdir(parents=True, exist_ok=True)
+        for k, picture in enumerate(own):
+            picture.save(folder / f"{k}.png")
+        said = [prompt.replace("sks ", "") for prompt in prompts]  # the identifier means nothing to CLIP
+        figures = {
+            "clip_i": self.score.image_similarity(own, squares(subject, own[0].size)),
+            "clip_t": self.score.text_similarity(others, OTHER_PROMPTS),
+            "clip_t_subject": self.score.text_similarity(own, said),
+            "held_out": finite(denoising_loss(pipe, read_image(subject.held_out), subject.prompt, seed=seed)),
+        }
+        return figures, others
+
+    def _paint(self, pipe: DiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        pictures = []
+        for k in range(0, len(prompts), PICTURES_AT_ONCE):
+            part = slice(k, k + PICTURES_AT_ONCE)
+            pictures += pipe(
+                list(prompts[part]),
+                num_inference_steps=self.settings.num_inference_steps,
+                guidance_scale=GUIDANCE,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
+            ).images
+        return pictures
+
+
+def finite(number: float) -> float | None:
+    """JSON knows no infinity and no NaN."""
+    return number if math.isfinite(number) else None
+
+
+def changes(pipe: DiffusionPipeline, model: str) -> dict[str, float | None]:
+    """What training did to the weights of the attention, as means over the layers.
+
+    weight_distance: ‖W' − W‖_F; relative_distance: ‖W' − W‖_F / ‖W‖_F; energy_change: (E' − E)/E of the hyperspherical
+    energy of the neurons; energy_moved: the mean of its absolute value. None where a weight is not finite.
+
+    Args:
+        pipe: with the adapters, or with weights that were all trained.
+        model: what it was trained from.
+    """
+    rows = []
+    for before, after in weight_pairs(denoiser(pipe), model):
+        distance = (after.double() - before.double()).norm().item()
+        if not math.isfinite(distance):
+            rows.append((math.nan,) * 4)
+            continue
+        energy = hyperspherical_energy(before)
+        change = (hyperspherical_energy(after) - energy) / energy
+        rows.append((distance, distance / before.double().norm().item(), change, abs(change)))
+    names = ("weight_distance", "relative_distance", "energy_change", "energy_moved")
+    return {name: finite(sum(column) / len(rows)) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+
+
+def denoiser(pipe: DiffusionPipeline) -> nn.Module:
+    return getattr(pipe, family_of(pipe).denoiser)
+
+
+def weight_pairs(tuned: nn.Module, model: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """W and W' of every layer with an adapter; without adapters, of the layers that would have had one."""
+    if any(isinstance(layer, BaseTunerLayer) for layer in tuned.modules()):
+        for _, before, after in adapted_weights(tuned):
+            yield before, after
+        return
+    base = dict(denoiser(DiffusionPipeline.from_pretrained(model)).named_parameters())
+    for name, weight in tuned.named_parameters():
+        if name.removesuffix(".weight").endswith(tuple(ATTENTION)):
+            yield base[name], weight.detach().to(base[name].device)
+
+
+_bench: Bench
+
+
+def _prepare(settings: Settings, pictures_dir: Path, threads: int) -> None:
+    global _bench
+    torch.set_num_threads(threads)
+    _bench = Bench(settings, pictures_dir)
+
+
+def _run(trial: Trial) -> dict[str, Any]:
+    return _bench.run(trial)
+
+
+def _measure_base(subject: Subject, seed: int) -> dict[str, Any]:
+    return _bench.base(subject, seed)
+
+
+class Trials:
+    """Trials over several processes, for a `with` statement.
+
+    Args:
+        settings: of the study.
+        pictures_dir: where pictures go.
+        processes: how many trials run at the same time; the cores are shared out.
+    """
+
+    def __init__(self, settings: Settings, pictures_dir: Path, *, processes: int = 1):
+        threads = max(1, (os.cpu_count() or 1) // processes)
+        self._pool = ProcessPoolExecutor(
+            processes,
+            mp_context=multiprocessing.get_context("spawn"),  # torch's threads do not survive a fork
+            initializer=_prepare,
+            initargs=(settings, pictures_dir, threads),
+        )
+
+    def __enter__(self) -> Trials:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def base(self, chosen: Iterable[tuple[Subject, int]]) -> Iterator[dict[str, Any]]:
+        """Figures of the base model for pairs of a subject and a seed, in their order."""
+        subjects, seeds = zip(*chosen, strict=True)
+        return self._pool.map(_measure_base, subjects, seeds)
+
+    def run_all(self, trials: Iterable[Trial]) -> Iterator[dict[str, Any]]:
+        """Figures of each trial, in their order."""
+        return self._pool.map(_run, trials)
+
+
+def settings_of(settings: Settings) -> dict[str, Any]:
+    """What a file of results says of its rows."""
+    return {**asdict(settings), "model": "miniature" if settings.model == str(FOLDER) else settings.model}
