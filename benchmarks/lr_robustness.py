@@ -29,11 +29,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from measuring import machine
-from result_file import ResultFile
-from trials import BASE, FOLDER, Settings, Trial, Trials, Variant, pairs, settings_of
+from trials import BASE, Settings, Trial, Trials, Variant, pairs
 
-from ether_diffusion.miniature.evaluate import checksum
 from ether_diffusion.training.options import DEFAULT_STEPS, LEARNING_RATES
 
 STUDIED = ("ether", "ether_plus", "lora", "oft", "hra", "full")
@@ -187,7 +184,7 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", type=float, choices=RATES, default=RATES, metavar="RATE")
     parser.add_argument("--pairs", type=int, default=4, help="of a subject and a seed")
     parser.add_argument("--data_dir", type=Path, help="folders of photographs; default: figures of the miniature")
-    parser.add_argument("--pretrained_model_name_or_path", default=str(FOLDER))
+    parser.add_argument("--pretrained_model_name_or_path", default=Settings.model)
     parser.add_argument("--max_train_steps", type=int, default=DEFAULT_STEPS)
     parser.add_argument("--steps_factor", type=int, default=1, help="times as many steps")
     parser.add_argument("--num_inference_steps", type=int, default=Settings.num_inference_steps)
@@ -197,34 +194,21 @@ def main() -> None:
     if args.quick:
         vars(args).update(QUICK)
 
-    model = args.pretrained_model_name_or_path
-    settings = Settings(model, args.max_train_steps, args.num_inference_steps, tuple(training_flags))
-    shared = settings_of(settings) | ({"weights_sha256": checksum(FOLDER)} if model == str(FOLDER) else {})
-    results = ResultFile(args.output_dir / "lr_robustness.json", shared, machine=machine())
+    settings = Settings(
+        args.pretrained_model_name_or_path, args.max_train_steps, args.num_inference_steps, tuple(training_flags)
+    )
     chosen = pairs(args.pairs, args.data_dir, args.output_dir / "views")
     steps = args.max_train_steps * args.steps_factor
     grid = sorted(args.rates)
-
-    with Trials(settings, args.output_dir / "pictures", processes=args.processes) as trials:
-
-        def measured(variant: Variant, rate: float) -> list[dict[str, Any]]:
-            wanted = [Trial(variant, rate, subject, seed, steps) for subject, seed in chosen]
-            missing = [trial for trial in wanted if results.find(**trial.key) is None]
-            for trial, figures in zip(missing, trials.run_all(missing), strict=True):
-                results.add({**trial.key, **figures})
-            return [results.find(**trial.key) for trial in wanted]
-
-        base = [results.find(variant=BASE, subject=subject.name, seed=seed) for subject, seed in chosen]
-        if None in base:
-            keys = [{"variant": BASE, "subject": subject.name, "seed": seed} for subject, seed in chosen]
-            base = [results.add({**key, **row}) for key, row in zip(keys, trials.base(chosen), strict=True)]
+    with Trials(settings, args.output_dir, processes=args.processes) as trials:
+        base = trials.base(chosen)
         base_clip_i, base_clip_t = means(base)
         print(f"{HEAD}\n{BASE:18}{'':47}{base_clip_i:>8.3f}{base_clip_t:>8.3f}", flush=True)
         for method in args.methods:
             variant, rows = Variant.of(method), []
 
             def measure(rate: float, variant: Variant = variant, rows: list = rows) -> tuple[float, float]:
-                rows += measured(variant, rate)
+                rows += trials.run([Trial(variant, rate, subject, seed, steps) for subject, seed in chosen])
                 return means(rows[-len(chosen) :])
 
             explore(grid, LEARNING_RATES[method], measure, base_clip_t)

@@ -1,7 +1,7 @@
 """One trial: a method learns a subject at a learning rate; then pictures are painted and measured.
 
-What the studies of learning rates and parameters have in common. Trials are independent: `Trials.run_all` shares them
-out over processes.
+What the studies of learning rates and parameters have in common. Trials are independent: `Trials` shares them out over
+processes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,22 +19,25 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from measuring import machine
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
+from result_file import ResultFile
 from subjects import Subject, drawn, load_result, load_script, photographed, squares
 from torch import Tensor, nn
 
 from ether_diffusion.analysis import adapted_weights, hyperspherical_energy
 from ether_diffusion.miniature import FOLDER, ClipScore
+from ether_diffusion.miniature.evaluate import checksum
 from ether_diffusion.miniature.quickstart import OTHER_PROMPTS, SETTINGS
 from ether_diffusion.model import ATTENTION
 from ether_diffusion.training.families import family_of
 from ether_diffusion.training.images import read_image
 from ether_diffusion.training.methods import TITLES
 from ether_diffusion.training.objective import denoising_loss
-from ether_diffusion.training.options import AdapterOptions
+from ether_diffusion.training.options import RANKED_METHODS, AdapterOptions
 
-BASE = "base"
+BASE, PICTURES = "base", "pictures"
 FIGURES = ("clip_i", "clip_t", "clip_t_subject", "drift", "held_out")
 SEEDS = 2  # pictures of each prompt with the subject
 GUIDANCE = 5.0
@@ -58,7 +61,9 @@ class Variant:
 
     @classmethod
     def of(cls, method: str) -> Variant:
-        return cls(TITLES[method], method)
+        """A method as the training script has it by default."""
+        rank = f" r={RANKED_METHODS[method]}" if method in RANKED_METHODS else ""
+        return cls(f"{TITLES[method]}{rank}", method)
 
     def words(self, folder: Path) -> list[str]:
         """What the training script is called with; a config is written into the folder."""
@@ -279,17 +284,18 @@ class Trials:
 
     Args:
         settings: of the study.
-        pictures_dir: where pictures go.
+        output_dir: where rows and pictures go, and where rows of earlier trials are found.
         processes: how many trials run at the same time; the cores are shared out.
     """
 
-    def __init__(self, settings: Settings, pictures_dir: Path, *, processes: int = 1):
+    def __init__(self, settings: Settings, output_dir: Path, *, processes: int = 1):
+        self.results = open_results(output_dir, settings)
         threads = max(1, (os.cpu_count() or 1) // processes)
         self._pool = ProcessPoolExecutor(
             processes,
             mp_context=multiprocessing.get_context("spawn"),  # torch's threads do not survive a fork
             initializer=_prepare,
-            initargs=(settings, pictures_dir, threads),
+            initargs=(settings, output_dir / PICTURES, threads),
         )
 
     def __enter__(self) -> Trials:
@@ -298,16 +304,26 @@ class Trials:
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def base(self, chosen: Iterable[tuple[Subject, int]]) -> Iterator[dict[str, Any]]:
-        """Figures of the base model for pairs of a subject and a seed, in their order."""
-        subjects, seeds = zip(*chosen, strict=True)
-        return self._pool.map(_measure_base, subjects, seeds)
+    def base(self, chosen: Sequence[tuple[Subject, int]]) -> list[dict[str, Any]]:
+        """Rows of the base model for pairs of a subject and a seed."""
+        keys = [{"variant": BASE, "subject": subject.name, "seed": seed} for subject, seed in chosen]
+        if any(self.results.find(**key) is None for key in keys):
+            measured = self._pool.map(_measure_base, *zip(*chosen, strict=True))
+            for key, figures in zip(keys, measured, strict=True):
+                self.results.add({**key, **figures})
+        return [self.results.find(**key) for key in keys]
 
-    def run_all(self, trials: Iterable[Trial]) -> Iterator[dict[str, Any]]:
-        """Figures of each trial, in their order."""
-        return self._pool.map(_run, trials)
+    def run(self, trials: Sequence[Trial]) -> list[dict[str, Any]]:
+        """The row of each trial; those that are not among the results yet are run."""
+        missing = [trial for trial in trials if self.results.find(**trial.key) is None]
+        for trial, figures in zip(missing, self._pool.map(_run, missing), strict=True):
+            self.results.add({**trial.key, **figures})
+        return [self.results.find(**trial.key) for trial in trials]
 
 
-def settings_of(settings: Settings) -> dict[str, Any]:
-    """What a file of results says of its rows."""
-    return {**asdict(settings), "model": "miniature" if settings.model == str(FOLDER) else settings.model}
+def open_results(output_dir: Path, settings: Settings) -> ResultFile:
+    """The rows of all studies with these settings: what one has measured the others need not."""
+    shared = asdict(settings)
+    if settings.model == str(FOLDER):
+        shared |= {"model": "miniature", "weights_sha256": checksum(FOLDER)}
+    return ResultFile(output_dir / "trials.json", shared, machine=machine())
