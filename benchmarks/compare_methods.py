@@ -25,35 +25,25 @@ from measuring import machine
 from PIL import Image
 from result_file import ResultFile
 from subjects import MINIATURE, PHOTOGRAPHS, Subject, drawn, load_result, load_script, photographed, squares
+from trials import BASE, Variant
 
 from ether_diffusion.miniature import FOLDER, ClipScore
 from ether_diffusion.miniature.evaluate import checksum
 from ether_diffusion.miniature.quickstart import OTHER_PROMPTS
-from ether_diffusion.training.adapters import rehearse
-from ether_diffusion.training.families import ModelSource, family_at
 from ether_diffusion.training.images import read_image
-from ether_diffusion.training.methods import TITLES, configs_of, read_method
+from ether_diffusion.training.methods import TITLES
 from ether_diffusion.training.objective import denoising_loss
 from ether_diffusion.training.options import (
     DEFAULT_STEPS,
     LEARNING_RATES,
     METHODS,
-    AdapterOptions,
     ValidationOptions,
 )
 from ether_diffusion.training.preview import paint, side_by_side
 
-BASE = "base"
 SIDE = 64  # of the miniature's pictures, in pixels
 SEEDS, GUIDANCE = 4, 5.0
 QUICK = {"method": ("ether_plus", "lora"), "subjects": 1, "max_train_steps": 3, "num_inference_steps": 2}
-
-
-def count_parameters(method: str) -> int:
-    """How many parameters a method trains on the miniature."""
-    source, options = ModelSource(str(FOLDER)), AdapterOptions(method=method)
-    family = family_at(source)
-    return rehearse(family.read_blueprint(source).models, configs_of(read_method(options), family, options))
 
 
 class Comparison:
@@ -198,7 +188,7 @@ def main() -> None:
         num_inference_steps=args.num_inference_steps,
         pictures_dir=args.output_dir / "pictures",
     )
-    parameters = {method: count_parameters(method) for method in args.method}
+    parameters = {method: Variant.of(method).parameters() for method in args.method}
     rows = []
     for subject in chosen:
         which = {"subject": subject.name, "origin": subject.origin}

@@ -4,7 +4,7 @@
     python benchmarks/lr_robustness.py --output_dir out/lr_robustness --quick
 
 For each method, learning rates on a grid of half decades from 1e-6 to 1e4: from the script's default upwards, until
-the method has failed at `PATIENCE` rates in a row, then downwards likewise. At each rate a training for each pair of
+the method has failed at --patience rates in a row, then downwards likewise. At each rate a training for each pair of
 a subject and a seed. Measured: similarity to the subject (CLIP-I) of pictures of it in four settings, similarity of
 pictures without it to their own prompts (CLIP-T), drift of those from the base model's of the same seeds, the
 denoising loss on the picture that was held out.
@@ -15,8 +15,8 @@ one rate alone has width 0; its interval is that of the pairs, drawn anew with r
 window that is still open at an end of the grid is wider than what is said.
 
 --steps_factor 4 asks the same with four times the steps. What is not a flag here goes to the training script, such as
---mixed_precision bf16 --resolution 512. Writes JSON row by row: the same command goes on where it was stopped.
-benchmarks/plot_results.py draws it.
+--mixed_precision bf16 --resolution 512. Writes JSON row by row: the same command goes on where it was stopped. Once
+the rows lie in benchmarks/results, benchmarks/plot.py draws them.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from trials import BASE, Settings, Trial, Trials, Variant, pairs
+from trials import BASE, Settings, Trial, Trials, Variant, pairs, strips
 
 from ether_diffusion.training.options import DEFAULT_STEPS, LEARNING_RATES
 
 STUDIED = ("ether", "ether_plus", "lora", "oft", "hra", "full")
 RATES = [float(f"{10 ** (k / 2):.0e}") for k in range(-12, 9)]  # 1e-6, 3e-6, 1e-5, … 1e4
 ENOUGH = 0.9
-PATIENCE = 2
+STRIPS = "lr_strips.png"
 QUICK = {"methods": ("ether_plus",), "pairs": 1, "max_train_steps": 2, "num_inference_steps": 2, "rates": (1e-3, 3e-3)}
 
 
@@ -114,9 +114,13 @@ def interval(
 
 
 def explore(
-    rates: Sequence[float], start: float, measure: Callable[[float], tuple[float, float]], base_clip_t: float
+    rates: Sequence[float],
+    start: float,
+    measure: Callable[[float], tuple[float, float]],
+    base_clip_t: float,
+    patience: int = 2,
 ) -> dict[float, tuple[float, float]]:
-    """Figures at the rates around the start, up and then down, until a side has failed `PATIENCE` times in a row.
+    """Figures at the rates around the start, up and then down, until a side has failed `patience` times in a row.
 
     Failed at a rate: not `usable` beside the best CLIP-I so far.
     """
@@ -129,7 +133,7 @@ def explore(
             best = max((i for i, t in found.values() if t >= ENOUGH * base_clip_t), default=0.0)
             failed = not usable(*found[rate], best_clip_i=best, base_clip_t=base_clip_t)
             failures = failures + 1 if failed else 0
-            if failures == PATIENCE:
+            if failures == patience:
                 break
     return found
 
@@ -188,6 +192,7 @@ def main() -> None:
     parser.add_argument("--max_train_steps", type=int, default=DEFAULT_STEPS)
     parser.add_argument("--steps_factor", type=int, default=1, help="times as many steps")
     parser.add_argument("--num_inference_steps", type=int, default=Settings.num_inference_steps)
+    parser.add_argument("--patience", type=int, default=2, help="rates in a row at which a method has to fail")
     parser.add_argument("--processes", type=int, default=1, help="trials at the same time")
     parser.add_argument("--quick", action="store_true", help="a look at every part in less than a minute")
     args, training_flags = parser.parse_known_args()
@@ -211,8 +216,12 @@ def main() -> None:
                 rows += trials.run([Trial(variant, rate, subject, seed, steps) for subject, seed in chosen])
                 return means(rows[-len(chosen) :])
 
-            explore(grid, LEARNING_RATES[method], measure, base_clip_t)
+            explore(grid, LEARNING_RATES[method], measure, base_clip_t, args.patience)
             print(line(variant.name, summary(rows, base, grid)), flush=True)
+        if steps == args.max_train_steps:
+            subject, seed = chosen[0]
+            strips(args.output_dir, trials.results.rows, (subject.name, seed), steps).save(args.output_dir / STRIPS)
+            print(args.output_dir / STRIPS)
 
 
 if __name__ == "__main__":

@@ -1,63 +1,21 @@
-"""Draw what the speed benchmarks wrote, one picture for each workload.
+"""Draw what the benchmarks wrote.
 
     python benchmarks/plot.py --results_dir benchmarks/results --output_dir docs
 
-Reads training_step_*.json and inference_*.json and writes speed_*.png: the median ratio of every row with its
-quartiles, and memory as a ratio to the frozen limit.
+Reads training_step_*.json and inference_*.json for speed_*.png, and trials.json for lr_robustness.png,
+parameter_efficiency.png and energy.png.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+import plot_speed
+import plot_trials
 
 matplotlib.use("Agg")
-OURS, OTHERS = "#c0392b", "#7f8c8d"
-
-
-def bars(axes: Axes, title: str, rows: dict[str, tuple[float, float, float]]) -> None:
-    """Horizontal bars from 1, with the quartiles as whiskers; rows: name to (low, median, high)."""
-    names = list(rows)[::-1]
-    for k, name in enumerate(names):
-        low, middle, high = rows[name]
-        colour = OURS if name.startswith("ETHER") else OTHERS
-        axes.barh(k, middle - 1, left=1, color=colour, xerr=[[middle - low], [high - middle]], error_kw={"lw": 1})
-        axes.annotate(f" {middle:.2f}", (max(high, 1), k), va="center", fontsize=8)
-    axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.axvline(1, color="black", lw=0.8)
-    axes.set_xscale("log")
-    largest = max(high for _, _, high in rows.values())
-    smallest = min(low for low, _, _ in rows.values())
-    axes.set_xlim(min(0.97, smallest * 0.99), max(1.1, largest * 1.25))
-    ticks = [t for t in (1, 1.1, 1.2, 1.5, 2, 3, 5, 10) if t < max(1.1, largest * 1.25)]
-    axes.set_xticks(ticks, [f"{t:g}" for t in ticks], fontsize=8)
-    axes.set_xticks([], minor=True)
-    axes.set_title(title, fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def spread(row: dict) -> tuple[float, float, float]:
-    return row["ratio_low"], row["ratio"], row["ratio_high"]
-
-
-def panels(results_dir: Path, workload: str) -> list[tuple[str, dict]]:
-    found = []
-    path = results_dir / f"training_step_{workload}.json"
-    if path.is_file():
-        rows = json.loads(path.read_text())["rows"]
-        limit = rows["frozen limit"]["memory"]
-        found.append(("training step / frozen limit", {name: spread(row) for name, row in rows.items()}))
-        found.append(("memory / frozen limit", {name: (row["memory"] / limit,) * 3 for name, row in rows.items()}))
-    path = results_dir / f"inference_{workload}.json"
-    if path.is_file():
-        rows = json.loads(path.read_text())["step"]
-        found.append(("denoising step / no adapter", {name: spread(row) for name, row in rows.items()}))
-    return found
 
 
 def main() -> None:
@@ -65,19 +23,15 @@ def main() -> None:
     parser.add_argument("--results_dir", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--output_dir", type=Path, default=Path("docs"))
     args = parser.parse_args()
-    files = [p.stem for kind in ("training_step", "inference") for p in args.results_dir.glob(f"{kind}_*.json")]
-    workloads = sorted({stem.removeprefix("training_step_").removeprefix("inference_") for stem in files})
-    if not workloads:
-        parser.error(f"{args.results_dir} holds no training_step_*.json or inference_*.json: run the benchmarks first")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    for workload in workloads:
-        drawn = panels(args.results_dir, workload)
-        figure = Figure(figsize=(4.2 * len(drawn), 3.4), layout="constrained")
-        for axes, (title, rows) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
-            bars(axes, f"{workload}: {title}", rows)
-        path = args.output_dir / f"speed_{workload}.png"
+    drawn = 0
+    for name, figure in (*plot_speed.draw(args.results_dir), *plot_trials.draw(args.results_dir)):
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        path = args.output_dir / f"{name}.png"
         figure.savefig(path, dpi=120)
         print(path)
+        drawn += 1
+    if not drawn:
+        parser.error(f"{args.results_dir} holds none of the files named above: run the benchmarks first")
 
 
 if __name__ == "__main__":

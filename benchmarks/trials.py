@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ import torch
 from diffusers import DiffusionPipeline
 from measuring import machine
 from peft.tuners.tuners_utils import BaseTunerLayer
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from result_file import ResultFile
-from subjects import Subject, drawn, load_result, load_script, photographed, squares
+from subjects import MINIATURE, Subject, drawn, load_result, load_script, photographed, squares
 from torch import Tensor, nn
 
 from ether_diffusion.analysis import adapted_weights, hyperspherical_energy
@@ -31,9 +31,10 @@ from ether_diffusion.miniature import FOLDER, ClipScore
 from ether_diffusion.miniature.evaluate import checksum
 from ether_diffusion.miniature.quickstart import OTHER_PROMPTS, SETTINGS
 from ether_diffusion.model import ATTENTION
-from ether_diffusion.training.families import family_of
+from ether_diffusion.training.adapters import rehearse
+from ether_diffusion.training.families import ModelSource, family_at, family_of
 from ether_diffusion.training.images import read_image
-from ether_diffusion.training.methods import TITLES
+from ether_diffusion.training.methods import TITLES, configs_of, read_method
 from ether_diffusion.training.objective import denoising_loss
 from ether_diffusion.training.options import RANKED_METHODS, AdapterOptions
 
@@ -49,42 +50,49 @@ class Variant:
     """A method with its settings.
 
     name: in rows and tables.
-    method: as --method names it, or None with a config.
-    config: a PEFT config, as --adapter_config reads it.
-    flags: more words for the training script, such as ("--rank", "8").
+    options: flags of the training script and their values, such as {"method": "lora", "rank": 8}.
+    config: a PEFT config in place of a method, as --adapter_config reads it.
     """
 
     name: str
-    method: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] | None = None
-    flags: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, method: str) -> Variant:
         """A method as the training script has it by default."""
         rank = f" r={RANKED_METHODS[method]}" if method in RANKED_METHODS else ""
-        return cls(f"{TITLES[method]}{rank}", method)
+        return cls(f"{TITLES[method]}{rank}", {"method": method})
 
-    def words(self, folder: Path) -> list[str]:
-        """What the training script is called with; a config is written into the folder."""
+    def given(self, folder: Path) -> dict[str, Any]:
+        """The flags of the training script; a config is written into the folder."""
         if self.config is None:
-            return ["--method", str(self.method), *self.flags]
+            return dict(self.options)
         path = folder / "adapter_config.json"
         path.write_text(json.dumps(dict(self.config)))
-        return ["--adapter_config", str(path), *self.flags]
+        return {**self.options, "adapter_config": str(path)}
+
+    def parameters(self, model: str = MINIATURE) -> int:
+        """How many parameters are trained on a model."""
+        source = ModelSource(str(FOLDER) if model == MINIATURE else model)
+        family = family_at(source)
+        with tempfile.TemporaryDirectory() as folder:
+            options = AdapterOptions(**self.given(Path(folder)))
+            configs = configs_of(read_method(options), family, options)
+            return rehearse(family.read_blueprint(source).models, configs)
 
 
 @dataclass(frozen=True)
 class Settings:
     """What every trial of a study has in common.
 
-    model: of the training and the painting, as `from_pretrained` takes it.
+    model: of the training and the painting, as `from_pretrained` takes it, or MINIATURE.
     max_train_steps: of each training, unless a trial says otherwise.
     num_inference_steps: of every picture.
     flags: more words for the training script.
     """
 
-    model: str = str(FOLDER)
+    model: str = MINIATURE
     max_train_steps: int = 200
     num_inference_steps: int = 15
     flags: tuple[str, ...] = ()
@@ -131,6 +139,7 @@ class Bench:
 
     def __init__(self, settings: Settings, pictures_dir: Path):
         self.settings, self.pictures_dir = settings, pictures_dir
+        self.model = str(FOLDER) if settings.model == MINIATURE else settings.model
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.score, self.script = ClipScore(), load_script()
         self._before: dict[str, tuple[dict[str, Any], list[Image.Image]]] = {}
@@ -142,7 +151,7 @@ class Bench:
     def _base(self, subject: Subject, seed: int) -> tuple[dict[str, Any], list[Image.Image]]:
         key = f"{subject.name}/{seed}"
         if key not in self._before:
-            pipe = DiffusionPipeline.from_pretrained(self.settings.model).to(self.device)
+            pipe = DiffusionPipeline.from_pretrained(self.model).to(self.device)
             figures, others = self._measure(pipe, subject, seed, self.pictures_dir / BASE / f"{subject.name}_{seed}")
             self._before[key] = {**figures, "drift": 0.0}, others
         return self._before[key]
@@ -154,7 +163,7 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             seen, output_dir = subject.copy_seen(Path(folder, "seen")), Path(folder, "result")
             flags = {
-                "pretrained_model_name_or_path": self.settings.model,
+                "pretrained_model_name_or_path": self.model,
                 "instance_data_dir": seen,
                 "instance_prompt": subject.prompt,
                 "output_dir": output_dir,
@@ -163,24 +172,19 @@ class Bench:
                 "seed": seed,
                 "num_validation_images": 0,
             }
-            words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-            words += [*trial.variant.words(Path(folder)), *self.settings.flags]
+            given = trial.variant.given(Path(folder))
+            words = [str(word) for name, value in (flags | given).items() for word in (f"--{name}", value)]
             try:
-                result = self.script.main(words)
+                result = self.script.main([*words, *self.settings.flags])
             except SystemExit as stop:
                 if not isinstance(stop.__cause__, FloatingPointError):
                     raise
                 return {**dict.fromkeys(FIGURES), "failed": "the loss is not finite"}
             except torch.linalg.LinAlgError:  # of methods that solve for an orthogonal matrix
                 return {**dict.fromkeys(FIGURES), "failed": "a matrix is singular"}
-            options = AdapterOptions(
-                method=trial.variant.method,
-                adapter_config=None if trial.variant.config is None else str(Path(folder, "adapter_config.json")),
-            )
-            pipe = load_result(self.settings.model, output_dir, options).to(self.device)
-            weights = changes(pipe, self.settings.model)
-            where = self.pictures_dir / trial.variant.name / f"{trial.learning_rate:.0e}_{trial.steps}"
-            figures, others = self._measure(pipe, subject, seed, where / f"{subject.name}_{seed}")
+            pipe = load_result(self.model, output_dir, AdapterOptions(**given)).to(self.device)
+            weights = changes(pipe, self.model)
+            figures, others = self._measure(pipe, subject, seed, picture_folder(self.pictures_dir, trial.key))
         cosines = (self.score.embed_images(others) * self.score.embed_images(before)).sum(-1)
         return {**figures, "drift": 1 - cosines.mean().item(), **weights, "seconds": result.seconds}
 
@@ -216,6 +220,42 @@ class Bench:
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
             ).images
         return pictures
+
+
+def picture_folder(pictures_dir: Path, key: Mapping[str, Any]) -> Path:
+    """Where the pictures of a trial's subject lie; `key` is the trial's, or its row."""
+    rate = f"{key['learning_rate']:.0e}_{key['steps']}"
+    return pictures_dir / key["variant"] / rate / f"{key['subject']}_{key['seed']}"
+
+
+def strips(output_dir: Path, rows: Sequence[Mapping[str, Any]], pair: tuple[str, int], steps: int) -> Image.Image:
+    """For each method a row of pictures of one pair's subject, one for each learning rate.
+
+    Args:
+        output_dir: of the study; its pictures are read.
+        rows: of its trials.
+        pair: a subject's name and a seed.
+        steps: of the trials to show.
+    """
+    chosen = [row for row in rows if row.get("steps") == steps and (row["subject"], row["seed"]) == pair]
+    found: dict[str, dict[float, Image.Image]] = {}
+    for row in chosen:
+        folder = picture_folder(output_dir / PICTURES, row)
+        if (folder / "0.png").is_file():
+            found.setdefault(row["variant"], {})[row["learning_rate"]] = Image.open(folder / "0.png").convert("RGB")
+    rates = sorted({rate for own in found.values() for rate in own})
+    side, left, head = 96, 120, 24
+    canvas = Image.new("RGB", (left + len(rates) * (side + 2), head + len(found) * (side + 2)), "white")
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
+    for j, rate in enumerate(rates):
+        pen.text((left + j * (side + 2) + 4, 4), f"{rate:.0e}", "black", font)
+    for k, (name, own) in enumerate(found.items()):
+        pen.text((4, head + k * (side + 2) + side // 2), name, "black", font)
+        for j, rate in enumerate(rates):
+            if rate in own:
+                picture = own[rate].resize((side, side), Image.Resampling.NEAREST)
+                canvas.paste(picture, (left + j * (side + 2), head + k * (side + 2)))
+    return canvas
 
 
 def finite(number: float) -> float | None:
@@ -323,7 +363,5 @@ class Trials:
 
 def open_results(output_dir: Path, settings: Settings) -> ResultFile:
     """The rows of all studies with these settings: what one has measured the others need not."""
-    shared = asdict(settings)
-    if settings.model == str(FOLDER):
-        shared |= {"model": "miniature", "weights_sha256": checksum(FOLDER)}
+    shared = asdict(settings) | ({"weights_sha256": checksum(FOLDER)} if settings.model == MINIATURE else {})
     return ResultFile(output_dir / "trials.json", shared, machine=machine())

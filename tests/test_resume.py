@@ -334,7 +334,7 @@ def start(flags: list[str], folder: Path, *more: str) -> subprocess.Popen:
         )
 
 
-def wait_for(process: subprocess.Popen, happened, seconds: float = 120.0) -> None:
+def wait_for(process: subprocess.Popen, happened, seconds: float = 600.0) -> None:
     """Return when `happened()` or when the process has ended."""
     limit = time.monotonic() + seconds
     while process.poll() is None and not happened():

@@ -1,0 +1,140 @@
+"""What does a parameter buy? Quality against the number of parameters, each method at its own best learning rate.
+
+    python benchmarks/parameter_efficiency.py --output_dir out/studies --processes 2
+    python benchmarks/parameter_efficiency.py --output_dir out/studies --quick
+
+ETHER and ETHER+ with 1, 4 and 16 blocks, ETHER+ on one side, LoRA, HRA and VeRA of several ranks, OFT of several block
+sizes. From each method's default learning rate the search climbs in half decades to the highest similarity to the
+subject (CLIP-I) among the rates that keep the similarity of other pictures to their prompts (CLIP-T) at 90 % of the
+base model's, over the same pairs of a subject and a seed as benchmarks/lr_robustness.py, whose trials in the same
+--output_dir are not run again. Prints a table; differences to LoRA r=4 are paired, with their standard error. What is
+not a flag here goes to the training script. Writes JSON row by row: the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from lr_robustness import ENOUGH, RATES, means
+from trials import Settings, Trial, Trials, Variant, pairs
+
+from ether_diffusion.model import ATTENTION
+from ether_diffusion.training.options import DEFAULT_STEPS, LEARNING_RATES
+
+REFERENCE = "LoRA r=4"
+QUICK = {"variants": 2, "pairs": 1, "max_train_steps": 1, "num_inference_steps": 2, "rates": (1e-3,)}
+
+
+def variants() -> dict[str, list[Variant]]:
+    """The variants of each method, those of the script's defaults first."""
+    one_side = {"peft_type": "ETHER", "method": "ether_plus", "sides": "input", "target_modules": ATTENTION}
+    oft = {"peft_type": "OFT", "r": 0, "target_modules": ATTENTION}
+    return {
+        "ether_plus": [
+            Variant.of("ether_plus"),
+            *(Variant(f"ETHER+ n={n}", {"method": "ether_plus", "num_blocks": n}) for n in (4, 16)),
+            Variant("ETHER+ one side", config=one_side),
+        ],
+        "lora": [
+            Variant.of("lora"),
+            *(Variant(f"LoRA r={rank}", {"method": "lora", "rank": rank}) for rank in (1, 2, 8, 16)),
+        ],
+        "ether": [
+            Variant.of("ether"),
+            *(Variant(f"ETHER n={n}", {"method": "ether", "num_blocks": n}) for n in (4, 16)),
+        ],
+        "oft": [
+            Variant.of("oft"),
+            *(Variant(f"OFT, blocks of {size}", config={**oft, "oft_block_size": size}) for size in (2, 4, 8)),
+        ],
+        "hra": [
+            Variant.of("hra"),
+            *(Variant(f"HRA r={rank}", {"method": "hra", "rank": rank}) for rank in (4, 8)),
+        ],
+        "vera": [Variant.of("vera"), Variant("VeRA r=64", {"method": "vera", "rank": 64})],
+    }
+
+
+def climb(rates: Sequence[float], start: float, score: Callable[[float], float]) -> float:
+    """The best rate that steps to a better neighbour lead to, from the one next to the start."""
+    k = min(range(len(rates)), key=lambda k: abs(math.log(rates[k] / start)))
+    known = {k: score(rates[k])}
+    while True:
+        neighbours = [j for j in (k + 1, k - 1) if 0 <= j < len(rates)]
+        known |= {j: score(rates[j]) for j in neighbours if j not in known}
+        best = max([k, *neighbours], key=known.__getitem__)
+        if best == k:
+            return rates[k]
+        k = best
+
+
+def difference(rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> tuple[float, float | None]:
+    """Mean of the paired differences in CLIP-I, and its standard error; None of a single pair."""
+    gaps = [a["clip_i"] - b["clip_i"] for a, b in zip(rows, others, strict=True)]
+    return mean(gaps), stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else None
+
+
+def line(variant: Variant, parameters: int, rows: Sequence[Mapping[str, Any]], reference: Sequence | None) -> str:
+    figures = [mean(row[name] for row in rows) for name in ("clip_i", "clip_t", "held_out", "drift")]
+    text = f"{variant.name:18}{parameters:>11,}{rows[0]['learning_rate']:>8.0e}"
+    text += "".join(f"{figure:>8.3f}" if k != 2 else f"{figure:>10.4f}" for k, figure in enumerate(figures))
+    if reference is None:
+        return text
+    gap, error = difference(rows, reference)
+    return text + f"{gap:>+9.3f}" + (f" ± {error:.3f}" if error is not None else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--methods", nargs="+", choices=tuple(variants()), default=tuple(variants()))
+    parser.add_argument("--pairs", type=int, default=4, help="of a subject and a seed")
+    parser.add_argument("--data_dir", type=Path, help="folders of photographs; default: figures of the miniature")
+    parser.add_argument("--pretrained_model_name_or_path", default=Settings.model)
+    parser.add_argument("--max_train_steps", type=int, default=DEFAULT_STEPS)
+    parser.add_argument("--num_inference_steps", type=int, default=Settings.num_inference_steps)
+    parser.add_argument("--processes", type=int, default=1, help="trials at the same time")
+    parser.add_argument("--quick", action="store_true", help="a look at every part in less than a minute")
+    args, training_flags = parser.parse_known_args()
+    args.rates, args.variants = RATES, None
+    if args.quick:
+        vars(args).update(QUICK)
+    settings = Settings(
+        args.pretrained_model_name_or_path, args.max_train_steps, args.num_inference_steps, tuple(training_flags)
+    )
+    chosen = pairs(args.pairs, args.data_dir, args.output_dir / "views")
+    with Trials(settings, args.output_dir, processes=args.processes) as trials:
+        _, base_clip_t = means(trials.base(chosen))
+        reference = None
+        print(
+            f"{'':18}{'parameters':>11}{'rate':>8}{'CLIP-I':>8}{'CLIP-T':>8}{'held out':>10}{'drift':>8}"
+            f"   CLIP-I above {REFERENCE}",
+            flush=True,
+        )
+        ordered = [(method, variant) for method in args.methods for variant in variants()[method]]
+        # The reference comes first: what follows is said beside it.
+        ordered.sort(key=lambda pair: pair[1].name != REFERENCE)
+        for method, variant in ordered[: args.variants]:
+
+            def measure(rate: float, variant: Variant = variant) -> list[dict[str, Any]]:
+                return trials.run(
+                    [Trial(variant, rate, subject, seed, args.max_train_steps) for subject, seed in chosen]
+                )
+
+            def score(rate: float) -> float:
+                clip_i, clip_t = means(measure(rate))
+                return clip_i if clip_t >= ENOUGH * base_clip_t else clip_i - 2  # below every faithful one
+
+            rows = measure(climb(args.rates, LEARNING_RATES[method], score))
+            if variant.name == REFERENCE:
+                reference = rows
+            print(line(variant, variant.parameters(settings.model), rows, reference), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Pictures of trials: metrics over the learning rate, quality over parameters, outcomes over the change of energy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from energy import CHANGES, outcomes
+from lr_robustness import ENOUGH, RATES, STUDIED, means, summary
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from parameter_efficiency import variants
+from trials import BASE, Variant
+
+COLOURS = {
+    "ETHER": "#c0392b",
+    "ETHER+": "#e67e22",
+    "LoRA": "#2980b9",
+    "OFT": "#27ae60",
+    "HRA": "#8e44ad",
+    "VeRA": "#16a085",
+    "full": "#7f8c8d",
+}
+Rows = Sequence[Mapping[str, Any]]
+
+
+def draw(results_dir: Path) -> Iterator[tuple[str, Figure]]:
+    path = results_dir / "trials.json"
+    if not path.is_file():
+        return
+    found = json.loads(path.read_text())
+    rows, steps, model = found["rows"], found["max_train_steps"], found["model"]
+    yield "lr_robustness", learning_rates([row for row in rows if row.get("steps", steps) == steps], model)
+    if {row["variant"] for row in rows} - {BASE, *(Variant.of(method).name for method in STUDIED)}:
+        yield "parameter_efficiency", parameters([row for row in rows if row.get("steps", steps) == steps], model)
+    yield "energy", energies(rows)
+
+
+def colour(variant: str) -> str:
+    return COLOURS[variant.replace(",", " ").split()[0]]
+
+
+def learning_rates(rows: Rows, model: str) -> Figure:
+    """CLIP-I, CLIP-T and drift over the learning rate, with the usable windows as bars below the first."""
+    base = [row for row in rows if row["variant"] == BASE]
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    panels = figure.subplots(1, 3)
+    names = ("clip_i", "clip_t", "drift")
+    titles = ("similarity to the subject (CLIP-I)", "similarity of other prompts (CLIP-T)", "drift of other prompts")
+    for axes, name, title in zip(panels, names, titles, strict=True):
+        for k, method in enumerate(STUDIED):
+            variant = Variant.of(method).name
+            own = [row for row in rows if row["variant"] == variant]
+            rates = sorted({row["learning_rate"] for row in own})
+            if not rates:
+                continue
+            at = [[row for row in own if row["learning_rate"] == rate] for rate in rates]
+            lost = 1.0 if name == "drift" else 0.0  # of a training that failed
+            values = [mean(lost if row[name] is None else row[name] for row in each) for each in at]
+            axes.plot(rates, values, marker="o", ms=3, color=colour(variant), label=variant)
+            window = summary(own, base, RATES)
+            if name == "clip_i" and window["low"] is not None:
+                axes.plot([window["low"], window["high"]], [-0.04 * (k + 1)] * 2, lw=4, color=colour(variant))
+        if name == "drift":
+            axes.set_ylim(0, 1.02)
+        else:
+            axes.axhline(means(base)[names.index(name)], color="black", lw=0.8, ls=":")
+        if name == "clip_t":
+            axes.axhline(ENOUGH * means(base)[1], color="black", lw=0.8, ls="--")
+        tidy(axes, title)
+        axes.set_xlabel("learning rate")
+    panels[0].legend(fontsize=8)
+    figure.suptitle(f"{model}; dotted: base model, dashed: its 90 %, bars: usable windows", fontsize=9)
+    return figure
+
+
+def parameters(rows: Rows, model: str) -> Figure:
+    """The best CLIP-I of each variant over its parameters."""
+    base_clip_t = means([row for row in rows if row["variant"] == BASE])[1]
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for variant in (each for own in variants().values() for each in own):
+        by_rate: dict[float, list] = {}
+        for row in rows:
+            if row["variant"] == variant.name:
+                by_rate.setdefault(row["learning_rate"], []).append(row)
+        figures = [means(own) for own in by_rate.values()]
+        faithful = [clip_i for clip_i, clip_t in figures if clip_t >= ENOUGH * base_clip_t]
+        if not faithful:
+            continue
+        count = variant.parameters(model)
+        axes.scatter(count, max(faithful), color=colour(variant.name), s=22)
+        axes.annotate(variant.name, (count, max(faithful)), fontsize=7, xytext=(4, 2), textcoords="offset points")
+    tidy(axes, f"best similarity to the subject (CLIP-I), {model}")
+    axes.set_xlabel("parameters")
+    return figure
+
+
+def energies(rows: Rows) -> Figure:
+    """What each trial won and lost, over the change of energy and over the distance of the weights."""
+    found = outcomes(rows)
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    for line, (outcome, title) in zip(
+        figure.subplots(2, 2), (("won", "CLIP-I won"), ("lost", "CLIP-T of others lost")), strict=True
+    ):
+        for axes, change in zip(line, ("energy_moved", "relative_distance"), strict=True):
+            for name in COLOURS:
+                own = [row for row in found if row["variant"].replace(",", " ").split()[0] == name]
+                if own:
+                    points = [row[change] for row in own], [row[outcome] for row in own]
+                    axes.scatter(*points, s=8, color=COLOURS[name], label=name)
+            tidy(axes, title)
+            axes.set_xlabel(CHANGES[change])
+            axes.set_xlim(left=1e-9 if change == "energy_moved" else None)
+    figure.axes[0].legend(fontsize=7)
+    return figure
+
+
+def tidy(axes: Axes, title: str) -> None:
+    axes.set_xscale("log")
+    axes.set_title(title, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
