@@ -25,13 +25,12 @@ import argparse
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from trials import BASE, Settings, Trial, Trials, Variant, pairs, strips
+from trials import BASE, Trial, Trials, Variant, add_settings, pairs, read_settings, strips
 
-from ether_diffusion.training.options import DEFAULT_STEPS, LEARNING_RATES
+from ether_diffusion.training.options import LEARNING_RATES
 
 STUDIED = ("ether", "ether_plus", "lora", "oft", "hra", "full")
 RATES = [float(f"{10 ** (k / 2):.0e}") for k in range(-12, 9)]  # 1e-6, 3e-6, 1e-5, … 1e4
@@ -139,7 +138,11 @@ def explore(
 
 
 def summary(rows: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]], grid: Sequence[float]) -> dict:
-    """A method's window with its interval, its best rate and the figures there, and the most drift at any rate."""
+    """A method's window with its interval, its best rate and the figures there, and the most that any rate does.
+
+    largest_drift: a training that failed has drifted by 1; largest_distance: mean ‖ΔW‖/‖W‖, None where a weight is not
+    finite.
+    """
     by_rate = {
         rate: [row for row in rows if row["learning_rate"] == rate] for rate in {row["learning_rate"] for row in rows}
     }
@@ -149,6 +152,10 @@ def summary(rows: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]
     faithful = [rate for rate, (_, clip_t) in figures.items() if clip_t >= ENOUGH * mean(base_clip_t)]
     best = max(faithful, key=lambda rate: figures[rate][0], default=None)
     drifts = [mean(1.0 if row["drift"] is None else row["drift"] for row in own) for own in by_rate.values()]
+    distances = [
+        None if any(row.get("relative_distance") is None for row in own) else mean(r["relative_distance"] for r in own)
+        for own in by_rate.values()
+    ]
     return {
         "low": found.low,
         "high": found.high,
@@ -160,6 +167,7 @@ def summary(rows: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]
         "best_clip_i": None if best is None else figures[best][0],
         "best_clip_t": None if best is None else figures[best][1],
         "largest_drift": max(drifts),
+        "largest_distance": None if None in distances else max(distances),
         "failed": sum(row.get("failed") is not None for row in rows),
     }
 
@@ -171,37 +179,32 @@ def line(name: str, found: Mapping[str, Any]) -> str:
         f"{'≤' if found['open_low'] else ''}{found['low']:.0e}",
         f"{'≥' * found['open_high']}{found['high']:.0e}",
     )
+    distance = "∞" if found["largest_distance"] is None else f"{found['largest_distance']:.2f}"
     ends = f"[{found['interval'][0]:.1f}, {found['interval'][1]:.1f}]"
     return (
         f"{name:18}{low:>8}{high:>9}{found['decades']:>9.1f} {ends:12}{found['best_rate']:>9.0e}"
-        f"{found['best_clip_i']:>8.3f}{found['best_clip_t']:>8.3f}{found['largest_drift']:>8.3f}"
+        f"{found['best_clip_i']:>8.3f}{found['best_clip_t']:>8.3f}{found['largest_drift']:>8.3f}{distance:>9}"
     )
 
 
-HEAD = f"{'':18}{'window':>17}{'decades':>9} {'95 %':12}{'best at':>9}{'CLIP-I':>8}{'CLIP-T':>8}{'drift':>8}"
+HEAD = (
+    f"{'':18}{'window':>17}{'decades':>9} {'95 %':12}{'best at':>9}"
+    f"{'CLIP-I':>8}{'CLIP-T':>8}{'drift':>8}{'|ΔW|/|W|':>9}"
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True)
+    add_settings(parser)
     parser.add_argument("--methods", nargs="+", choices=tuple(LEARNING_RATES), default=STUDIED)
     parser.add_argument("--rates", nargs="+", type=float, choices=RATES, default=RATES, metavar="RATE")
-    parser.add_argument("--pairs", type=int, default=4, help="of a subject and a seed")
-    parser.add_argument("--data_dir", type=Path, help="folders of photographs; default: figures of the miniature")
-    parser.add_argument("--pretrained_model_name_or_path", default=Settings.model)
-    parser.add_argument("--max_train_steps", type=int, default=DEFAULT_STEPS)
     parser.add_argument("--steps_factor", type=int, default=1, help="times as many steps")
-    parser.add_argument("--num_inference_steps", type=int, default=Settings.num_inference_steps)
     parser.add_argument("--patience", type=int, default=2, help="rates in a row at which a method has to fail")
-    parser.add_argument("--processes", type=int, default=1, help="trials at the same time")
-    parser.add_argument("--quick", action="store_true", help="a look at every part in less than a minute")
     args, training_flags = parser.parse_known_args()
     if args.quick:
         vars(args).update(QUICK)
 
-    settings = Settings(
-        args.pretrained_model_name_or_path, args.max_train_steps, args.num_inference_steps, tuple(training_flags)
-    )
+    settings = read_settings(args, training_flags)
     chosen = pairs(args.pairs, args.data_dir, args.output_dir / "views")
     steps = args.max_train_steps * args.steps_factor
     grid = sorted(args.rates)

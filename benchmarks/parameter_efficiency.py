@@ -16,15 +16,14 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from lr_robustness import ENOUGH, RATES, means
-from trials import Settings, Trial, Trials, Variant, pairs
+from trials import Trial, Trials, Variant, add_settings, pairs, read_settings
 
 from ether_diffusion.model import ATTENTION
-from ether_diffusion.training.options import DEFAULT_STEPS, LEARNING_RATES
+from ether_diffusion.training.options import LEARNING_RATES
 
 REFERENCE = "LoRA r=4"
 QUICK = {"variants": 2, "pairs": 1, "max_train_steps": 1, "num_inference_steps": 2, "rates": (1e-3,)}
@@ -91,22 +90,13 @@ def line(variant: Variant, parameters: int, rows: Sequence[Mapping[str, Any]], r
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True)
+    add_settings(parser)
     parser.add_argument("--methods", nargs="+", choices=tuple(variants()), default=tuple(variants()))
-    parser.add_argument("--pairs", type=int, default=4, help="of a subject and a seed")
-    parser.add_argument("--data_dir", type=Path, help="folders of photographs; default: figures of the miniature")
-    parser.add_argument("--pretrained_model_name_or_path", default=Settings.model)
-    parser.add_argument("--max_train_steps", type=int, default=DEFAULT_STEPS)
-    parser.add_argument("--num_inference_steps", type=int, default=Settings.num_inference_steps)
-    parser.add_argument("--processes", type=int, default=1, help="trials at the same time")
-    parser.add_argument("--quick", action="store_true", help="a look at every part in less than a minute")
     args, training_flags = parser.parse_known_args()
     args.rates, args.variants = RATES, None
     if args.quick:
         vars(args).update(QUICK)
-    settings = Settings(
-        args.pretrained_model_name_or_path, args.max_train_steps, args.num_inference_steps, tuple(training_flags)
-    )
+    settings = read_settings(args, training_flags)
     chosen = pairs(args.pairs, args.data_dir, args.output_dir / "views")
     with Trials(settings, args.output_dir, processes=args.processes) as trials:
         _, base_clip_t = means(trials.base(chosen))

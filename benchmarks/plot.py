@@ -2,8 +2,8 @@
 
     python benchmarks/plot.py --results_dir benchmarks/results --output_dir docs
 
-Reads training_step_*.json and inference_*.json for speed_*.png, and trials.json for lr_robustness.png,
-parameter_efficiency.png and energy.png.
+Reads training_step_*.json and inference_*.json for speed_*.png, trials.json for lr_robustness.png,
+parameter_efficiency.png and energy.png, and bounded_distance.json for bounded_distance_plot.png.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 import matplotlib
+import plot_distances
 import plot_speed
 import plot_trials
 
@@ -24,12 +25,13 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("docs"))
     args = parser.parse_args()
     drawn = 0
-    for name, figure in (*plot_speed.draw(args.results_dir), *plot_trials.draw(args.results_dir)):
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        path = args.output_dir / f"{name}.png"
-        figure.savefig(path, dpi=120)
-        print(path)
-        drawn += 1
+    for kind in (plot_speed, plot_trials, plot_distances):
+        for name, figure in kind.draw(args.results_dir):
+            args.output_dir.mkdir(parents=True, exist_ok=True)
+            path = args.output_dir / f"{name}.png"
+            figure.savefig(path, dpi=120)
+            print(path)
+            drawn += 1
     if not drawn:
         parser.error(f"{args.results_dir} holds none of the files named above: run the benchmarks first")
 

@@ -6,6 +6,7 @@ processes.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import multiprocessing
@@ -23,11 +24,13 @@ from measuring import machine
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageDraw, ImageFont
 from result_file import ResultFile
-from subjects import MINIATURE, Subject, drawn, load_result, load_script, photographed, squares
+from subjects import MINIATURE, PROMPTS_WITHOUT, Subject, drawn, load_result, load_script, photographed, squares
 from torch import Tensor, nn
 
-from ether_diffusion.analysis import adapted_weights, hyperspherical_energy
-from ether_diffusion.miniature import FOLDER, ClipScore
+from ether_diffusion.analysis import adapted_weights, energy_change
+from ether_diffusion.metrics import drift, image_similarity, load_features, text_similarity
+from ether_diffusion.metrics.similarity import CLIP
+from ether_diffusion.miniature import FOLDER
 from ether_diffusion.miniature.evaluate import checksum
 from ether_diffusion.miniature.quickstart import OTHER_PROMPTS, SETTINGS
 from ether_diffusion.model import ATTENTION
@@ -36,7 +39,7 @@ from ether_diffusion.training.families import ModelSource, family_at, family_of
 from ether_diffusion.training.images import read_image
 from ether_diffusion.training.methods import TITLES, configs_of, read_method
 from ether_diffusion.training.objective import denoising_loss
-from ether_diffusion.training.options import RANKED_METHODS, AdapterOptions
+from ether_diffusion.training.options import DEFAULT_STEPS, RANKED_METHODS, AdapterOptions
 
 BASE, PICTURES = "base", "pictures"
 FIGURES = ("clip_i", "clip_t", "clip_t_subject", "drift", "held_out")
@@ -89,12 +92,14 @@ class Settings:
     model: of the training and the painting, as `from_pretrained` takes it, or MINIATURE.
     max_train_steps: of each training, unless a trial says otherwise.
     num_inference_steps: of every picture.
+    clip_model: what measures, as `load_features` takes it.
     flags: more words for the training script.
     """
 
     model: str = MINIATURE
-    max_train_steps: int = 200
+    max_train_steps: int = DEFAULT_STEPS
     num_inference_steps: int = 15
+    clip_model: str = MINIATURE
     flags: tuple[str, ...] = ()
 
 
@@ -116,6 +121,30 @@ class Trial:
             "subject": self.subject.name,
             "seed": self.seed,
         }
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """The flags that every study has."""
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--pairs", type=int, default=4, help="of a subject and a seed")
+    parser.add_argument("--data_dir", type=Path, help="folders of photographs; default: figures of the miniature")
+    parser.add_argument("--pretrained_model_name_or_path", default=MINIATURE)
+    parser.add_argument("--clip_model", help=f"default: {CLIP}, on the miniature its own")
+    parser.add_argument("--max_train_steps", type=int, default=DEFAULT_STEPS)
+    parser.add_argument("--num_inference_steps", type=int, default=Settings.num_inference_steps)
+    parser.add_argument("--processes", type=int, default=1, help="trials at the same time")
+    parser.add_argument("--quick", action="store_true", help="a look at every part in less than a minute")
+
+
+def read_settings(args: argparse.Namespace, training_flags: Sequence[str]) -> Settings:
+    model = args.pretrained_model_name_or_path
+    return Settings(
+        model,
+        args.max_train_steps,
+        args.num_inference_steps,
+        args.clip_model or (MINIATURE if model == MINIATURE else CLIP),
+        tuple(training_flags),
+    )
 
 
 def pairs(count: int, data_dir: Path | None, views_dir: Path) -> list[tuple[Subject, int]]:
@@ -141,7 +170,8 @@ class Bench:
         self.settings, self.pictures_dir = settings, pictures_dir
         self.model = str(FOLDER) if settings.model == MINIATURE else settings.model
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.score, self.script = ClipScore(), load_script()
+        self.features, self.script = load_features(settings.clip_model, device=self.device), load_script()
+        self.others = OTHER_PROMPTS if settings.model == MINIATURE else PROMPTS_WITHOUT
         self._before: dict[str, tuple[dict[str, Any], list[Image.Image]]] = {}
 
     def base(self, subject: Subject, seed: int) -> dict[str, Any]:
@@ -185,8 +215,7 @@ class Bench:
             pipe = load_result(self.model, output_dir, AdapterOptions(**given)).to(self.device)
             weights = changes(pipe, self.model)
             figures, others = self._measure(pipe, subject, seed, picture_folder(self.pictures_dir, trial.key))
-        cosines = (self.score.embed_images(others) * self.score.embed_images(before)).sum(-1)
-        return {**figures, "drift": 1 - cosines.mean().item(), **weights, "seconds": result.seconds}
+        return {**figures, "drift": drift(others, before, self.features), **weights, "seconds": result.seconds}
 
     def _measure(
         self, pipe: DiffusionPipeline, subject: Subject, seed: int, folder: Path
@@ -196,15 +225,15 @@ class Bench:
         prompts = [f"{subject.prompt} {setting}" for setting in SETTINGS for _ in range(SEEDS)]
         seeds = [1000 * seed + k for _ in SETTINGS for k in range(SEEDS)]
         own = self._paint(pipe, prompts, seeds)
-        others = self._paint(pipe, OTHER_PROMPTS, [1000 * seed] * len(OTHER_PROMPTS))
+        others = self._paint(pipe, self.others, [1000 * seed] * len(self.others))
         folder.mkdir(parents=True, exist_ok=True)
         for k, picture in enumerate(own):
             picture.save(folder / f"{k}.png")
         said = [prompt.replace("sks ", "") for prompt in prompts]  # the identifier means nothing to CLIP
         figures = {
-            "clip_i": self.score.image_similarity(own, squares(subject, own[0].size)),
-            "clip_t": self.score.text_similarity(others, OTHER_PROMPTS),
-            "clip_t_subject": self.score.text_similarity(own, said),
+            "clip_i": image_similarity(own, squares(subject, own[0].size), self.features),
+            "clip_t": text_similarity(others, self.others, self.features),
+            "clip_t_subject": text_similarity(own, said, self.features),
             "held_out": finite(denoising_loss(pipe, read_image(subject.held_out), subject.prompt, seed=seed)),
         }
         return figures, others
@@ -279,8 +308,7 @@ def changes(pipe: DiffusionPipeline, model: str) -> dict[str, float | None]:
         if not math.isfinite(distance):
             rows.append((math.nan,) * 4)
             continue
-        energy = hyperspherical_energy(before)
-        change = (hyperspherical_energy(after) - energy) / energy
+        change = energy_change(before, after)
         rows.append((distance, distance / before.double().norm().item(), change, abs(change)))
     names = ("weight_distance", "relative_distance", "energy_change", "energy_moved")
     return {name: finite(sum(column) / len(rows)) for name, column in zip(names, zip(*rows, strict=True), strict=True)}

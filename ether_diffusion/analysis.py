@@ -1,4 +1,4 @@
-"""What adapters do: how far a transform moves, how far it has turned, how two of them clash, what becomes of weights.
+"""What adapters do: how far transforms and weights move, how far vectors turn, how two adapters clash, and energy.
 
 Axes: d the width of one side of a layer, n its blocks, b = d/n; g groups of blocks, m vectors in a group; o neurons
 (rows) of a weight, i their width.
@@ -17,7 +17,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .functional import Transform
+from .functional import Transform, low_rank_delta, normalize
 
 CLOSEST = 1e-6
 """Neurons that are nearer than this on the sphere count as this far apart: the energy of equal ones is infinite."""
@@ -47,10 +47,46 @@ def angles_from_start(transform: Transform) -> Tensor | None:
     """
     if len(transform.units) == 1:
         return None
-    u, v = transform.units
-    cosine = (u * v).sum(-1, keepdim=True)
-    sine = torch.linalg.vector_norm(v - cosine * u, dim=-1)  # arccos alone is blind near 0
+    return angle_between(*transform.units)
+
+
+def angle_between(before: Tensor, after: Tensor) -> Tensor:
+    """How far each block's vector has turned, as a line: arccos |r̂·r̂'|, (n,) in degrees from 0 to 90.
+
+    û and −û are one reflection, so a vector that was turned about has travelled by nothing.
+
+    before, after: raw vectors (n, b) of any length, such as one of two checkpoints of a training.
+
+    Raises:
+        ValueError: other shapes.
+    """
+    if before.shape != after.shape:
+        raise ValueError(f"angle_between: vectors of shapes {tuple(before.shape)} and {tuple(after.shape)}; need one")
+    before, after = normalize(before.double()), normalize(after.double())
+    cosine = (before * after).sum(-1, keepdim=True)
+    sine = torch.linalg.vector_norm(after - cosine * before, dim=-1)  # arccos alone is blind near 0
     return torch.rad2deg(torch.atan2(sine, cosine.abs().squeeze(-1)))
+
+
+def weight_distance(
+    weight: Tensor,
+    u: Tensor,
+    v: Tensor | None = None,
+    u_out: Tensor | None = None,
+    v_out: Tensor | None = None,
+    strength: float = 1.0,
+) -> float:
+    """‖W(α) − W‖_F, from the factors W(α) − W = B A: with Aᵀ = Q R it is ‖B Rᵀ‖_F.
+
+    One-sided ETHER with one block: 2|α| ‖Wû‖. The root of tr(BᵀB AAᵀ) would be the same, and blind near the start of
+    ETHER+, where v̂ = −û and the terms cancel.
+
+    weight, u, v, u_out, v_out, strength: as for `functional.adapt_weight`; convolutions too.
+    """
+    raws = [None if raw is None else raw.detach().double() for raw in (u, v, u_out, v_out)]
+    down, up = low_rank_delta(weight.detach().double(), *raws, strength=strength)
+    triangle = torch.linalg.qr(down.T, mode="r").R
+    return torch.linalg.matrix_norm(up @ triangle.T).item()
 
 
 class Conflict(NamedTuple):
@@ -107,17 +143,32 @@ def hyperspherical_energy(weight: Tensor, *, half_space: bool = False) -> float:
 
     Computed in float64, ROWS_AT_ONCE rows at a time.
     """
-    rows = weight.detach().flatten(1).double()
+    rows = weight.detach().flatten(1).to(torch.float64, copy=True)
     lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    rows = (rows / lengths)[lengths.squeeze(1) > 0]
+    directed = lengths.squeeze(1) != 0
+    if not directed.all():
+        rows, lengths = rows[directed], lengths[directed]
+    rows.div_(lengths)
     energy = 0.0
     for start in range(0, len(rows), ROWS_AT_ONCE):
-        cosines = rows[start : start + ROWS_AT_ONCE] @ rows.T
+        cosines = rows[start : start + ROWS_AT_ONCE] @ rows[start:].T
         for sign in (1, -1) if half_space else (1,):
             distances = (2 - 2 * sign * cosines).clamp_(min=CLOSEST**2).sqrt_()
-            distances.diagonal(start).fill_(math.inf)
-            energy += distances.reciprocal_().sum().item()
+            energy += 2 * distances.reciprocal_().triu_(1).sum().item()  # each pair counts from both its ends
     return energy
+
+
+def energy_change(before: Tensor, after: Tensor, *, half_space: bool = False) -> float:
+    """The relative change (E' − E)/E of the hyperspherical energy from a weight to another; 0 where E is 0.
+
+    An orthogonal matrix on the input side turns all neurons of a layer alike, at each position of a kernel, and leaves
+    their distances: one-sided ETHER at strength 1 changes nothing, nor do OFT and HRA on a linear layer. ETHER+ does:
+    H⁺ is not orthogonal, and an output side mixes neurons.
+
+    before, after: W and W', as for `hyperspherical_energy`.
+    """
+    energy = hyperspherical_energy(before, half_space=half_space)
+    return (hyperspherical_energy(after, half_space=half_space) - energy) / energy if energy else 0.0
 
 
 def adapted_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:

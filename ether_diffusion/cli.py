@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("inspect", "export", "merge", "evaluate-control", "demo")
+COMMANDS = ("inspect", "analyze", "export", "merge", "evaluate-control", "demo")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -20,6 +20,7 @@ from .checkpoint import DOCUMENT_FIELDS, ENCODER_FIELDS, Checkpoint, EtherFileEr
 from .config import EtherConfig
 from .control import CONTROL, Control, ControlEncoder
 from .layers import EtherLayer
+from .sources import MINIATURE_NAME, is_miniature
 
 FINGERPRINT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -638,4 +639,6 @@ def base_model_name(pipe: DiffusionPipeline) -> str | None:
     name = getattr(pipe.config, "_name_or_path", None)
     if not name:
         return None
+    if is_miniature(name):
+        return MINIATURE_NAME
     return Path(name).name if Path(name).is_dir() else str(name)

@@ -20,6 +20,13 @@ from .checkpoint import (
 )
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+MINIATURE_FOLDER = Path(__file__).parent / "miniature" / "weights"
+MINIATURE_NAME = "ether-diffusion miniature"
+
+
+def is_miniature(model: str | Path) -> bool:
+    """Whether a path is the pipeline folder that is shipped with the package."""
+    return Path(model).resolve() == MINIATURE_FOLDER.resolve()
 
 
 def find_checkpoint(

@@ -91,6 +91,15 @@ def test_an_encoder_reduces_a_picture_as_the_autoencoder_does(plain, factor):
     assert encoder.config.block_out_channels[:4] == (16, 32, 96, 256)[: len(encoder.config.block_out_channels)]
 
 
+@pytest.mark.parametrize(
+    ("channels", "factor", "count"),
+    [(320, 8, 1_086_480), (80, 4, 113_600)],  # Stable Diffusion of every size, and the miniature
+)
+def test_an_encoder_has_the_published_number_of_parameters(channels, factor, count):
+    encoder = ControlEncoder.for_unet(torch.nn.ModuleDict({"conv_in": torch.nn.Conv2d(4, channels, 3)}), factor)
+    assert sum(parameter.numel() for parameter in encoder.parameters()) == count
+
+
 def test_an_encoder_for_an_adapted_unet_reads_through_the_adapter(plain):
     plain.unet.add_adapter(EtherConfig(target_modules=["conv_in"], num_blocks=2))
     assert ControlEncoder.for_unet(plain.unet, 2).config.out_channels == 16

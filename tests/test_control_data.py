@@ -69,6 +69,18 @@ def test_label_maps_come_to_size_without_new_classes(tmp_path, scale):
     assert not seen("lanczos") <= known
 
 
+@pytest.mark.parametrize("mode", ["P", "RGBA"])
+def test_control_pictures_of_another_mode_are_read_as_rgb(tmp_path, mode):
+    folder = write(tmp_path / "data")
+    before = images(folder)
+    wanted = [before.control(before.view(sample)) for sample in range(4)]
+    for path in (folder / "maps").iterdir():
+        Image.open(path).convert(mode).save(path)
+    after = images(folder)
+    for sample, control in enumerate(wanted):
+        np.testing.assert_array_equal(after.control(after.view(sample)), control)
+
+
 def test_captions_belong_to_their_pictures_and_some_are_left_out(tmp_path):
     folder = write(tmp_path / "data")
     shown = images(folder)
@@ -135,6 +147,10 @@ def test_the_fingerprint_knows_captions_and_pictures(tmp_path):
         ),
         ({"conditioning_image_column": "map"}, "--conditioning_image_column map: .* has the columns image, cond"),
         ({"caption_column": "words"}, "--caption_column words: .* has the columns image, conditioning_image, text"),
+        (
+            {"conditioning_image_column": "map", "streaming": True},
+            "--conditioning_image_column map: .* has the columns image, cond",
+        ),
         (
             {"dataset_config_name": None, "train_data_dir": "nowhere"},
             "--train_data_dir nowhere: there is no such folder",

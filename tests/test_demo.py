@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from pathlib import Path
@@ -22,12 +22,16 @@ httpx = pytest.importorskip("httpx")
 import ether_diffusion  # noqa: E402
 from ether_diffusion import miniature  # noqa: E402
 from ether_diffusion.cli import main  # noqa: E402
-from ether_diffusion.commands.demo import SHIPPED, serve  # noqa: E402
+from ether_diffusion.commands.demo import SHIPPED, add_arguments, serve  # noqa: E402
 from ether_diffusion.control import ControlEncoder, EtherControlPipeline  # noqa: E402
+from ether_diffusion.demo import jobs, training  # noqa: E402
+from ether_diffusion.demo import page as page_module  # noqa: E402
 from ether_diffusion.demo import worker as worker_module  # noqa: E402
+from ether_diffusion.demo.jobs import Cancelled, Failed, Painted, Painting  # noqa: E402
 from ether_diffusion.demo.library import Library, clean_name  # noqa: E402
-from ether_diffusion.demo.settings import Settings, read_settings, save_picture  # noqa: E402
-from ether_diffusion.demo.worker import Cancelled, Failed, Painted, Painting, Worker  # noqa: E402
+from ether_diffusion.demo.settings import LARGEST_MAP, Settings, read_picture, save_picture  # noqa: E402
+from ether_diffusion.demo.training import Trainings, read_photo  # noqa: E402
+from ether_diffusion.demo.worker import Worker  # noqa: E402
 from ether_diffusion.training.command_line import InputError  # noqa: E402
 
 PROMPT = "a photo of sks toy on a red background"
@@ -79,7 +83,8 @@ def client(server):
 
 
 def connect(server) -> "gradio_client.Client":
-    return gradio_client.Client(server.local_url, verbose=False, analytics_enabled=False)
+    patient = {"timeout": 60}
+    return gradio_client.Client(server.local_url, verbose=False, analytics_enabled=False, httpx_kwargs=patient)
 
 
 def paint(worker: Worker, **settings: object) -> Painted:
@@ -106,7 +111,8 @@ def pictures(answer) -> list[np.ndarray]:
 
 
 def test_shipped_adapters_fit_and_change_the_picture(worker):
-    shipped = [each for each in worker.library.adapters() if (SHIPPED / each.name).is_dir()]
+    offered = [each for each in worker.library.adapters() if (SHIPPED / each.name).is_dir()]
+    shipped = [each for each in offered if not each.is_control]
     assert len(shipped) == 3
     for adapter in shipped:
         assert worker.fit(adapter) == "fits" and adapter.picture is not None and "a photo of" in adapter.prompt
@@ -160,10 +166,12 @@ def test_whoever_cancels_or_leaves_is_skipped(worker, monkeypatch):
         first = worker.submit(Settings(prompt=PROMPT, steps=100), "impatient")
         second = worker.submit(Settings(prompt=PROMPT, steps=STEPS), "patient")
         worker.cancel("impatient")
+        if first is not worker._current:
+            assert isinstance(first._error, Cancelled)  # at once, not when its turn comes
     with pytest.raises(Cancelled):
         list(first.events())
     assert isinstance(list(second.events())[-1], Painted)
-    monkeypatch.setattr(worker_module, "ABANDONED_AFTER", 0.2)
+    monkeypatch.setattr(jobs, "ABANDONED_AFTER", 0.2)
     gone = worker.submit(Settings(prompt=PROMPT, steps=100), "gone")  # nobody ever asks for its news
     deadline = time.monotonic() + 30
     while gone._error is None and time.monotonic() < deadline:
@@ -216,15 +224,46 @@ def test_a_control_adapter_steers_with_its_map_and_leaves_no_trace(worker):
 def test_a_picture_carries_its_settings(tmp_path):
     settings = Settings(prompt="ein Bär", adapters=(("toy-1", 0.5),), seed=7, width=96)
     save_picture(Image.new("RGB", (8, 8)), tmp_path / "a.png", settings)
-    assert read_settings(tmp_path / "a.png") == settings
+    assert read_picture(tmp_path / "a.png") == (settings, None)
     Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
     with pytest.raises(InputError, match="b.png: holds no settings"):
-        read_settings(tmp_path / "b.png")
+        read_picture(tmp_path / "b.png")
     (tmp_path / "c.png").write_text("no picture")
     with pytest.raises(InputError, match="c.png: is not a PNG picture"):
-        read_settings(tmp_path / "c.png")
+        read_picture(tmp_path / "c.png")
     with pytest.raises(InputError, match="cannot be read"):
         Settings.from_json(json.dumps({"prompt": "a", "os": "rm"}))
+
+
+def test_a_picture_carries_its_map_within_bounds(tmp_path):
+    settings, board = Settings(prompt="a map", adapters=(("scene-map", 1.0),)), Image.new("RGBA", (9, 7), "teal")
+    save_picture(Image.new("RGB", (8, 8)), tmp_path / "a.png", settings, board)
+    found, control = read_picture(tmp_path / "a.png")
+    assert found == settings and control.size == (9, 7) and control.tobytes() == board.tobytes()
+    save_picture(Image.new("RGB", (8, 8)), tmp_path / "b.png", settings, Image.new("L", (LARGEST_MAP + 1, 1)))
+    with pytest.raises(InputError, match="b.png: the map in it has 2049×1 pixels; 2048 a side at most fit"):
+        read_picture(tmp_path / "b.png")
+
+
+def test_the_shipped_control_adapter_comes_with_the_map_of_its_picture(worker):
+    (adapter,) = (each for each in Library(SHIPPED).adapters() if each.is_control)
+    settings, control = read_picture(adapter.picture)
+    *_, last = worker.submit(settings, "test", control=control).events()
+    ((base, steered),) = last.pictures
+    with Image.open(adapter.picture) as shown:
+        expected = np.asarray(shown.convert("RGB"), np.float32)
+    # Processors round differently; another picture differs by much more.
+    assert np.abs(np.asarray(steered, np.float32) - expected).mean() < 4
+    assert np.abs(np.asarray(base, np.float32) - expected).mean() > 8
+
+
+def test_a_photo_with_too_many_pixels_is_not_decoded(tmp_path):
+    Image.new("1", (10_000, 6_000)).save(tmp_path / "large.png")
+    with pytest.raises(InputError, match="large.png: has 60,000,000 pixels; 50,000,000 at most fit"):
+        read_photo(tmp_path / "large.png", 256)
+    (tmp_path / "no.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match="no.png: is not a picture that can be read"):
+        read_photo(tmp_path / "no.png", 256)
 
 
 def test_names_are_cleaned_and_links_out_of_the_folder_are_left_out(tmp_path, adapters):
@@ -236,6 +275,60 @@ def test_names_are_cleaned_and_links_out_of_the_folder_are_left_out(tmp_path, ad
     assert library.adapters() == []
     assert [library.add("dog", adapters / "toy-1") for _ in range(2)] == ["dog", "dog-2"]
     assert [each.name for each in library.adapters()] == ["dog", "dog-2"]
+
+
+# Trainings ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_line(worker, photographs):
+    """in_line(owner) -> the news of a training, which nothing has asked for yet."""
+    trainings = Trainings(worker)
+    photos = sorted(photographs.iterdir())
+
+    def call(owner: str):
+        return trainings.train(photos, name="toy", word="toy", method="ether", owner=owner, steps=2)
+
+    call.trainings = trainings
+    yield call
+    trainings.close()
+
+
+def test_trainings_wait_their_turn_and_a_place_that_is_given_up_is_free(in_line):
+    first, second, third, fourth = (in_line(owner) for owner in ("first", "second", "third", "fourth"))
+    assert [next(each).place for each in (first, second, third, fourth)] == [0, 1, 2, 3]
+    with pytest.raises(InputError, match="a training of yours is in line already"):
+        next(in_line("third"))
+    in_line.trainings.stop("second")
+    with pytest.raises(Cancelled):
+        next(second)
+    third.close()  # its page was closed
+    assert next(fourth).place == 1
+    in_line.trainings.stop("first")
+    with pytest.raises(Cancelled):
+        list(first)
+    assert next(fourth).place == 0
+    fourth.close()
+    assert next(in_line("fourth")).place == 0
+
+
+def test_a_training_that_nobody_asks_for_makes_room(in_line, monkeypatch):
+    lost, patient = in_line("lost"), in_line("patient")
+    assert (next(lost).place, next(patient).place) == (0, 1)
+    process = in_line.trainings._line[0].process
+    monkeypatch.setattr(training, "ABANDONED_AFTER", 0.5)
+    assert next(patient).place == 0  # a second later
+    process.wait(30)
+    patient.close()
+
+
+def test_the_line_of_trainings_has_an_end(in_line, monkeypatch):
+    monkeypatch.setattr(training, "LONGEST_LINE", 1)
+    running = in_line("one")
+    next(running)
+    with pytest.raises(InputError, match=r"the line is full \(1 trainings\)"):
+        next(in_line("another"))
+    running.close()
 
 
 # The server -----------------------------------------------------------------------------------------------------
@@ -285,7 +378,7 @@ def test_a_killed_client_does_not_hold_up_the_next(server):
     lost.wait()
     begun = time.monotonic()
     assert "Done" in ask(connect(server)).result()[0]
-    assert time.monotonic() - begun < worker_module.ABANDONED_AFTER + 10
+    assert time.monotonic() - begun < jobs.ABANDONED_AFTER + 10
 
 
 def test_a_client_cancels_only_its_own(server):
@@ -342,6 +435,9 @@ def test_uploads_are_bounded(server):
     connection.endheaders()
     assert connection.getresponse().status == 413
     connection.close()
+    for path in ("call/generate", "component_server"):
+        answer = httpx.post(f"{server.local_url}gradio_api/{path}", content=iter([b"of unknown length"]))
+        assert answer.status_code == 413
     large = {"files": ("a.png", bytes(21_000_000))}
     assert httpx.post(upload, files=large, timeout=60).status_code == 413
 
@@ -356,6 +452,23 @@ def test_who_asks_for_a_password_lets_nobody_else_in(server, tmp_path, monkeypat
     finally:
         page.close()
         page.worker.close()
+
+
+def test_the_page_is_for_this_machine_unless_flags_say_otherwise(tmp_path, monkeypatch):
+    """Gradio's own `launch` is left out here: --share would open a tunnel."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", os.environ.get("GRADIO_TEMP_DIR", str(tmp_path)))
+    launched = []
+    monkeypatch.setattr(page_module.gr.Blocks, "launch", lambda self, **options: launched.append(options))
+    parser = ArgumentParser()
+    add_arguments(parser)
+    for k, given in enumerate(([], ["--share", "--host", "0.0.0.0", "--port", "81", "--auth", "ann:se:cret"])):
+        (tmp_path / str(k)).mkdir()
+        serve(parser.parse_args(given), tmp_path / str(k)).worker.close()
+    usual, wide = ([each[k] for k in ("server_name", "server_port", "share", "auth")] for each in launched)
+    assert usual == ["127.0.0.1", 7860, False, None]
+    assert wide == ["0.0.0.0", 81, True, ("ann", "se:cret")]
+    assert all(each["enable_monitoring"] is False for each in launched)
+    assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
 
 
 @pytest.mark.parametrize(
@@ -374,11 +487,44 @@ def test_flags_that_cannot_be_used_are_said(given, message, capsys):
 def test_settings_come_back_from_a_downloaded_picture(client):
     answer = ask(client, ("toy-1", 0.5), seed=3, negative="blue").result()
     base, adapted = (each["image"] for each in answer[2])
-    found = read_settings(adapted)
+    found = read_picture(adapted)[0]
     assert (found.seed, found.adapters, found.negative_prompt) == (3, (("toy-1", 0.5),), "blue")
-    assert read_settings(base).adapters == ()
+    assert read_picture(base)[0].adapters == ()
     restored = client.predict(gradio_client.handle_file(adapted), api_name="/use_settings")
     assert restored[0]["value"] == ["toy-1"] and restored[1] == 0.5 and restored[-3] == 3
+
+
+def test_a_controlled_picture_brings_its_map_back(server, client):
+    start = client.predict("scene-map", api_name="/sample_map")
+    drawn = start[2]
+    assert start[1] and Image.open(drawn["composite"]).size == (512, 512)
+    files = {key: drawn[key] and gradio_client.handle_file(drawn[key]) for key in ("background", "composite")}
+    sent = {**files, "layers": []}
+    said, _, gallery = client.predict("scene-map", start[1], sent, 1.0, 5, STEPS, 5.0, 64, 64, api_name="/control")
+    base, steered = (each["image"] for each in gallery)
+    settings, control = read_picture(steered)
+    assert "Done" in said and settings.seed == 5 and read_picture(base)[1] is None
+    *_, last = server.worker.submit(settings, "test", control=control).events()
+    assert np.array_equal(np.asarray(Image.open(steered)), np.asarray(last.pictures[0][1]))
+    restored = client.predict(gradio_client.handle_file(steered), api_name="/use_map")
+    assert restored[0] == "scene-map" and restored[4] == 5 and "settings and the map" in restored[-1]
+    assert Image.open(restored[2]["composite"]).convert("RGBA").tobytes() == control.tobytes()
+    refused = client.predict(gradio_client.handle_file(steered), api_name="/use_settings")
+    assert "was painted under a map; drop it in the tab Control" in refused[-1]
+    refused = client.predict(gradio_client.handle_file(base), api_name="/use_map")
+    assert "was painted without a map; drop it in the tab Generate" in refused[-1]
+    with pytest.raises(Exception, match="Map: is empty"):
+        client.predict("scene-map", "a heart", None, 1.0, 5, STEPS, 5.0, 64, 64, api_name="/control")
+
+
+def test_a_photo_can_be_cut(client, photographs, tmp_path):
+    photos = [gradio_client.handle_file(path) for path in sorted(photographs.iterdir())]
+    Image.new("RGB", (20, 30), "red").save(tmp_path / "cut.png")
+    cut = gradio_client.handle_file(tmp_path / "cut.png")
+    edited = {"background": cut, "layers": [], "composite": cut}
+    files, *_ = client.predict(photos, 1, edited, api_name="/crop")
+    assert [Image.open(file).size for file in files] == [(64, 64), (20, 30), (64, 64)]
+    assert "choose a photo first" in client.predict(photos, 7, edited, api_name="/crop")[-1]
 
 
 def test_a_broken_upload_is_explained_and_a_sound_one_described(client, tmp_path):
@@ -418,6 +564,8 @@ def test_photos_become_an_adapter_that_paints(server, client, photographs):
     assert "my-toy is in the list" in said and "Loss" in chart and Image.open(sample).size[0] > 100
     assert any("left" in each[0] for each in job.outputs())
     client.predict(api_name="/refresh")
+    with Image.open(server.worker.library.get("my-toy").picture) as picture:
+        assert picture.size == (64, 64)  # the subject alone, not the sheet of samples
     answer = ask(client, ("my-toy", 1.0)).result()
     assert not np.array_equal(*pictures(answer))
 

@@ -1,5 +1,6 @@
 """`train_controlnet_ether.py` from end to end, as a user calls it."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import (
     ControlNetModel,
     DiffusionPipeline,
@@ -20,7 +22,7 @@ from diffusers import (
 )
 from peft import PeftModel
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scripts import CONTROLNET, launch, load_script, reset_accelerate
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_control_data import label_map, write
@@ -29,6 +31,8 @@ from zoo import sdxl
 from ether_diffusion import EtherControlPipeline, EtherControlXLPipeline
 from ether_diffusion.checkpoint import WEIGHTS_NAME
 from ether_diffusion.control import ControlEncoder
+from ether_diffusion.training.command_line import parse_options
+from ether_diffusion.training.control_options import CONTROL_STEPS, ControlValidationOptions
 from ether_diffusion.training.control_run import ControlRun
 
 STEP = 1 / 255
@@ -246,6 +250,53 @@ def test_every_learning_rate_is_logged_under_its_name_and_stands_on_the_card(tra
     assert "denoiser 0.05, text encoder 0.02, control 0.05" in (folder / "README.md").read_text()
 
 
+def test_a_scaled_learning_rate_of_the_control_is_among_the_logged_options(train):
+    flags = ["--scale_lr", "--control_lr", 0.01, "--train_batch_size", 2, "--gradient_accumulation_steps", 2]
+    _, folder = train(*flags, "--report_to", "tensorboard", "--checkpointing_steps", 3)
+    (written,) = (folder / "logs").rglob("hparams.yml")
+    logged = yaml.safe_load(written.read_text())
+    assert logged["control_lr"] == pytest.approx(0.04) and logged["learning_rate"] == pytest.approx(0.2)
+    assert json.loads((folder / "checkpoint-3" / "checkpoint.json").read_text())["run"]["control_lr"] == 0.04
+    assert "denoiser 0.2, control 0.04" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--method none",
+        "--method ether_plus --train_text_encoder",
+        "--method lora",
+        "--method none --control_type controlnet",
+        "--method ether --control_type controlnet",
+    ],
+)
+def test_as_many_parameters_are_saved_as_the_card_says(train, flags):
+    _, folder = train(*flags.split())
+    # What lies in controlnet/ is whole: copied weights, with what was learned in them.
+    saved = {name: tensor for name, tensor in tensors(folder).items() if not name.startswith("controlnet/")}
+    count = sum(tensor.numel() for tensor in saved.values())
+    assert f"| trained parameters | {count:,} |" in (folder / "README.md").read_text()
+
+
+def test_gradients_are_clipped_over_encoder_and_reflections_together(train):
+    flags = ["--method", "ether", "--max_train_steps", 1]
+    clipped, still = (
+        load_file(train(*flags, *more, output=more[0])[1] / WEIGHTS_NAME)
+        for more in (["--max_grad_norm", 1e-12], ["--learning_rate", 1e-9, "--control_lr", 1e-9])
+    )
+    usual = load_file(train(*flags)[1] / WEIGHTS_NAME)
+    for part in ("control_encoder", "unet"):
+        names = [name for name in still if name.startswith(part)]
+        assert all(torch.allclose(clipped[name], still[name], atol=1e-4) for name in names), part
+        assert not all(torch.allclose(usual[name], still[name], atol=1e-2) for name in names), part
+
+
+@pytest.mark.parametrize(("interpolation", "told"), [("nearest", True), ("lanczos", False)])
+def test_the_card_of_a_controlnet_says_that_stock_pipelines_smooth_label_maps(train, interpolation, told):
+    _, folder = train("--control_type", "controlnet", "--conditioning_interpolation", interpolation)
+    assert ("at the size of the result" in (folder / "README.md").read_text()) == told
+
+
 def test_a_controlnet_to_start_from_is_taken(train, bases):
     first = train("--control_type", "controlnet", output="first")[1]
     flags = ["--control_type", "controlnet", "--controlnet_model_name_or_path", first / "controlnet"]
@@ -274,6 +325,26 @@ def test_a_resumed_run_ends_with_the_same_file(train, tmp_path, more):
     shutil.copytree(folder / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
     again, _ = train(*flags, "--resume_from_checkpoint", "latest", output="resumed")
     assert again.losses == whole.losses and same(folder, tmp_path / "resumed")
+
+
+@pytest.mark.parametrize("flag", ["pretrained_model_name_or_path", "controlnet_model_name_or_path"])
+def test_a_run_does_not_go_on_from_a_model_that_was_replaced(train, bases, tmp_path, capsys, flag):
+    model = tmp_path / "model"
+    flags = ["--max_train_steps", 4, "--checkpointing_steps", 2, f"--{flag}", model]
+    if flag.startswith("controlnet"):
+        flags += ["--control_type", "controlnet"]
+        shutil.copytree(train("--control_type", "controlnet", output="first")[1] / "controlnet", model)
+    else:
+        shutil.copytree(bases["sd"], model)
+    shutil.copytree(train(*flags, output="whole")[1] / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    weights = next(path for path in model.rglob("diffusion_pytorch_model.safetensors") if path.parent.name != "vae")
+    tampered = {name: tensor + 1 for name, tensor in load_file(weights).items()}
+    save_file(tampered, weights, metadata={"format": "pt"})
+    with pytest.raises(SystemExit) as stop:
+        train(*flags, "--resume_from_checkpoint", "latest", output="resumed")
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2
+    assert re.search(rf"--{flag}: was '.*model \(sha256:\w+\)' in .*checkpoint-2 and is '.*\(sha256:", error), error
 
 
 @pytest.mark.slow
@@ -333,6 +404,25 @@ def test_a_data_set_with_other_columns_is_trained_like_the_folder_it_came_from(t
     flags = ["--dataset_name", tmp_path / "set", "--dataset_config_name", "default", "--image_column", "photo"]
     flags += ["--conditioning_image_column", "map", "--caption_column", "words"]
     assert same(train(*flags, output="set")[1], train(output="folder")[1])
+
+
+def test_without_a_number_of_steps_training_goes_on_until_control_is_learned(pairs):
+    def steps(*flags: str) -> int:
+        words = ["--train_data_dir", str(pairs), *flags]
+        given = parse_options(load_script(CONTROLNET).Options, words).optimization
+        return given.resolve(default_learning_rate=1e-3, epoch_samples=40, processes=1).steps
+
+    assert (steps(), steps("--max_train_steps", "7"), steps("--num_train_epochs", "3")) == (CONTROL_STEPS, 7, 30)
+
+
+def test_control_pictures_and_prompts_of_the_validation_are_paired():
+    def pairs_of(images: str, prompts: str) -> list[tuple[str, str]]:
+        return ControlValidationOptions(validation_image=tuple(images), validation_prompt=tuple(prompts)).pairs
+
+    assert pairs_of("ab", "xy") == [("a", "x"), ("b", "y")]
+    assert pairs_of("ab", "x") == [("a", "x"), ("b", "x")]
+    assert pairs_of("a", "xy") == [("a", "x"), ("a", "y")]
+    assert ControlValidationOptions().pairs == []
 
 
 BAD = [

@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> None:
             pass
         finally:
             serving.close(verbose=False)
+            serving.trainings.close()
             serving.worker.close()
 
 

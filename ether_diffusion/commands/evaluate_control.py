@@ -43,7 +43,7 @@ from ..miniature.evaluate import checksum
 from ..miniature.render import SIZE
 from ..miniature.segmenter import MiniatureSegmenter
 from ..training.command_line import InputError
-from ..training.images import read_image
+from ..training.images import DAMAGE, read_image
 from ..training.methods import INDEX_NAME, LORA_NAME
 from ..training.seeds import generator
 
@@ -143,21 +143,16 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Image.Image]:
     """
     base = args.base or str(miniature.FOLDER)
     features = args.fid_features or ("inception" if args.miniature is None else "miniature")
-    pipe = DiffusionPipeline.from_pretrained(base)
-    if getattr(pipe, "unet", None) is None:
-        raise InputError(f"--base {base}: {type(pipe).__name__} has no UNet, which control needs")
-    if getattr(pipe, "safety_checker", None) is not None:
-        pipe.safety_checker = None  # a picture that it blackens would be judged
+    pipe = _open(base)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
     samples = _held_out(args.miniature, side) if args.miniature else read_samples(args, side)
     _check_features(features, len(samples))
-    pipe.set_progress_bar_config(disable=True)
-    judge = _judge(args, device)
-    pipe.to(device)
-    without = _paint(pipe, samples, args, "without control")
     controlled, options = _controlled(pipe, args)
+    judge = _judge(args, device)
     painted = _paint(controlled.to(device), samples, args, "with control", options)
+    del pipe, controlled  # the adapter stays in their models, so the base is opened anew
+    without = _paint(_open(base).to(device), samples, args, "without control")
 
     real = [sample.real for sample in samples]
     rows = {"real": real, "with_control": painted, "without_control": without}
@@ -185,6 +180,16 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Image.Image]:
     if base == str(miniature.FOLDER):
         report |= {"base": "miniature", "base_sha256": checksum(miniature.FOLDER)}
     return report, draw_sheet([[sample.control for sample in samples], *rows.values()])
+
+
+def _open(base: str) -> DiffusionPipeline:
+    pipe = DiffusionPipeline.from_pretrained(base)
+    if getattr(pipe, "unet", None) is None:
+        raise InputError(f"--base {base}: {type(pipe).__name__} has no UNet, which control needs")
+    if getattr(pipe, "safety_checker", None) is not None:
+        pipe.safety_checker = None  # a picture that it blackens would be judged
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def _check_features(features: str, count: int) -> None:
@@ -266,15 +271,12 @@ def _fit(image: Image.Image, side: int, resample: Image.Resampling = Image.Resam
 def _read_labels(path: Path, side: int, reduce: bool) -> Tensor:
     try:
         with Image.open(path) as image:
-            if image.mode not in ("L", "P", "I", "I;16"):
-                raise InputError(
-                    f"{path}: is {image.mode}, needs one grey value for each pixel: the index of its class"
-                )
-            image.load()
-            # The indices of a palette are the classes, not its colours.
-            values = Image.fromarray(np.asarray(image).astype(np.int32))
-    except OSError as error:
+            mode, indices = image.mode, np.asarray(image)  # of a palette the indices are the classes, not its colours
+    except DAMAGE as error:
         raise InputError(f"{path}: cannot be read as a picture ({error})") from error
+    if mode not in ("L", "P", "I", "I;16"):
+        raise InputError(f"{path}: is {mode}, needs one grey value for each pixel: the index of its class")
+    values = Image.fromarray(indices.astype(np.int32))
     labels = torch.from_numpy(np.array(_fit(values, side))).long()
     return torch.where((labels == 0) | (labels == IGNORED), IGNORED, labels - 1) if reduce else labels
 
@@ -312,7 +314,7 @@ def _with_peer(pipe: DiffusionPipeline, folder: Path) -> DiffusionPipeline:
     if (folder / LORA_NAME).is_file():
         pipe.load_lora_weights(folder)
     elif (folder / INDEX_NAME).is_file():
-        return type(pipe).from_pretrained(folder)
+        return _open(str(folder))
     for config in sorted(folder.glob("*/adapter_config.json")):
         name = config.parent.name
         setattr(pipe, name, PeftModel.from_pretrained(getattr(pipe, name), config.parent).base_model.model)

@@ -248,19 +248,19 @@ def render(report: Mapping[str, Any], *, layers: bool = False) -> Iterable[str]:
         "prompt": UNKNOWN if report["prompt"] is None else report["prompt"],
         "parameters": f"{report['parameters']:,} in a file of {report['file_bytes']:,} bytes",
     }
-    yield from (f"{name:10}  {_short(value)}" for name, value in facts.items())
+    yield from (f"{name:10}  {shorten(value)}" for name, value in facts.items())
     if fit := report["fit"]:
         yield f"{'fit':10}  {fit['verdict']} on {fit['base']}" + (f": {fit['error']}" if fit["error"] else "")
     if report["components"]:
         yield ""
-        yield from _table(
+        yield from table(
             ("component", "method", "sides", "blocks", "layers", "parameters", "bytes", "angle", "distance"),
             [_component_row(entry, report["layers"]) for entry in report["components"]],
             texts=3,
         )
     if report["weights"]:
         yield ""
-        yield from _table(
+        yield from table(
             ("component", "trained as a whole", "tensors", "parameters", "bytes"),
             [_whole_row(entry) for entry in report["weights"]],
         )
@@ -276,7 +276,7 @@ def _component_row(entry: Mapping[str, Any], layers: Iterable[Mapping[str, Any]]
     own = [row for row in layers if row["component"] == entry["component"]]
     angles = [row["angle"]["mean"] for row in own if row["angle"]]
     return (
-        _short(entry["component"] or UNKNOWN),
+        shorten(entry["component"] or UNKNOWN),
         METHODS[entry["method"]],
         entry["sides"],
         str(entry["num_blocks"]),
@@ -295,20 +295,20 @@ def _whole_row(entry: Mapping[str, Any]) -> tuple[str, ...]:
     else:
         what = ", ".join(entry["modules"])
     numbers = (f"{entry[name]:,}" for name in ("tensors", "parameters", "bytes"))
-    return (_short(entry["component"]), _short(what), *numbers)
+    return (shorten(entry["component"]), shorten(what), *numbers)
 
 
 def _render_conflicts(against: Mapping[str, Any]) -> Iterable[str]:
     rows = against["conflicts"]
-    yield _short(
+    yield shorten(
         f"against {against['file']}: {len(rows)} sides of layers in common, of {against['sides']} here and "
         f"{against['sides_of_other']} there"
     )
     if rows:
-        yield from _table(
+        yield from table(
             ("strongest", "side", "alignment", "commutator"),
             [
-                (_place(row), row["side"], f"{row['alignment']:.3f}", f"{row['commutator']:.3f}")
+                (place_of(row), row["side"], f"{row['alignment']:.3f}", f"{row['commutator']:.3f}")
                 for row in rows[:STRONGEST]
             ],
         )
@@ -316,14 +316,14 @@ def _render_conflicts(against: Mapping[str, Any]) -> Iterable[str]:
 
 def _render_layers(report: Mapping[str, Any]) -> Iterable[str]:
     against = report["against"]
-    clashes = {(_place(row), row["side"]): row for row in (against["conflicts"] if against else ())}
+    clashes = {(place_of(row), row["side"]): row for row in (against["conflicts"] if against else ())}
     columns = ("layer", "side", "width", "blocks", "angle", "largest", "distance")
     rows = []
     for row in report["layers"]:
-        angle, clash = row["angle"], clashes.get((_place(row), row["side"]))
+        angle, clash = row["angle"], clashes.get((place_of(row), row["side"]))
         turned = (f"{angle['mean']:.1f}°", f"{angle['max']:.1f}°") if angle else (UNKNOWN, UNKNOWN)
         cells = (
-            _place(row),
+            place_of(row),
             row["side"],
             str(row["width"]),
             str(row["num_blocks"]),
@@ -333,19 +333,19 @@ def _render_layers(report: Mapping[str, Any]) -> Iterable[str]:
         if against:
             cells += (f"{clash['alignment']:.3f}", f"{clash['commutator']:.3f}") if clash else (UNKNOWN, UNKNOWN)
         rows.append(cells)
-    yield from _table((*columns, "alignment", "commutator") if against else columns, rows)
+    yield from table((*columns, "alignment", "commutator") if against else columns, rows)
 
 
-def _place(row: Mapping[str, Any]) -> str:
-    return _short(f"{row['component']}.{row['path']}" if row["component"] else row["path"])
+def place_of(row: Mapping[str, Any]) -> str:
+    return shorten(f"{row['component']}.{row['path']}" if row["component"] else row["path"])
 
 
-def _short(text: str) -> str:
+def shorten(text: str) -> str:
     text = printable(text)
     return text if len(text) <= LONGEST_TEXT else f"{text[: LONGEST_TEXT - 2]} …"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, texts: int = 2) -> Iterable[str]:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, texts: int = 2) -> Iterable[str]:
     """Columns under their heads: the first `texts` to the left, the numbers after them to the right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     for row in (head, *rows):

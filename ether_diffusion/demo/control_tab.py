@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -11,44 +12,63 @@ from PIL import Image
 from ..training.command_line import InputError
 from .generate_tab import choices, paint, whole
 from .results import Results
-from .settings import HIGHEST_GUIDANCE, HIGHEST_SEED, HIGHEST_STRENGTH, LONGEST_PROMPT, MOST_STEPS, Settings
+from .settings import (
+    HIGHEST_GUIDANCE,
+    HIGHEST_SEED,
+    HIGHEST_STRENGTH,
+    LARGEST_MAP,
+    LONGEST_PROMPT,
+    MOST_STEPS,
+    Settings,
+    read_picture,
+)
 from .words import STRENGTH_NOTE, note, problem, status
 from .worker import Worker
 
-LARGEST_MAP = 4096
+MOST_BRUSHES = 12
 
 
 def control_tab(worker: Worker, results: Results) -> gr.Dropdown:
-    """Build the tab; its list of adapters."""
+    """Build the tab; its list of adapters. It starts with what the first adapter's picture was painted from."""
     offered = choices(worker, control=True)
     if not offered:
         gr.Markdown(
             "There is no control adapter in the folder. `train_controlnet_ether.py` trains one; put its output folder "
             "into the folder of adapters and load this page again."
         )
+    gr.Markdown("Draw a map, or upload one: it says where things are, and the prompt says what they are.")
+    first, drawing = (_sample(worker, offered[0]) if offered else None) or (Settings(prompt="a picture"), None)
     side = 8 * worker.side if worker.side <= 64 else worker.side
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             chosen = gr.Dropdown(offered, value=offered[0] if offered else None, label="Control adapter")
-            prompt = gr.Textbox(label="Prompt", max_length=LONGEST_PROMPT)
+            prompt = gr.Textbox(label="Prompt", value=first.prompt, max_length=LONGEST_PROMPT, elem_id="map-prompt")
             drawn = gr.ImageEditor(
-                label="Map: draw it, or upload one",
+                value=drawing,
+                label="Map",
                 type="pil",
                 image_mode="RGBA",
                 sources=["upload"],
+                brush=gr.Brush(default_size=side // 16, colors=_colours(drawing)) if drawing else None,
                 canvas_size=(side, side),
                 format="png",
                 layers=False,
                 elem_id="map",
             )
+            again = gr.Button("The adapter's sample map", size="sm", elem_id="sample-map")
             strength = gr.Slider(0, HIGHEST_STRENGTH, value=1.0, step=0.05, label="Strength")
             gr.HTML(note(STRENGTH_NOTE))
-            seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, maximum=HIGHEST_SEED)
-            steps = gr.Slider(1, MOST_STEPS, value=25, step=1, label="Steps")
-            guidance = gr.Slider(0, HIGHEST_GUIDANCE, value=5.0, step=0.5, label="Guidance")
             with gr.Row():
-                go = gr.Button("Generate", variant="primary")
-                stop = gr.Button("Cancel")
+                go = gr.Button("Generate", variant="primary", elem_id="generate-map")
+                stop = gr.Button("Cancel", elem_id="cancel-map")
+            with gr.Accordion("More settings", open=False):
+                seed = gr.Number(label="Seed", value=first.seed, precision=0, minimum=0, maximum=HIGHEST_SEED)
+                steps = gr.Slider(1, MOST_STEPS, value=first.steps, step=1, label="Steps")
+                guidance = gr.Slider(0, HIGHEST_GUIDANCE, value=first.guidance, step=0.5, label="Guidance")
+                sides = [
+                    gr.Slider(worker.side // 2, 2 * worker.side, value=worker.side, step=worker.unit, label=label)
+                    for label in ("Width in pixels", "Height in pixels")
+                ]
         with gr.Column(scale=3, min_width=300):
             said = gr.HTML(status("Ready."), elem_id="control-status")
             preview = gr.Image(
@@ -60,17 +80,24 @@ def control_tab(worker: Worker, results: Results) -> gr.Dropdown:
                 format="png",
                 buttons=["download", "fullscreen"],
                 interactive=False,
+                elem_id="map-gallery",
             )
+            with gr.Accordion("Use the settings and the map of a picture", open=False):
+                dropped = gr.File(
+                    label="Drop a PNG that was painted under a map", file_types=[".png"], elem_id="map-settings"
+                )
 
-    def generate(name, prompt, drawn, strength, seed, steps, guidance, request: gr.Request):
+    inputs = [chosen, prompt, drawn, strength, seed, steps, guidance, *sides]
+
+    def generate(name, prompt, drawn, strength, seed, steps, guidance, width, height, request: gr.Request):
         try:
             settings = Settings(
                 prompt=prompt or "",
                 adapters=((str(name or ""), strength),),
                 steps=whole("Steps", steps),
                 guidance=guidance,
-                width=worker.side,
-                height=worker.side,
+                width=whole("Width", width),
+                height=whole("Height", height),
                 seed=whole("Seed", seed),
             )
             control = _map_of(drawn)
@@ -81,7 +108,7 @@ def control_tab(worker: Worker, results: Results) -> gr.Dropdown:
 
     go.click(
         generate,
-        [chosen, prompt, drawn, strength, seed, steps, guidance],
+        inputs,
         [said, preview, gallery],
         api_name="control",
         show_progress="hidden",
@@ -93,7 +120,62 @@ def control_tab(worker: Worker, results: Results) -> gr.Dropdown:
         worker.cancel(str(request.session_hash))
 
     stop.click(cancel, api_name=False, queue=False, show_progress="hidden")
+
+    def start(name: str | None) -> list[Any]:
+        found = _sample(worker, str(name or ""))
+        if found is None:
+            return [*[gr.skip()] * len(inputs), problem(f"{name or 'This adapter'} comes with no sample map")]
+        return [gr.skip(), *_values(*found)[1:], status("This is the map of the adapter's picture.")]
+
+    again.click(start, chosen, [*inputs, said], api_name="sample_map", show_progress="hidden")
+
+    def restore(path: str | None) -> list[Any]:
+        if path is None:
+            return [gr.skip()] * (len(inputs) + 1)
+        try:
+            found, control = _read(path)
+            worker.library.get(found.adapters[0][0])
+        except InputError as error:
+            return [*[gr.skip()] * len(inputs), problem(str(error))]
+        said = status(f"These are the settings and the map of {Path(path).name}.")
+        return [*_values(found, control), said]
+
+    dropped.upload(restore, dropped, [*inputs, said], api_name="use_map", show_progress="hidden")
     return chosen
+
+
+def _sample(worker: Worker, name: str) -> tuple[Settings, Image.Image] | None:
+    """What an adapter's picture was painted from, where it was downloaded from this page."""
+    try:
+        picture = worker.library.get(name).picture
+        return None if picture is None else _read(picture)
+    except InputError:
+        return None
+
+
+def _read(path: str | Path) -> tuple[Settings, Image.Image]:
+    """Settings and map of a picture from this tab.
+
+    Raises:
+        InputError: it is none.
+    """
+    settings, control = read_picture(path)
+    if control is None or len(settings.adapters) != 1:
+        raise InputError(f"{Path(path).name}: was painted without a map; drop it in the tab Generate")
+    return settings, control
+
+
+def _values(settings: Settings, control: Image.Image) -> list[Any]:
+    """Of the tab's inputs."""
+    ((name, strength),) = settings.adapters
+    about = [settings.seed, settings.steps, settings.guidance, settings.width, settings.height]
+    return [name, settings.prompt, control, strength, *about]
+
+
+def _colours(control: Image.Image) -> list[str]:
+    """What a map is drawn with, the most used first: the colours of one that exists."""
+    counted = sorted(control.convert("RGB").getcolors(control.width * control.height), reverse=True)
+    return [f"#{red:02x}{green:02x}{blue:02x}" for _, (red, green, blue) in counted[:MOST_BRUSHES]]
 
 
 def _map_of(drawn: dict[str, Any] | None) -> Image.Image:

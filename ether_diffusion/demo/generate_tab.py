@@ -11,6 +11,7 @@ import gradio as gr
 from PIL import Image
 
 from ..training.command_line import InputError
+from .jobs import Cancelled, Failed, Painted, Painting
 from .results import Results
 from .settings import (
     HIGHEST_GUIDANCE,
@@ -21,10 +22,10 @@ from .settings import (
     MOST_PICTURES,
     MOST_STEPS,
     Settings,
-    read_settings,
+    read_picture,
 )
 from .words import STRENGTH_NOTE, cards, note, problem, progress, status
-from .worker import Cancelled, Failed, Painted, Painting, Worker
+from .worker import Worker
 
 RANDOM_SEEDS = 10**6
 """A seed that is drawn stays below this: short enough to be told to somebody."""
@@ -196,7 +197,9 @@ def generate_tab(worker: Worker, results: Results) -> tuple[gr.Dropdown, gr.HTML
         if path is None:
             return [gr.skip()] * (len(inputs) + 1)
         try:
-            found = read_settings(path)
+            found, control = read_picture(path)
+            if control is not None:
+                raise InputError(f"{Path(path).name}: was painted under a map; drop it in the tab Control")
             for name, _ in found.adapters:
                 worker.library.get(name)
         except InputError as error:

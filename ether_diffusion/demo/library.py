@@ -13,7 +13,8 @@ from ..control import CONTROL
 from ..sources import find_checkpoint
 from ..training.command_line import InputError
 
-PICTURE_NAMES = ("picture.png", "grid.png")
+PICTURE_NAME = "picture.png"
+PICTURE_NAMES = (PICTURE_NAME, "grid.png")
 NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z_-]{0,39}")
 LONGEST_PROMPT_SHOWN = 200
 
@@ -106,7 +107,7 @@ class Library:
             target = self.folders[-1] / free
             partial = self.folders[-1] / f".{free}"
             partial.mkdir()
-            for file in (WEIGHTS_NAME, *PICTURE_NAMES):
+            for file in (WEIGHTS_NAME, PICTURE_NAME):
                 if (folder / file).is_file():
                     shutil.copy(folder / file, partial / file)
             partial.rename(target)

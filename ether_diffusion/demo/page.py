@@ -26,7 +26,7 @@ from .worker import Worker  # noqa: E402
 
 MAX_UPLOAD = "20mb"
 MAX_UPLOAD_BYTES = 200_000_000
-"""Of all files that are sent at once."""
+"""Of all that is sent at once."""
 MAX_PIXELS = 40_000_000
 """Of a picture; Pillow refuses what has twice as many."""
 MAX_THREADS = 100
@@ -63,6 +63,8 @@ CSS = """
 .ether-samples img { padding-top: 36px; }
 button.primary:hover { background: var(--primary-700); }
 .ether-preview img { width: 100%; height: 100%; object-fit: contain; }
+.ether-preview:not(:has(img)) { display: none !important; }
+#map-gallery img { image-rendering: pixelated; }
 .ether-note { font-size: 0.85em; }
 .gradio-container { --block-info-text-color: var(--body-text-color); }
 """
@@ -80,7 +82,7 @@ def build_page(worker: Worker, results: Results) -> gr.Blocks:
         with gr.Tab("Generate"):
             adapters, listed = generate_tab(worker, results)
         with gr.Tab("Train"):
-            trained = train_tab(trainings)
+            trained = train_tab(trainings, results)
         with gr.Tab("Inspect and export"):
             inspected = inspect_tab(worker, results)
         with gr.Tab("Control"):
@@ -107,6 +109,7 @@ def build_page(worker: Worker, results: Results) -> gr.Blocks:
             results.forget(owner)
 
         page.unload(leave)
+    page.trainings = trainings
     return page
 
 
@@ -147,7 +150,7 @@ class Guard:
             return await self.app(scope, receive, send)
         if "file=http" in scope["path"].lower() or scope["path"].startswith("/gradio_api/proxy="):
             return await _refuse(send, 403, "only files of this server are served")
-        if scope["path"].rstrip("/").endswith("/upload"):
+        if scope["method"] == "POST":
             length = dict(scope["headers"]).get(b"content-length", b"")
             if not length.isdigit() or int(length) > MAX_UPLOAD_BYTES:
                 return await _refuse(

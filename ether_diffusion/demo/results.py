@@ -8,8 +8,8 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from .jobs import Painted
 from .settings import save_picture
-from .worker import Painted
 
 
 class Results:
@@ -37,7 +37,7 @@ class Results:
             for (kind, settings), image in zip(made.items(), pair, strict=True):
                 if image is not None:
                     path = folder / f"{kind}-{settings.seed}.png"
-                    save_picture(image, path, settings)
+                    save_picture(image, path, settings, painted.control if kind == "adapted" else None)
                     shown.append((str(path), f"{kind}, seed {settings.seed}"))
         return shown
 

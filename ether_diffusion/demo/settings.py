@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from dataclasses import asdict, dataclass, fields
@@ -14,6 +15,10 @@ from ..training.command_line import InputError
 
 TEXT_KEY = "ether_diffusion"
 """Of the PNG text chunk that holds the settings."""
+MAP_CHUNK = b"etMp"
+"""Of the private PNG chunk that holds the map, as a PNG. Text chunks are read up to one megabyte only."""
+LARGEST_MAP = 2048
+"""Pixels a side."""
 LONGEST_PROMPT, MOST_STEPS, MOST_PICTURES, MOST_ADAPTERS = 1000, 150, 4, 3
 HIGHEST_STRENGTH, HIGHEST_GUIDANCE, HIGHEST_SEED = 1.5, 30.0, 2**32 - 1
 LARGEST_TEXT_CHUNK = 20_000
@@ -98,15 +103,19 @@ def _check_number(what: str, value: Any, highest: float) -> None:
         raise InputError(f"{what}: got {value!r}, needs a number from 0 to {highest:g}")
 
 
-def save_picture(image: Image.Image, path: Path, settings: Settings) -> None:
-    """Write a PNG that says how it was made."""
+def save_picture(image: Image.Image, path: Path, settings: Settings, control: Image.Image | None = None) -> None:
+    """Write a PNG that says how it was made, with the map that it was painted under, if there was one."""
     info = PngImagePlugin.PngInfo()
     info.add_text(TEXT_KEY, settings.to_json())
+    if control is not None:
+        content = io.BytesIO()
+        control.save(content, "PNG")
+        info.add(MAP_CHUNK, content.getvalue())
     image.save(path, pnginfo=info)
 
 
-def read_settings(path: str | Path) -> Settings:
-    """The settings in a picture that `save_picture` wrote.
+def read_picture(path: str | Path) -> tuple[Settings, Image.Image | None]:
+    """Settings and map of a picture that `save_picture` wrote; None where it was painted without a map.
 
     Raises:
         InputError: not such a picture.
@@ -115,8 +124,20 @@ def read_settings(path: str | Path) -> Settings:
     try:
         with Image.open(path, formats=("PNG",)) as image:
             text = image.info.get(TEXT_KEY)
+            maps = [content for kind, content, *_ in image.private_chunks if kind == MAP_CHUNK]
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{name}: is not a PNG picture that can be read") from error
     if not isinstance(text, str) or len(text) > LARGEST_TEXT_CHUNK:
         raise InputError(f"{name}: holds no settings; pictures that were downloaded from this page do")
-    return Settings.from_json(text)
+    return Settings.from_json(text), _read_map(name, maps[0]) if maps else None
+
+
+def _read_map(name: str, content: bytes) -> Image.Image:
+    try:
+        with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
+            if max(image.size) <= LARGEST_MAP:
+                return image.convert("RGBA")
+            said = f"has {image.width}×{image.height} pixels; {LARGEST_MAP} a side at most fit"
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{name}: the map in it cannot be read") from error
+    raise InputError(f"{name}: the map in it {said}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,7 +28,9 @@ from ..training.options import (
     ValidationOptions,
     ViewOptions,
 )
+from ..training.preview import paint
 from ..training.run import TrainingRun
+from .library import PICTURE_NAME
 
 PREVIEWS = 4
 """How often sample pictures are painted in one training, the end included."""
@@ -82,6 +84,10 @@ def train(task: dict) -> None:
     objective.register_forward_hook(told)
     what = f"{len(examples)} pictures"
     run.finish(run.train(objective, what), prompt=options.data.instance_prompt, pictures=what)
+    one = replace(options.validation, num_validation_images=1)
+    with run.family.at_work(*run.family.modules()):
+        (picture,) = paint(run.family.pipe, options.data.instance_prompt, one, options.run.seed)
+    picture.save(run.output_dir / PICTURE_NAME)
 
 
 def say(**news: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -11,14 +12,16 @@ from PIL import Image
 from ..training.command_line import InputError
 from ..training.options import DEFAULT_METHOD
 from .charts import line_chart
+from .jobs import Cancelled, Failed
+from .results import Results
 from .training import FEWEST_PHOTOS, MOST_PHOTOS, TOKEN, Progress, Trainings, read_photo
 from .words import problem, progress, status
-from .worker import Cancelled, Failed
 
+LARGEST_CROP = 1024
 METHODS = [("ETHER+ (moves both sides, the default)", "ether_plus"), ("ETHER (a quarter of the size)", "ether")]
 
 
-def train_tab(trainings: Trainings) -> Callable[..., Any]:
+def train_tab(trainings: Trainings, results: Results) -> Callable[..., Any]:
     """Build the tab; the event that an adapter is new, to be told of by calling it as Gradio's events are."""
     gr.Markdown(
         f"Teach the base model a subject from {FEWEST_PHOTOS} to {MOST_PHOTOS} photos. Everyone who uses this server "
@@ -32,7 +35,30 @@ def train_tab(trainings: Trainings) -> Callable[..., Any]:
                 file_types=["image"],
                 elem_id="photos",
             )
-            shown = gr.Gallery(label="What was uploaded", columns=4, height=180, interactive=False, buttons=[])
+            shown = gr.Gallery(
+                label="What was uploaded; choose one to crop it",
+                columns=4,
+                height=180,
+                interactive=False,
+                buttons=[],
+                preview=False,
+                allow_preview=False,
+                elem_id="uploaded",
+            )
+            which = gr.Number(visible=False, precision=0)
+            with gr.Column(visible=False) as cropping:
+                editor = gr.ImageEditor(
+                    label="Crop, then keep the cut",
+                    type="pil",
+                    image_mode="RGB",
+                    interactive=True,
+                    sources=[],
+                    transforms=["crop"],
+                    layers=False,
+                    format="png",
+                    elem_id="crop",
+                )
+                keep = gr.Button("Keep this cut", size="sm", elem_id="keep-crop")
             name = gr.Textbox(label="Name of the adapter", max_length=40, placeholder="my-dog")
             word = gr.Textbox(label="What the photos show", max_length=30, placeholder="dog")
             method = gr.Radio(METHODS, value=DEFAULT_METHOD, label="Method")
@@ -56,6 +82,26 @@ def train_tab(trainings: Trainings) -> Callable[..., Any]:
             return None, problem(str(error))
 
     photos.change(preview, photos, [shown, said], api_name=False, show_progress="hidden")
+
+    def open_crop(paths: list[str], chosen: gr.SelectData) -> tuple[Any, ...]:
+        try:
+            return read_photo(paths[chosen.index], LARGEST_CROP), chosen.index, gr.update(visible=True)
+        except InputError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+
+    shown.select(open_crop, photos, [editor, which, cropping], api_name=False, show_progress="hidden")
+
+    def crop(paths: list[str] | None, index: int | None, edited: dict[str, Any] | None, request: gr.Request):
+        """The files, with the cut in the place of the photo it was made of."""
+        cut, paths = (edited or {}).get("composite"), list(paths or [])
+        if cut is None or index is None or not 0 <= index < len(paths):
+            return gr.skip(), gr.update(visible=False), problem("Crop: choose a photo first")
+        path = results.folder(str(request.session_hash)) / f"{Path(paths[index]).stem[:40]}-cut.png"
+        cut.save(path)
+        paths[index] = str(path)
+        return paths, gr.update(visible=False), status("Ready.")
+
+    keep.click(crop, [photos, which, editor], [photos, cropping, said], api_name="crop", show_progress="hidden")
 
     def train(photos, name, word, method, request: gr.Request):
         try:
@@ -88,6 +134,8 @@ def train_tab(trainings: Trainings) -> Callable[..., Any]:
 def _words(now: Progress) -> str:
     if now.name is not None:
         return status(f"Done: the adapter {now.name} is in the list.")
+    if now.place:
+        return status(f"In line: {now.place} before yours. Stop gives the place up.")
     if now.step == 0:
         return status("Loading the base model and painting its samples …")
     left = "" if now.seconds_left is None else f", about {now.seconds_left:.0f} s left"

@@ -1,4 +1,4 @@
-"""Trainings for the page: one at a time, each in a process of its own, through the package's training code."""
+"""Trainings for the page: one after the other, each in a process of its own, through the package's training code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from PIL import Image
@@ -20,21 +20,27 @@ from ..training.command_line import InputError
 from ..training.images import read_image
 from ..training.options import ETHER_METHODS
 from ..training.run import VALIDATION_FOLDER
+from .jobs import ABANDONED_AFTER, Cancelled, Failed
 from .library import clean_name
-from .worker import Cancelled, Failed, Worker
+from .worker import Worker
 
 FEWEST_PHOTOS, MOST_PHOTOS = 3, 8
 MOST_PHOTO_PIXELS = 50_000_000
 STEPS = 200
 TOKEN = "sks"
 WORD = re.compile(r"[A-Za-z][A-Za-z -]{0,29}")
+LONGEST_LINE = 8
 PATIENCE = 10.0
 """Seconds that a process has to end in after it was asked to."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Progress:
-    """How far a training is. `name` is set when the adapter is in the library, under that name."""
+    """How far a training is.
+
+    place: how many are before it; 0 when it is at work.
+    name: of the adapter, when it is in the library.
+    """
 
     step: int = 0
     steps: int = STEPS
@@ -42,28 +48,49 @@ class Progress:
     picture: Path | None = None
     seconds_left: float | None = None
     name: str | None = None
+    place: int = 0
+
+
+@dataclass(eq=False)
+class _Turn:
+    """Somebody's place in the line of trainings. `asked` is when they last wanted news."""
+
+    owner: str
+    asked: float = field(default_factory=time.monotonic)
+    process: subprocess.Popen | None = None
+    stopped: bool = False
+
+    def stop(self) -> None:
+        self.stopped = True
+        if self.process is not None:
+            self.process.terminate()
 
 
 class Trainings:
-    """Starts and stops trainings on the base model of a worker; what they yield goes into its library."""
+    """Trains on the base model of a worker, one after the other; what comes of it goes into the worker's library."""
 
     def __init__(self, worker: Worker):
         self.worker = worker
-        self._turn = threading.Lock()
-        self._running: tuple[str, subprocess.Popen] | None = None
-        self._stopped: set[str] = set()
+        self._line: list[_Turn] = []
+        self._lock = threading.Lock()
 
     def stop(self, owner: str) -> None:
-        """End this owner's training, if it is the one at work."""
-        running = self._running
-        if running is not None and running[0] == owner:
-            self._stopped.add(owner)
-            running[1].terminate()
+        """End this owner's training, or free its place in line."""
+        with self._lock:
+            for turn in self._line:
+                if turn.owner == owner:
+                    turn.stop()
+
+    def close(self) -> None:
+        """End all of them."""
+        with self._lock:
+            for turn in self._line:
+                turn.stop()
 
     def train(
         self, photos: Sequence[str | Path], *, name: str, word: str, method: str, owner: str = "", steps: int = STEPS
     ) -> Iterator[Progress]:
-        """Train an adapter, and tell how far it is, about once a second and after every sample picture.
+        """Wait for a turn, train an adapter, and tell how far it is, about once a second.
 
         Args:
             photos: 3 to 8 picture files.
@@ -74,7 +101,7 @@ class Trainings:
             steps: of the optimiser.
 
         Raises:
-            InputError: something that cannot be trained on; or another training is at work.
+            InputError: something that cannot be trained on; the line is full, or this owner is in it already.
             Cancelled: it was stopped.
             Failed: the process ended otherwise.
         """
@@ -85,29 +112,51 @@ class Trainings:
             raise InputError(f"Method: got {method!r}, needs one of {', '.join(ETHER_METHODS)}")
         if not FEWEST_PHOTOS <= len(photos) <= MOST_PHOTOS:
             raise InputError(f"Photos: got {len(photos)}, needs {FEWEST_PHOTOS} to {MOST_PHOTOS}")
-        if not self._turn.acquire(blocking=False):
-            raise InputError("another training is at work, and there is room for one; try again in a minute or two")
-        try:
-            with tempfile.TemporaryDirectory(prefix="ether-training-") as folder:
-                yield from self._train(Path(folder), photos, name, f"a photo of {TOKEN} {word}", method, owner, steps)
-        finally:
-            self._stopped.discard(owner)
-            self._running = None
-            self._turn.release()
+        with tempfile.TemporaryDirectory(prefix="ether-training-") as made:
+            folder = Path(made)
+            (folder / "photos").mkdir()
+            for k, photo in enumerate(photos):
+                read_photo(photo, 4 * self.worker.side).save(folder / "photos" / f"{k}.png")
+            turn = self._join(owner)
+            try:
+                while place := self._place(turn):
+                    yield Progress(steps=steps, place=place)
+                    time.sleep(1.0)
+                for progress in self._run(turn, folder, f"a photo of {TOKEN} {word}", method, steps):
+                    turn.asked = time.monotonic()
+                    yield progress
+                added = self.worker.library.add(name, folder / "out")
+                yield replace(progress, picture=folder / "out" / "grid.png", name=added)
+            finally:
+                with self._lock:
+                    self._line = [each for each in self._line if each is not turn]
 
-    def _train(
-        self,
-        folder: Path,
-        photos: Sequence[str | Path],
-        name: str,
-        prompt: str,
-        method: str,
-        owner: str,
-        steps: int,
-    ) -> Iterator[Progress]:
-        (folder / "photos").mkdir()
-        for k, photo in enumerate(photos):
-            read_photo(photo, 4 * self.worker.side).save(folder / "photos" / f"{k}.png")
+    def _join(self, owner: str) -> _Turn:
+        with self._lock:
+            if any(turn.owner == owner for turn in self._line):
+                raise InputError("a training of yours is in line already; stop it, or wait for it")
+            if len(self._line) >= LONGEST_LINE:
+                raise InputError(f"the line is full ({len(self._line)} trainings); try again in a few minutes")
+            self._line.append(_Turn(owner))
+            return self._line[-1]
+
+    def _place(self, turn: _Turn) -> int:
+        """How many are before this one. Those that nobody has asked for in a while are sent away.
+
+        Raises:
+            Cancelled: it was stopped.
+        """
+        with self._lock:
+            turn.asked = time.monotonic()
+            for each in self._line:
+                if turn.asked - each.asked > ABANDONED_AFTER:
+                    each.stop()
+            self._line = [each for each in self._line if turn.asked - each.asked <= ABANDONED_AFTER]
+            if turn.stopped or turn not in self._line:
+                raise Cancelled("stopped")
+            return self._line.index(turn)
+
+    def _run(self, turn: _Turn, folder: Path, prompt: str, method: str, steps: int) -> Iterator[Progress]:
         base = self.worker.base
         task = {
             "base": None if base == str(miniature.FOLDER) else base,
@@ -121,27 +170,25 @@ class Trainings:
         command = [sys.executable, "-m", "ether_diffusion.demo.train_one", json.dumps(task)]
         with (folder / "log").open("w") as log:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-        self._running = (owner, process)
         try:
+            with self._lock:
+                turn.process = process
             news = _News(process, folder / "out" / VALIDATION_FOLDER, steps)
-            yield Progress(steps=steps)
-            while process.poll() is None:
+            yield news.now()
+            while process.poll() is None and not turn.stopped:
                 time.sleep(1.0)
                 yield news.now()
-            news.thread.join(timeout=PATIENCE)
         finally:
             _end(process)
-        if owner in self._stopped:
+        news.thread.join(timeout=PATIENCE)
+        if turn.stopped:
             raise Cancelled("stopped")
         if news.error is not None:
             raise InputError(news.error)
         if not news.done:
             last = ((folder / "log").read_text(errors="replace").strip().splitlines() or [""])[-1]
             raise Failed(f"The training ended with {process.returncode} before it was done: {last[-300:]}")
-        done = news.now()
-        done.picture = folder / "out" / "grid.png"
-        done.name = self.worker.library.add(name, folder / "out")
-        yield done
+        yield news.now()
 
 
 class _News:

@@ -14,7 +14,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from ..export import export_lora
 from ..injection import other_base, plan, put_on
 from ..sources import find_checkpoint
 from ..training.command_line import InputError
+from .jobs import Cancelled, Failed, Job, Painted, Painting, Waiting
 from .library import Adapter, Library
 from .settings import Settings
 
@@ -36,8 +37,6 @@ logger = logging.getLogger(__name__)
 
 LOADED_AT_MOST = 32
 LONGEST_LINE, MOST_PER_OWNER = 64, 8
-ABANDONED_AFTER = 20.0
-"""Seconds without anybody asking for news, after which a request is given up."""
 PREVIEW_SHARE = 0.25
 """Of the time that a picture takes, what previews may add at most."""
 WITH_CONTROL = {
@@ -45,102 +44,6 @@ WITH_CONTROL = {
     "StableDiffusionXLPipeline": EtherControlXLPipeline,
 }
 """By the class of the base; they paint the same pictures, and take control adapters besides."""
-
-
-class Cancelled(Exception):
-    """The request was cancelled, or nobody waits for it any more."""
-
-
-class Failed(Exception):
-    """The request failed; the message is for the person who asked."""
-
-
-@dataclass(frozen=True)
-class Waiting:
-    """In line: `place` requests are to be done before this one, the present one included."""
-
-    place: int
-
-
-@dataclass(frozen=True)
-class Painting:
-    """At work on picture `picture` of `pictures`, after `step` of `steps`; counted from 1."""
-
-    picture: int
-    pictures: int
-    step: int
-    steps: int
-    preview: Image.Image | None
-
-
-@dataclass(frozen=True)
-class Painted:
-    """Done: for every picture the base model's and the adapted one (None where no adapter was asked for)."""
-
-    pictures: list[tuple[Image.Image, Image.Image | None]]
-    settings: Settings
-    seconds: float
-
-
-Event = Waiting | Painting | Painted
-
-
-class Job:
-    """A request in line. `events` is for the one who asked; the rest is the worker's.
-
-    Args:
-        settings: what is asked for.
-        owner: who asks: `Worker.cancel` takes back all that one owner has in line.
-        control: the control picture, if one of the adapters is a control adapter.
-    """
-
-    def __init__(self, settings: Settings, owner: str, control: Image.Image | None = None):
-        self.settings, self.owner, self.control = settings, owner, control
-        self._changed = threading.Condition()
-        self._event: Event | None = None
-        self._error: Exception | None = None
-        self._cancelled = False
-        self._last_seen = time.monotonic()
-
-    def events(self) -> Iterator[Event]:
-        """The news, as they come; the last one is `Painted`. News that nobody fetched in time are left out.
-
-        Raises:
-            Cancelled: the request was taken back.
-            InputError: it asks for something that is not there.
-            Failed: whatever else went wrong, in words.
-        """
-        seen: Event | None = None
-        while True:
-            with self._changed:
-                while self._event is seen and self._error is None:
-                    self._last_seen = time.monotonic()
-                    self._changed.wait(1.0)
-                self._last_seen = time.monotonic()
-                if self._error is not None:
-                    raise self._error
-                seen = self._event
-            yield seen
-            if isinstance(seen, Painted):
-                return
-
-    def cancel(self) -> None:
-        with self._changed:
-            self._cancelled = True
-
-    @property
-    def given_up(self) -> bool:
-        return self._cancelled or time.monotonic() - self._last_seen > ABANDONED_AFTER
-
-    def tell(self, event: Event) -> None:
-        with self._changed:
-            self._event = event
-            self._changed.notify_all()
-
-    def fail(self, error: Exception) -> None:
-        with self._changed:
-            self._error = error
-            self._changed.notify_all()
 
 
 class Worker:
@@ -219,9 +122,12 @@ class Worker:
     def cancel(self, owner: str) -> None:
         """Take back everything that this owner has asked for."""
         with self._line:
-            for job in (*self._jobs, self._current):
-                if job is not None and job.owner == owner:
-                    job.cancel()
+            for job in [each for each in self._jobs if each.owner == owner]:
+                self._jobs.remove(job)
+                job.fail(Cancelled("cancelled"))
+            self._tell_places()
+            if self._current is not None and self._current.owner == owner:
+                self._current.cancel()
 
     def close(self) -> None:
         """End the thread; what is in line is not painted."""
@@ -293,7 +199,7 @@ class Worker:
                 if settings.adapters:
                     adapted = self._paint(job, one, job.control, k * passes + 2, settings.pictures * passes)
                 pictures.append((base, adapted))
-        return Painted(pictures, settings, time.perf_counter() - started)
+        return Painted(pictures, settings, job.control, time.perf_counter() - started)
 
     @contextmanager
     def _adapters(self, adapters: tuple[tuple[str, float], ...]) -> Iterator[Callable[[], Any]]:

@@ -7,16 +7,17 @@ without a GPU or a download. Nothing measured on it is a result about Stable Dif
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer
 
-FOLDER = Path(__file__).parent / "weights"
+from ..metrics.similarity import BATCH, ClipFeatures, image_similarity, text_similarity
+from ..sources import MINIATURE_FOLDER
+
+FOLDER = MINIATURE_FOLDER
 """A folder that `StableDiffusionPipeline.from_pretrained` loads as it is; `clip/` in it holds the metric model."""
 
 
@@ -25,39 +26,29 @@ def load_pipeline(dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline
     return StableDiffusionPipeline.from_pretrained(FOLDER, dtype=dtype)
 
 
-class ClipScore:
-    """The miniature's own CLIP, trained on its world alone and not a part of the pipeline: measures similarity."""
+class ClipScore(ClipFeatures):
+    """The miniature's own CLIP, trained on its world alone and not a part of the pipeline: measures similarity.
 
-    def __init__(self) -> None:
-        self.model = CLIPModel.from_pretrained(FOLDER / "clip").eval()
+    Args:
+        device: where it computes.
+        batch_size: pictures or prompts at a time.
+    """
+
+    def __init__(self, *, device: torch.device | str = "cpu", batch_size: int = BATCH) -> None:
+        self.model = CLIPModel.from_pretrained(FOLDER / "clip").eval().to(device)
         self.tokenizer = CLIPTokenizer.from_pretrained(FOLDER / "tokenizer")
+        self.batch_size = batch_size
 
-    @torch.no_grad()
-    def embed_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Unit embeddings of pictures of any size: (len(images), d)."""
+    def _pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """(n, 3, h, w), from −1 to 1: the whole picture, never a part of it, is brought to the tower's size."""
         size = (self.model.config.vision_config.image_size,) * 2
         pixels = np.stack([np.asarray(image.convert("RGB").resize(size)) for image in images])
-        values = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-        pooled = self.model.vision_model(pixel_values=values).pooler_output
-        return F.normalize(self.model.visual_projection(pooled), dim=-1)
-
-    @torch.no_grad()
-    def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Unit embeddings of prompts: (len(texts), d)."""
-        ids = self.tokenizer(
-            list(texts),
-            padding="max_length",
-            truncation=True,
-            max_length=self.tokenizer.model_max_length,
-            return_tensors="pt",
-        )
-        pooled = self.model.text_model(input_ids=ids.input_ids).pooler_output
-        return F.normalize(self.model.text_projection(pooled), dim=-1)
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
     def image_similarity(self, images: Sequence[Image.Image], references: Sequence[Image.Image]) -> float:
         """Mean cosine similarity over all pairs of a picture and a reference (CLIP-I)."""
-        return (self.embed_images(images) @ self.embed_images(references).T).mean().item()
+        return image_similarity(images, references, self)
 
     def text_similarity(self, images: Sequence[Image.Image], texts: Sequence[str]) -> float:
         """Mean cosine similarity of each picture to its own text (CLIP-T)."""
-        return (self.embed_images(images) * self.embed_texts(texts)).sum(-1).mean().item()
+        return text_similarity(images, texts, self)

@@ -1,6 +1,6 @@
 """The options of control training, besides those of every training; named as in diffusers' examples/controlnet."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ether_diffusion.images import INTERPOLATIONS
 from ether_diffusion.training.command_line import (
@@ -13,11 +13,18 @@ from ether_diffusion.training.command_line import (
     OptionGroup,
     option,
 )
-from ether_diffusion.training.options import METHODS, AdapterOptions, TrainingOptions, ValidationOptions
+from ether_diffusion.training.options import (
+    METHODS,
+    AdapterOptions,
+    OptimizationOptions,
+    RunOptions,
+    TrainingOptions,
+    ValidationOptions,
+)
 
 CONTROL_TYPES = ("light", "controlnet")
 NO_METHOD = "none"
-CONTROL_LEARNING_RATE = 1e-3
+CONTROL_LEARNING_RATE, CONTROL_STEPS = 1e-3, 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +123,37 @@ class ControlAdapterOptions(AdapterOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ControlOptimizationOptions(OptimizationOptions):
+    """optimisation"""
+
+    max_train_steps: int | None = option(
+        f"Optimiser steps in all. Default: {CONTROL_STEPS}, or as many as --num_train_epochs needs.",
+        None,
+        fits=POSITIVE,
+    )
+
+    def resolve(self, *, default_learning_rate: float, epoch_samples: int, processes: int) -> OptimizationOptions:
+        """As in every training, with more steps where nothing says how many."""
+        if self.max_train_steps is None and self.num_train_epochs is None:
+            given = replace(self, max_train_steps=CONTROL_STEPS)
+            return given.resolve(
+                default_learning_rate=default_learning_rate, epoch_samples=epoch_samples, processes=processes
+            )
+        return super().resolve(
+            default_learning_rate=default_learning_rate, epoch_samples=epoch_samples, processes=processes
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlRunOptions(RunOptions):
+    """run"""
+
+    output_dir: str = option(
+        "Folder for what is trained, the model card and the pictures.", "ether-control", fits=TEXT, free=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ControlValidationOptions(ValidationOptions):
     """sample pictures"""
 
@@ -157,7 +195,9 @@ class ControlTrainingOptions(TrainingOptions):
     data: ControlDataOptions
     control: ControlOptions
     adapter: ControlAdapterOptions
+    optimization: ControlOptimizationOptions
     validation: ControlValidationOptions
+    run: ControlRunOptions
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +27,16 @@ from ether_diffusion.training.control_objective import (
     ControlNetObjective,
     LightControlObjective,
 )
-from ether_diffusion.training.control_options import (
-    CONTROL_LEARNING_RATE,
-    NO_METHOD,
-    ControlTrainingOptions,
-    ControlValidationOptions,
-)
-from ether_diffusion.training.families import Blueprint, Family
+from ether_diffusion.training.control_options import CONTROL_LEARNING_RATE, NO_METHOD, ControlTrainingOptions
+from ether_diffusion.training.control_preview import ControlPreview
+from ether_diffusion.training.families import Blueprint
 from ether_diffusion.training.images import read_image
 from ether_diffusion.training.loop import WEIGHT_DTYPES
 from ether_diffusion.training.methods import configs_of, loading_code, save_trained
 from ether_diffusion.training.objective import DenoisingObjective, PictureSet
 from ether_diffusion.training.optimizers import parameter_groups
-from ether_diffusion.training.preview import Preview, paint, side_by_side
 from ether_diffusion.training.run import TrainingRun
+from ether_diffusion.training.state import with_fingerprint
 from ether_diffusion.training.views import center_cut
 
 WHOLE_MODULES = ("controlnet_down_blocks", "controlnet_mid_block", "controlnet_cond_embedding")
@@ -92,13 +89,16 @@ class ControlRun(TrainingRun[ControlTrainingOptions]):
                 "--mixed_precision fp16: --control_type controlnet needs a GPU for it (on a CPU, autocast leaves "
                 "convolutions in the precision of their weights); use bf16 or no"
             )
-        optimization, self.control_lr = self.options.optimization, self.options.control.control_lr
-        if optimization.optimizer == "prodigy" and self.control_lr != CONTROL_LEARNING_RATE:
-            raise InputError(f"--control_lr: got {self.control_lr:g}, --optimizer prodigy takes one learning rate")
+        optimization, control = self.options.optimization, self.options.control
+        if optimization.optimizer == "prodigy" and control.control_lr != CONTROL_LEARNING_RATE:
+            raise InputError(f"--control_lr: got {control.control_lr:g}, --optimizer prodigy takes one learning rate")
         if not self.configs and optimization.optimizer != "prodigy" and optimization.learning_rate is not None:
             raise InputError("--learning_rate: has no effect with --method none; use --control_lr")
         if optimization.scale_lr:
-            self.control_lr *= optimization.samples_per_step(self.accelerator.num_processes)
+            rate = control.control_lr * optimization.samples_per_step(self.accelerator.num_processes)
+            self.options = replace(self.options, control=replace(control, control_lr=rate))
+        if (path := control.controlnet_model_name_or_path) is not None:
+            depends_on = {**depends_on, "controlnet_model_name_or_path": with_fingerprint(path, path)}
         super().check(epoch_samples=epoch_samples, depends_on=depends_on)
 
     def plan(self, blueprint: Blueprint) -> tuple[Configs, int]:
@@ -141,7 +141,7 @@ class ControlRun(TrainingRun[ControlTrainingOptions]):
             # Before there are adapters, which are float32 in every precision.
             self.pipe = self.family.light_control_pipeline_class.from_pipe(pipe, **kept)
             models = super().adapt()
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(devices=[]):  # made on the CPU
                 torch.manual_seed(self.options.run.seed)
                 self.control = self._make_encoder(pipe.unet).to(self.accelerator.device)
             self.pipe.add_control(ADAPTER_NAME, self.control)
@@ -170,7 +170,9 @@ class ControlRun(TrainingRun[ControlTrainingOptions]):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The method's parameters as in every run, and what else is trained, with a rate of its own."""
         optimization = self.options.optimization
-        rate = optimization.learning_rate if optimization.optimizer == "prodigy" else self.control_lr
+        rate = self.options.control.control_lr
+        if optimization.optimizer == "prodigy":
+            rate = optimization.learning_rate
         whole = [self.control] if self.is_light else [getattr(self.control, name) for name in WHOLE_MODULES]
         own = [each for module in whole for each in module.parameters() if each.requires_grad]
         groups: list[dict[str, Any]] = []
@@ -205,7 +207,10 @@ class ControlRun(TrainingRun[ControlTrainingOptions]):
 
     def loading_code(self) -> str:
         kind = type(self.pipe)
-        lines = ["from diffusers.utils import load_image", 'control = load_image("map.png")  # the control picture']
+        shown = "the control picture"
+        if not self.is_light and self.options.control.conditioning_interpolation == "nearest":
+            shown += ", at the size of the result: stock pipelines smooth what they resize (Lanczos)"
+        lines = ["from diffusers.utils import load_image", f'control = load_image("map.png")  # {shown}']
         if not self.is_light:
             lines += [
                 "from diffusers import ControlNetModel",
@@ -262,7 +267,7 @@ class ControlRun(TrainingRun[ControlTrainingOptions]):
     def _load_controlnet(self) -> ControlNetModel:
         path = self.options.control.controlnet_model_name_or_path
         unet = self.family.pipe.unet
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):  # made on the CPU
             torch.manual_seed(self.options.run.seed)
             if path is None:
                 return self._copy_of(unet).to(unet.dtype)
@@ -278,64 +283,6 @@ class ControlRun(TrainingRun[ControlTrainingOptions]):
             raise InputError(
                 f"--controlnet_model_name_or_path {path}: cannot be read as a ControlNet: {error}"
             ) from error
-
-
-class ControlPreview(Preview):
-    """For every pair of control picture and prompt: the control picture, the base model, and the controlled one.
-
-    Args:
-        pairs: (control picture, prompt) of each row.
-        family, options, seed: as for `Preview`.
-
-    Attributes:
-        pipe: the pipeline with the control, once there is one.
-        precision: in which a ControlNet computes, whose frozen weights have it and whose trained ones are in float32.
-    """
-
-    precision: torch.dtype = torch.float32
-
-    def __init__(
-        self, family: Family, pairs: Sequence[tuple[Image.Image, str]], options: ControlValidationOptions, seed: int
-    ):
-        self.pairs, self.pipe = list(pairs), None
-        super().__init__(family, [prompt for _, prompt in pairs], options, seed)
-
-    def compare(self) -> Image.Image:
-        rows: list[tuple[str, list[Image.Image]]] = []
-        for (control, prompt), before, after in zip(self.pairs, self.base, self._paint(), strict=True):
-            rows += [("control", [control]), (f"base: {prompt}", before), (f"controlled: {prompt}", after)]
-        return side_by_side(rows)
-
-    def _paint(self) -> list[list[Image.Image]]:
-        controlnet = getattr(self.pipe, CONTROLNET, None)
-        with (
-            self.family.at_work(*self.family.modules()),
-            nullcontext() if controlnet is None else computing_in(controlnet, self.precision),
-        ):
-            return [self._paint_pair(control, prompt) for control, prompt in self.pairs]
-
-    def _paint_pair(self, control: Image.Image, prompt: str) -> list[Image.Image]:
-        inputs = {"width": control.width, "height": control.height}
-        if self.pipe is not None:
-            inputs["image" if hasattr(self.pipe, "controlnet") else "control_image"] = control
-        return paint(self.pipe or self.family.pipe, prompt, self.options, self.seed, **inputs)
-
-
-@contextmanager
-def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """The model's calls in this precision, whatever that of its weights; float32 leaves them as they are.
-
-    Of this model alone: the autoencoder of SDXL, for one, overflows in float16.
-    """
-    if dtype == torch.float32:
-        yield
-        return
-    device = next(model.parameters()).device
-    model.forward = torch.autocast(device.type, dtype)(model.forward)
-    try:
-        yield
-    finally:
-        del model.forward
 
 
 def count_parameters(model: nn.Module) -> int:

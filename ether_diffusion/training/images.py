@@ -19,7 +19,7 @@ IMAGE_SUFFIXES = frozenset(
 )
 
 # What Pillow's decoders raise on damaged files.
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 def find_images(folder: str | Path, flag: str = "--instance_data_dir") -> list[Path]:
@@ -65,13 +65,13 @@ def read_image(file: str | Path | BinaryIO, name: str | None = None) -> Image.Im
     name = str(file) if name is None else name
     try:
         image = Image.open(file)
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise InputError(f"{name}: is not a picture that can be read ({error})") from error
     with image:
         try:
             image.load()
             return to_rgb(ImageOps.exif_transpose(image))
-        except _DAMAGE as error:
+        except DAMAGE as error:
             raise InputError(f"{name}: the picture is truncated or damaged ({error})") from error
 
 

@@ -23,7 +23,7 @@ from ether_diffusion.training.methods import configs_of, loading_code, read_meth
 from ether_diffusion.training.optimizers import check_optimizer, check_schedule, parameter_groups
 from ether_diffusion.training.options import TrainingOptions
 from ether_diffusion.training.preview import Preview, is_due
-from ether_diffusion.training.state import Checkpoints
+from ether_diffusion.training.state import Checkpoints, with_fingerprint
 
 VALIDATION_FOLDER = "validation"
 
@@ -139,6 +139,8 @@ class TrainingRun(Generic[Options]):
         self.options = replace(self.options, optimization=optimization)
         self.epoch_samples = epoch_samples
         given = {**binding(self.options), **depends_on, "method": self.method.name}
+        base = "pretrained_model_name_or_path"
+        given[base] = with_fingerprint(given[base], self.source.path)
         given |= {"mixed_precision": self.precision, "num_processes": processes}
         if self.options.adapter.adapter_config is not None:
             content = Path(self.options.adapter.adapter_config).read_bytes()

@@ -51,6 +51,10 @@ SIZE_FACTOR, OVERHEAD_BYTES = 6, 1 << 20
 SLACK_BYTES = 64 << 20
 """Room for the adapter's file, the pictures, the card and the logs."""
 
+FINGERPRINTED_SUFFIXES = (".json", ".safetensors", ".bin")
+BLOCK_BYTES, BLOCKS = 4096, 64
+"""A model's fingerprint reads about so many blocks of each file, and files up to their sum whole."""
+
 
 class Interrupted(Exception):
     """A signal has ended the run after a whole step and a checkpoint. `exit_code` is 128 + the signal's number."""
@@ -256,6 +260,30 @@ def _whole_checkpoints(folder: Path) -> Iterator[Snapshot]:
             yield read_snapshot(path)
         except InputError as error:
             logger.warning("left out: %s", error)
+
+
+# What a run depends on -----------------------------------------------------------------------------------------
+
+
+def with_fingerprint(name: str, path: str | Path) -> str:
+    """The name of a model with a fingerprint of what lies at the path; the name alone where that is no local folder.
+
+    Configs and weights count with their sizes and, of large ones, blocks evenly spread: a model that was replaced
+    shows, and gigabytes need not be read.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return name
+    digest = hashlib.sha256()
+    files = (each for each in folder.rglob("*") if each.suffix in FINGERPRINTED_SUFFIXES and each.is_file())
+    for file in sorted(files):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(folder).as_posix()} {size}\n".encode())
+        with file.open("rb") as opened:
+            for place in range(0, size, max(BLOCK_BYTES, size // BLOCKS)):
+                opened.seek(place)
+                digest.update(opened.read(BLOCK_BYTES))
+    return f"{name} (sha256:{digest.hexdigest()[:16]})"
 
 
 # The checkpoints of a run ---------------------------------------------------------------------------------------

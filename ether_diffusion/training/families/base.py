@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from ether_diffusion import miniature
 from ether_diffusion.attention import enable_ether_attention
+from ether_diffusion.sources import MINIATURE_NAME, is_miniature
 from ether_diffusion.training.command_line import InputError
 from ether_diffusion.training.options import ModelOptions, PerformanceOptions, ViewOptions, parse_buckets
 from ether_diffusion.training.views import Framing, Target
-
-MINIATURE_NAME = "ether-diffusion miniature"
 
 Conditioning = Mapping[str, Tensor]
 
@@ -37,7 +36,7 @@ class ModelSource:
 
     @property
     def is_miniature(self) -> bool:
-        return Path(self.path).resolve() == Path(miniature.FOLDER).resolve()
+        return is_miniature(self.path)
 
     @property
     def name(self) -> str:

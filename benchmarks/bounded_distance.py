@@ -1,0 +1,294 @@
+"""How far can a method move the weights, and what is left of the pictures there? Random transforms, no training.
+
+    python benchmarks/bounded_distance.py --output_dir out/bounded_distance
+    python benchmarks/bounded_distance.py --output_dir out/bounded_distance --quick
+
+Every attention layer of the miniature's denoiser gets a random transform of growing strength. Strength is: of ETHER
+the number of blocks (a reflection has no strength); of ETHER+ the angle between û and v̂; of LoRA the standard
+deviation of B (A is as at the start of training); of OFT that of the skew-symmetric matrices; of HRA that of what is
+added to its unit vectors at the start of training; of noise that of what is added to the weight, in units of the
+weight's own. Measured, as means over the layers: ‖W' − W‖_F / ‖W‖_F, and ‖T − I‖_F where the method is a transform;
+and of the pictures: drift, 1 − cosine to the base's pictures of the same seeds in the miniature's CLIP, and
+similarity to their prompts (CLIP-T).
+Writes JSON row by row (the same command goes on where it was stopped) and a strip of pictures (above each its strength
+and relative distance), and prints a table.
+
+This is the perturbation study of the ETHER paper, arXiv:2405.20271, on a miniature.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from measuring import machine
+from peft import HRAConfig, LoraConfig, OFTConfig, PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from PIL import Image, ImageDraw
+from result_file import ResultFile
+from torch import Generator, Tensor, nn
+from trials import BASE, GUIDANCE, finite
+
+from ether_diffusion import EtherConfig
+from ether_diffusion.analysis import adapted_weights, transform_distance, transform_of
+from ether_diffusion.layers import EtherLayer
+from ether_diffusion.miniature import FOLDER, ClipScore, load_pipeline
+from ether_diffusion.miniature.evaluate import checksum
+from ether_diffusion.miniature.quickstart import OTHER_PROMPTS
+from ether_diffusion.model import ATTENTION
+from ether_diffusion.training.seeds import generator
+
+ADAPTER = "default"
+PROMPTS = OTHER_PROMPTS[2:]
+SHOWN = 2  # of the prompts, in the strip
+DECADES = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
+ANGLES = (1.0, 3.0, 10.0, 30.0, 60.0, 90.0)
+BLOCKS = (1, 2, 4, 8, 16, 32)
+QUICK = {"seeds": 1, "num_inference_steps": 2, "strengths": 2}
+CELL, MARGIN, TITLE = 96, 16, 132  # pixels of the strip
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """A method with the strengths to try.
+
+    config: of a strength; None where the weights themselves are changed.
+    draw: sets what one layer has at random, at a strength.
+    label: of a strength, for `str.format`.
+    """
+
+    name: str
+    strengths: Sequence[float]
+    label: str
+    config: Callable[[float], PeftConfig | None]
+    draw: Callable[[nn.Module, float, Generator], None]
+
+
+def keep(layer: EtherLayer, strength: float, numbers: Generator) -> None:
+    """ETHER is a random reflection from the start."""
+
+
+def turn(layer: EtherLayer, degrees: float, numbers: Generator) -> None:
+    """v̂ at an angle to û, in a random direction: −(û cos θ + ŵ sin θ) with a random ŵ at right angles to û."""
+    angle = math.radians(degrees)
+    for us, vs in ((layer.ether_u, layer.ether_v), (layer.ether_u_out, layer.ether_v_out)):
+        if ADAPTER in us:
+            u = nn.functional.normalize(us[ADAPTER], dim=-1)
+            w = torch.randn(u.shape, generator=numbers)
+            w = nn.functional.normalize(w - (w * u).sum(-1, keepdim=True) * u, dim=-1)
+            vs[ADAPTER].copy_(-(u * math.cos(angle) + w * math.sin(angle)))
+
+
+def spread_up(layer: nn.Module, deviation: float, numbers: Generator) -> None:
+    layer.lora_B[ADAPTER].weight.normal_(0, deviation, generator=numbers)
+
+
+def spread_skew(layer: nn.Module, deviation: float, numbers: Generator) -> None:
+    layer.oft_R[ADAPTER].weight.normal_(0, deviation, generator=numbers)
+
+
+def spread_vectors(layer: nn.Module, deviation: float, numbers: Generator) -> None:
+    u = nn.functional.normalize(layer.hra_u[ADAPTER], dim=0)
+    layer.hra_u[ADAPTER].copy_(u + deviation * torch.randn(u.shape, generator=numbers) / math.sqrt(len(u)))
+
+
+def spread_weight(layer: nn.Linear, deviation: float, numbers: Generator) -> None:
+    size = layer.weight.square().mean().sqrt()
+    layer.weight.add_(deviation * size * torch.randn(layer.weight.shape, generator=numbers))
+
+
+def _ether(**fields: Any) -> EtherConfig:
+    return EtherConfig(target_modules=ATTENTION, **fields)
+
+
+STUDIED = (
+    Perturbation("ETHER", BLOCKS, "n={:g}", lambda n: _ether(num_blocks=int(n)), keep),
+    Perturbation(
+        "ETHER+ one side",
+        ANGLES,
+        "{:g}°",
+        lambda _: _ether(method="ether_plus", sides="input"),
+        turn,
+    ),
+    Perturbation("ETHER+", ANGLES, "{:g}°", lambda _: _ether(method="ether_plus"), turn),
+    Perturbation("HRA r=2", DECADES, "{:g}", lambda _: HRAConfig(target_modules=ATTENTION, r=2), spread_vectors),
+    Perturbation(
+        "OFT, blocks of 32",
+        DECADES,
+        "{:g}",
+        # The exact Cayley transform: that of PEFT's default is a series, which is orthogonal near 0 alone.
+        lambda _: OFTConfig(target_modules=ATTENTION, r=0, oft_block_size=32, use_cayley_neumann=False),
+        spread_skew,
+    ),
+    Perturbation(
+        "LoRA r=4",
+        DECADES,
+        "{:g}",
+        lambda _: LoraConfig(target_modules=ATTENTION, r=4, lora_alpha=4, init_lora_weights="gaussian"),
+        spread_up,
+    ),
+    Perturbation("noise", DECADES, "{:g}", lambda _: None, spread_weight),
+)
+
+
+@torch.no_grad()
+def perturbed(unet: nn.Module, perturbation: Perturbation, strength: float, seed: int) -> tuple[nn.Module, dict]:
+    """A copy of the denoiser with random transforms, and how far they are from the identity."""
+    # Of its own seed, since numbers that an adapter has started with must not come again.
+    changed, numbers = copy.deepcopy(unet), generator(seed, "transforms")
+    config = perturbation.config(strength)
+    if config is None:
+        layers = [layer for name, layer in changed.named_modules() if name.endswith(tuple(ATTENTION))]
+    else:
+        torch.manual_seed(seed)
+        changed.add_adapter(config, ADAPTER)
+        layers = [layer for layer in changed.modules() if isinstance(layer, BaseTunerLayer)]
+    for layer in layers:
+        perturbation.draw(layer, strength, numbers)
+    if config is None:
+        before, after = dict(unet.named_modules()), dict(changed.named_modules())
+        pairs = [(before[name].weight, after[name].weight) for name in after if name.endswith(tuple(ATTENTION))]
+    else:
+        pairs = [(before, after) for _, before, after in adapted_weights(changed)]
+    relative = [((after - before).norm() / before.norm()).item() for before, after in pairs]
+    transforms = [distance for layer in layers for distance in transform_distances(layer)]
+    return changed, {
+        "relative_distance": finite(mean(relative)),
+        "transform_distance": finite(mean(transforms)) if transforms else None,
+    }
+
+
+def transform_distances(layer: nn.Module) -> Iterator[float]:
+    """‖T − I‖_F of each side of a layer; nothing where the method adds to the weight."""
+    if isinstance(layer, EtherLayer):
+        vectors = layer.vectors(ADAPTER)
+        for u, v in (("u", "v"), ("u_out", "v_out")):
+            if u in vectors:
+                yield transform_distance(transform_of(vectors[u], vectors.get(v)))
+    elif hasattr(layer, "hra_u") or hasattr(layer, "oft_R"):
+        transform = layer.get_delta_weight(ADAPTER)  # which is T, whatever its name
+        yield (transform - torch.eye(len(transform))).norm().item()
+
+
+class Painter:
+    """Paints the prompts with a denoiser, and compares the pictures with those of the base."""
+
+    def __init__(self, pipe: StableDiffusionPipeline, num_inference_steps: int):
+        self.pipe, self.num_inference_steps, self.score = pipe, num_inference_steps, ClipScore()
+        pipe.set_progress_bar_config(disable=True)
+        self._base: dict[int, Tensor] = {}
+
+    def paint(self, unet: nn.Module, seed: int) -> list[Image.Image]:
+        self.pipe.unet = unet
+        return self.pipe(
+            list(PROMPTS),
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=GUIDANCE,
+            generator=[Generator().manual_seed(1000 * seed + k) for k in range(len(PROMPTS))],
+        ).images
+
+    def figures(self, unet: nn.Module, base: nn.Module, seed: int) -> tuple[list[Image.Image], dict[str, float]]:
+        if seed not in self._base:
+            self._base[seed] = self.score.embed_images(self.paint(base, seed))
+        pictures = self.paint(unet, seed)
+        cosines = (self.score.embed_images(pictures) * self._base[seed]).sum(-1)
+        return pictures, {
+            "drift": 1 - cosines.mean().item(),
+            "clip_t": self.score.text_similarity(pictures, PROMPTS),
+        }
+
+
+def averages(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Means over the seeds; None where one of them is not finite or there is no such figure."""
+    names = ("relative_distance", "transform_distance", "drift", "clip_t")
+    columns = {name: [row[name] for row in rows] for name in names}
+    return {name: None if None in column else mean(column) for name, column in columns.items()}
+
+
+def line(name: str, strength: str, figures: dict[str, float | None]) -> str:
+    cells = ["–" if value is None else f"{value:.3g}" for value in figures.values()]
+    return f"{name:18}{strength:>8}" + "".join(f"{cell:>12}" for cell in cells)
+
+
+HEAD = f"{'':18}{'strength':>8}{'|ΔW|/|W|':>12}{'|T − I|':>12}{'drift':>12}{'CLIP-T':>12}"
+
+
+def strip(rows: Sequence[tuple[str, Sequence[tuple[str, Path]]]]) -> Image.Image:
+    """Titled rows of pictures, a line of text above each."""
+    columns = max(len(cells) for _, cells in rows)
+    canvas = Image.new("RGB", (TITLE + columns * CELL, len(rows) * (CELL + MARGIN)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for k, (title, cells) in enumerate(rows):
+        top = k * (CELL + MARGIN)
+        draw.text((4, top + MARGIN + CELL // 2), title, fill="black", anchor="lm")
+        for j, (text, path) in enumerate(cells):
+            left = TITLE + j * CELL
+            draw.text((left + CELL // 2, top + MARGIN // 2), text, fill="black", anchor="mm")
+            with Image.open(path) as picture:
+                canvas.paste(picture.resize((CELL - 2, CELL), Image.Resampling.LANCZOS), (left, top + MARGIN))
+    return canvas
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3, help="of the transforms and of the pictures")
+    parser.add_argument("--num_inference_steps", type=int, default=15)
+    parser.add_argument("--quick", action="store_true", help="a look at every part in less than a minute")
+    args = parser.parse_args()
+    args.strengths = None
+    if args.quick:
+        vars(args).update(QUICK)
+
+    settings = {"weights_sha256": checksum(FOLDER), "num_inference_steps": args.num_inference_steps}
+    results = ResultFile(args.output_dir / "bounded_distance.json", settings, machine=machine())
+    pictures_dir = args.output_dir / "pictures"
+    pipe = load_pipeline()
+    unet, painter = pipe.unet, Painter(pipe, args.num_inference_steps)
+
+    def measure(name: str, strength: float, seed: int, changed: nn.Module, moved: dict[str, float | None]) -> dict:
+        pictures, figures = painter.figures(changed, unet, seed)
+        if seed == 0:
+            path = picture_path(pictures_dir, name, strength)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pictures[SHOWN].save(path)
+        return results.add({"method": name, "strength": strength, "seed": seed, **moved, **figures})
+
+    studied = [(each, strength) for each in STUDIED for strength in each.strengths[: args.strengths]]
+    for seed in range(args.seeds):
+        if results.find(method=BASE, seed=seed) is None:
+            measure(BASE, 0, seed, unet, {"relative_distance": 0.0, "transform_distance": 0.0})
+        for perturbation, strength in studied:
+            if results.find(method=perturbation.name, strength=strength, seed=seed) is None:
+                measure(perturbation.name, strength, seed, *perturbed(unet, perturbation, strength, seed))
+
+    def figures_of(**key: Any) -> dict[str, float | None]:
+        return averages([results.find(**key, seed=seed) for seed in range(args.seeds)])
+
+    print(f"{HEAD}\n{line(BASE, '', figures_of(method=BASE))}")
+    shown = {BASE: [("", picture_path(pictures_dir, BASE, 0))]}
+    for perturbation, strength in studied:
+        figures, label = figures_of(method=perturbation.name, strength=strength), perturbation.label.format(strength)
+        print(line(perturbation.name, label, figures))
+        moved = figures["relative_distance"]
+        text = label if moved is None else f"{label}: {moved:.2g}"
+        shown.setdefault(perturbation.name, []).append((text, picture_path(pictures_dir, perturbation.name, strength)))
+    path = args.output_dir / "bounded_distance.png"
+    strip(list(shown.items())).save(path)
+    print(path)
+
+
+def picture_path(folder: Path, name: str, strength: float) -> Path:
+    return folder / name / f"{strength:g}.png"
+
+
+if __name__ == "__main__":
+    main()

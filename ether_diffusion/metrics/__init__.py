@@ -1,0 +1,42 @@
+"""Metrics of pictures: their likeness to a subject and to words, their obedience to a control, their realism."""
+
+from .edges import EDGE_THRESHOLD, edge_consistency, sobel_edges
+from .frechet import FEATURES, MiniatureFeatures, frechet_distance
+from .segmentation import Segmenter, UperNetSegmenter, class_iou, confusion, mean_iou, pixel_accuracy
+from .similarity import (
+    ClassTokenFeatures,
+    ClipFeatures,
+    ImageFeatures,
+    Lpips,
+    TextImageFeatures,
+    diversity,
+    drift,
+    image_similarity,
+    load_features,
+    text_similarity,
+)
+
+__all__ = [
+    "EDGE_THRESHOLD",
+    "FEATURES",
+    "ClassTokenFeatures",
+    "ClipFeatures",
+    "ImageFeatures",
+    "Lpips",
+    "MiniatureFeatures",
+    "Segmenter",
+    "TextImageFeatures",
+    "UperNetSegmenter",
+    "class_iou",
+    "confusion",
+    "diversity",
+    "drift",
+    "edge_consistency",
+    "frechet_distance",
+    "image_similarity",
+    "load_features",
+    "mean_iou",
+    "pixel_accuracy",
+    "sobel_edges",
+    "text_similarity",
+]
