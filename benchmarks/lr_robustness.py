@@ -12,7 +12,8 @@ denoising loss on the picture that was held out.
 The usable window of a method is the run of rates, around its best, at which the mean CLIP-I is at least 90 % of the
 method's best and the mean CLIP-T at least 90 % of the base model's. Its width is log10(highest / lowest), so that
 one rate alone has width 0; its interval is that of the pairs, drawn anew with replacement in all ways (95 %). A
-window that is still open at an end of the grid is wider than what is said.
+window that is still open at an end of the grid is wider than what is said. One rate that falls short by chance cuts
+a window in two, so the number of all usable rates is given as well, with its interval; each stands for half a decade.
 
 --steps_factor 4 asks the same with four times the steps. What is not a flag here goes to the training script, such as
 --mixed_precision bf16 --resolution 512. Writes JSON row by row: the same command goes on where it was stopped. Once
@@ -57,29 +58,42 @@ def usable(clip_i: float, clip_t: float, *, best_clip_i: float, base_clip_t: flo
     return clip_i >= ENOUGH * best_clip_i and clip_t >= ENOUGH * base_clip_t
 
 
-def window(figures: Mapping[float, tuple[float, float]], base_clip_t: float, grid: Sequence[float]) -> Window:
-    """The usable window around the best rate.
+def best_rate(figures: Mapping[float, tuple[float, float]], base_clip_t: float) -> float | None:
+    """The rate of the highest CLIP-I among those whose CLIP-T is high enough; None where none is.
 
-    The best rate is that of the highest CLIP-I among those whose CLIP-T is high enough: a model that paints nothing
-    but its subject is no success.
+    A model that paints nothing but its subject is no success.
+
+    figures: learning rate -> (CLIP-I, CLIP-T), means over trials; base_clip_t: of the base model.
+    """
+    faithful = {rate: clip_i for rate, (clip_i, clip_t) in figures.items() if clip_t >= ENOUGH * base_clip_t}
+    return max(faithful, key=faithful.__getitem__, default=None)
+
+
+def usable_rates(figures: Mapping[float, tuple[float, float]], base_clip_t: float) -> list[float]:
+    """All rates that are usable beside the best one, in order. Arguments as for `best_rate`."""
+    best = best_rate(figures, base_clip_t)
+    if best is None:
+        return []
+    bounds = {"best_clip_i": figures[best][0], "base_clip_t": base_clip_t}
+    return sorted(rate for rate, own in figures.items() if usable(*own, **bounds))
+
+
+def window(figures: Mapping[float, tuple[float, float]], base_clip_t: float, grid: Sequence[float]) -> Window:
+    """The run of usable rates around the best one.
 
     Args:
         figures: learning rate -> (CLIP-I, CLIP-T), means over trials.
         base_clip_t: of the base model.
         grid: all rates that might have been tried; at its ends a window is open.
     """
-    faithful = {rate: clip_i for rate, (clip_i, clip_t) in figures.items() if clip_t >= ENOUGH * base_clip_t}
-    if not faithful:
+    best = best_rate(figures, base_clip_t)
+    if best is None:
         return Window(None, None, False, False)
-    best = max(faithful, key=faithful.__getitem__)
-
-    def fits(rate: float) -> bool:
-        return rate in figures and usable(*figures[rate], best_clip_i=faithful[best], base_clip_t=base_clip_t)
-
+    fitting = usable_rates(figures, base_clip_t)
     ends = []
     for direction in (-1, 1):
         k = grid.index(best)
-        while 0 <= k + direction < len(grid) and fits(grid[k + direction]):
+        while 0 <= k + direction < len(grid) and grid[k + direction] in fitting:
             k += direction
         ends.append(k)
     return Window(grid[ends[0]], grid[ends[1]], ends[0] == 0, ends[1] == len(grid) - 1)
@@ -91,25 +105,27 @@ def means(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
 
 
 def interval(
-    by_rate: Mapping[float, Sequence[Mapping[str, Any]]], base_clip_t: Sequence[float], grid: Sequence[float]
+    by_rate: Mapping[float, Sequence[Mapping[str, Any]]],
+    base_clip_t: Sequence[float],
+    size: Callable[[Mapping[float, tuple[float, float]], float], float],
 ) -> tuple[float, float]:
-    """The 95 % interval of the window's decades: percentiles over all ways to draw as many pairs with replacement.
+    """The 95 % interval of a window's size: percentiles over all ways to draw as many pairs with replacement.
 
     Args:
         by_rate: learning rate -> rows, one for each pair, in one order.
         base_clip_t: of the pairs, in that order.
-        grid: as for `window`.
+        size: of the figures of a draw and its base model's CLIP-T.
     """
-    widths = []
+    sizes = []
     for drawn in itertools.combinations_with_replacement(range(len(base_clip_t)), len(base_clip_t)):
         ways = math.factorial(len(drawn))
         for k in set(drawn):
             ways //= math.factorial(drawn.count(k))
         figures = {rate: means([rows[k] for k in drawn]) for rate, rows in by_rate.items()}
-        widths += [window(figures, mean(base_clip_t[k] for k in drawn), grid).decades] * ways
-    widths.sort()
-    edge = round(0.025 * (len(widths) - 1))
-    return widths[edge], widths[-1 - edge]
+        sizes += [size(figures, mean(base_clip_t[k] for k in drawn))] * ways
+    sizes.sort()
+    edge = round(0.025 * (len(sizes) - 1))
+    return sizes[edge], sizes[-1 - edge]
 
 
 def explore(
@@ -129,9 +145,7 @@ def explore(
         failures = 0
         for rate in side:
             found[rate] = measure(rate)
-            best = max((i for i, t in found.values() if t >= ENOUGH * base_clip_t), default=0.0)
-            failed = not usable(*found[rate], best_clip_i=best, base_clip_t=base_clip_t)
-            failures = failures + 1 if failed else 0
+            failures = 0 if rate in usable_rates(found, base_clip_t) else failures + 1
             if failures == patience:
                 break
     return found
@@ -149,8 +163,7 @@ def summary(rows: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]
     figures = {rate: means(own) for rate, own in by_rate.items()}
     base_clip_t = [row["clip_t"] for row in base]
     found = window(figures, mean(base_clip_t), grid)
-    faithful = [rate for rate, (_, clip_t) in figures.items() if clip_t >= ENOUGH * mean(base_clip_t)]
-    best = max(faithful, key=lambda rate: figures[rate][0], default=None)
+    best = best_rate(figures, mean(base_clip_t))
     drifts = [mean(1.0 if row["drift"] is None else row["drift"] for row in own) for own in by_rate.values()]
     distances = [
         None if any(row.get("relative_distance") is None for row in own) else mean(r["relative_distance"] for r in own)
@@ -162,7 +175,9 @@ def summary(rows: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]
         "open_low": found.open_low,
         "open_high": found.open_high,
         "decades": found.decades,
-        "interval": interval(by_rate, base_clip_t, grid),
+        "interval": interval(by_rate, base_clip_t, lambda *draw: window(*draw, grid).decades),
+        "usable_rates": usable_rates(figures, mean(base_clip_t)),
+        "usable_interval": interval(by_rate, base_clip_t, lambda *draw: len(usable_rates(*draw))),
         "best_rate": best,
         "best_clip_i": None if best is None else figures[best][0],
         "best_clip_t": None if best is None else figures[best][1],
@@ -181,14 +196,15 @@ def line(name: str, found: Mapping[str, Any]) -> str:
     )
     distance = "∞" if found["largest_distance"] is None else f"{found['largest_distance']:.2f}"
     ends = f"[{found['interval'][0]:.1f}, {found['interval'][1]:.1f}]"
+    rates = f"{len(found['usable_rates'])} [{found['usable_interval'][0]}, {found['usable_interval'][1]}]"
     return (
-        f"{name:18}{low:>8}{high:>9}{found['decades']:>9.1f} {ends:12}{found['best_rate']:>9.0e}"
+        f"{name:18}{low:>8}{high:>9}{found['decades']:>9.1f} {ends:12}{rates:>12}{found['best_rate']:>9.0e}"
         f"{found['best_clip_i']:>8.3f}{found['best_clip_t']:>8.3f}{found['largest_drift']:>8.3f}{distance:>9}"
     )
 
 
 HEAD = (
-    f"{'':18}{'window':>17}{'decades':>9} {'95 %':12}{'best at':>9}"
+    f"{'':18}{'window':>17}{'decades':>9} {'95 %':12}{'rates, 95 %':>12}{'best at':>9}"
     f"{'CLIP-I':>8}{'CLIP-T':>8}{'drift':>8}{'|ΔW|/|W|':>9}"
 )
 
@@ -211,7 +227,7 @@ def main() -> None:
     with Trials(settings, args.output_dir, processes=args.processes) as trials:
         base = trials.base(chosen)
         base_clip_i, base_clip_t = means(base)
-        print(f"{HEAD}\n{BASE:18}{'':47}{base_clip_i:>8.3f}{base_clip_t:>8.3f}", flush=True)
+        print(f"{HEAD}\n{BASE:18}{'':59}{base_clip_i:>8.3f}{base_clip_t:>8.3f}", flush=True)
         for method in args.methods:
             variant, rows = Variant.of(method), []
 

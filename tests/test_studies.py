@@ -39,11 +39,12 @@ class TestWindow:
         figures = {1e-3: (0.5, 0.8), 1e-2: (0.9, 0.3)}
         assert window(figures, 0.8, GRID)[:2] == (1e-3, 1e-3)  # and its CLIP-I is not the measure of the others
 
-    def test_a_gap_ends_it(self):
-        from lr_robustness import window
+    def test_a_gap_ends_it_but_not_the_count_of_usable_rates(self):
+        from lr_robustness import usable_rates, window
 
         figures = {1e-4: (0.6, 0.8), 1e-3: (0.2, 0.8), 1e-2: (0.61, 0.8)}
         assert window(figures, 0.8, GRID)[:2] == (1e-2, 1e-2)
+        assert usable_rates(figures, 0.8) == [1e-4, 1e-2]
 
     def test_it_is_open_at_the_ends_of_the_grid_only(self):
         from lr_robustness import window
@@ -58,17 +59,18 @@ class TestWindow:
         assert nothing.low is None and nothing.decades < one.decades == 0
 
     def test_its_interval_is_a_point_where_all_pairs_agree(self):
-        from lr_robustness import interval
+        from lr_robustness import interval, usable_rates, window
 
         by_rate = {1e-3: rows([0.5] * 3), 1e-2: rows([0.5] * 3), 1e-1: rows([0.1] * 3)}
-        assert interval(by_rate, [0.8] * 3, GRID) == pytest.approx((1, 1))
+        assert interval(by_rate, [0.8] * 3, lambda *draw: window(*draw, GRID).decades) == pytest.approx((1, 1))
+        assert interval(by_rate, [0.8] * 3, lambda *draw: len(usable_rates(*draw))) == (2, 2)
 
     def test_its_interval_spans_what_single_pairs_say(self):
-        from lr_robustness import interval
+        from lr_robustness import interval, window
 
         # The first pair holds at 1e-1, the second does not; drawn twice, each decides alone.
         by_rate = {1e-2: rows([0.5, 0.5]), 1e-1: rows([0.5, 0.1])}
-        assert interval(by_rate, [0.8] * 2, GRID) == pytest.approx((0, 1))
+        assert interval(by_rate, [0.8] * 2, lambda *draw: window(*draw, GRID).decades) == pytest.approx((0, 1))
 
     def test_a_training_that_failed_counts_as_nothing(self):
         from lr_robustness import means
