@@ -26,7 +26,7 @@ from ether_diffusion.model import ATTENTION
 from ether_diffusion.training.options import LEARNING_RATES
 
 REFERENCE = "LoRA r=4"
-QUICK = {"variants": 2, "pairs": 1, "max_train_steps": 1, "num_inference_steps": 2, "rates": (1e-3,)}
+QUICK = {"variants": 2, "pairs": 1, "max_train_steps": 2, "num_inference_steps": 2, "rates": (1e-3,)}
 
 
 def variants() -> dict[str, list[Variant]]:
