@@ -160,6 +160,7 @@ def summary(rows: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]
     by_rate = {
         rate: [row for row in rows if row["learning_rate"] == rate] for rate in {row["learning_rate"] for row in rows}
     }
+    by_rate = {rate: own for rate, own in by_rate.items() if len(own) == len(base)}  # the last may be under way
     figures = {rate: means(own) for rate, own in by_rate.items()}
     base_clip_t = [row["clip_t"] for row in base]
     found = window(figures, mean(base_clip_t), grid)

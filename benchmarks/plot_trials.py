@@ -114,7 +114,6 @@ def energies(rows: Rows) -> Figure:
                     axes.scatter(*points, s=8, color=COLOURS[name], label=name)
             tidy(axes, title)
             axes.set_xlabel(CHANGES[change])
-            axes.set_xlim(left=1e-9 if change == "energy_moved" else None)
     figure.axes[0].legend(fontsize=7)
     return figure
 
