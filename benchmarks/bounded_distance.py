@@ -3,17 +3,17 @@
     python benchmarks/bounded_distance.py --output_dir out/bounded_distance
     python benchmarks/bounded_distance.py --output_dir out/bounded_distance --quick
 
-Every attention layer of the miniature's denoiser gets a random transform of growing strength. Strength is: of ETHER
+Every attention layer of the denoiser gets a random transform of growing strength. Strength is: of ETHER
 the number of blocks (a reflection has no strength); of ETHER+ the angle between û and v̂; of LoRA the standard
 deviation of B (A is as at the start of training); of OFT that of the skew-symmetric matrices; of HRA that of what is
 added to its unit vectors at the start of training; of noise that of what is added to the weight, in units of the
 weight's own. Measured, as means over the layers: ‖W' − W‖_F / ‖W‖_F, and ‖T − I‖_F where the method is a transform;
-and of the pictures: drift, 1 − cosine to the base's pictures of the same seeds in the miniature's CLIP, and
-similarity to their prompts (CLIP-T).
+and of the pictures: drift, 1 − cosine to the base's pictures of the same seeds in CLIP, and similarity to
+their prompts (CLIP-T).
 Writes JSON row by row (the same command goes on where it was stopped) and a strip of pictures (above each its strength
 and relative distance), and prints a table.
 
-This is the perturbation study of the ETHER paper, arXiv:2405.20271, on a miniature.
+This is the perturbation study of the ETHER paper, arXiv:2405.20271, by default on the miniature.
 """
 
 from __future__ import annotations
@@ -28,26 +28,29 @@ from statistics import mean
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from measuring import machine
 from peft import HRAConfig, LoraConfig, OFTConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageDraw
 from result_file import ResultFile
+from subjects import MINIATURE, PROMPTS_WITHOUT
 from torch import Generator, Tensor, nn
-from trials import BASE, GUIDANCE, finite
+from trials import BASE, GUIDANCE, denoiser, finite
 
 from ether_diffusion import EtherConfig
 from ether_diffusion.analysis import adapted_weights, transform_distance, transform_of
 from ether_diffusion.layers import EtherLayer
-from ether_diffusion.miniature import FOLDER, ClipScore, load_pipeline
+from ether_diffusion.metrics import TextImageFeatures, drift, load_features, text_similarity
+from ether_diffusion.metrics.similarity import CLIP
+from ether_diffusion.miniature import FOLDER
 from ether_diffusion.miniature.evaluate import checksum
 from ether_diffusion.miniature.quickstart import OTHER_PROMPTS
 from ether_diffusion.model import ATTENTION
+from ether_diffusion.training.families import family_of
 from ether_diffusion.training.seeds import generator
 
 ADAPTER = "default"
-PROMPTS = OTHER_PROMPTS[2:]
 SHOWN = 2  # of the prompts, in the strip
 DECADES = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
 ANGLES = (1.0, 3.0, 10.0, 30.0, 60.0, 90.0)
@@ -72,6 +75,11 @@ class Perturbation:
     draw: Callable[[nn.Module, float, Generator], None]
 
 
+def normal(like: Tensor, numbers: Generator) -> Tensor:
+    """Of a tensor's shape and on its device, from a generator of the CPU: the same numbers everywhere."""
+    return torch.randn(like.shape, generator=numbers).to(like)
+
+
 def keep(layer: EtherLayer, strength: float, numbers: Generator) -> None:
     """ETHER is a random reflection from the start."""
 
@@ -82,27 +90,29 @@ def turn(layer: EtherLayer, degrees: float, numbers: Generator) -> None:
     for us, vs in ((layer.ether_u, layer.ether_v), (layer.ether_u_out, layer.ether_v_out)):
         if ADAPTER in us:
             u = nn.functional.normalize(us[ADAPTER], dim=-1)
-            w = torch.randn(u.shape, generator=numbers)
+            w = normal(u, numbers)
             w = nn.functional.normalize(w - (w * u).sum(-1, keepdim=True) * u, dim=-1)
             vs[ADAPTER].copy_(-(u * math.cos(angle) + w * math.sin(angle)))
 
 
 def spread_up(layer: nn.Module, deviation: float, numbers: Generator) -> None:
-    layer.lora_B[ADAPTER].weight.normal_(0, deviation, generator=numbers)
+    weight = layer.lora_B[ADAPTER].weight
+    weight.copy_(deviation * normal(weight, numbers))
 
 
 def spread_skew(layer: nn.Module, deviation: float, numbers: Generator) -> None:
-    layer.oft_R[ADAPTER].weight.normal_(0, deviation, generator=numbers)
+    weight = layer.oft_R[ADAPTER].weight
+    weight.copy_(deviation * normal(weight, numbers))
 
 
 def spread_vectors(layer: nn.Module, deviation: float, numbers: Generator) -> None:
     u = nn.functional.normalize(layer.hra_u[ADAPTER], dim=0)
-    layer.hra_u[ADAPTER].copy_(u + deviation * torch.randn(u.shape, generator=numbers) / math.sqrt(len(u)))
+    layer.hra_u[ADAPTER].copy_(u + deviation * normal(u, numbers) / math.sqrt(len(u)))
 
 
 def spread_weight(layer: nn.Linear, deviation: float, numbers: Generator) -> None:
     size = layer.weight.square().mean().sqrt()
-    layer.weight.add_(deviation * size * torch.randn(layer.weight.shape, generator=numbers))
+    layer.weight.add_(deviation * size * normal(layer.weight, numbers))
 
 
 def _ether(**fields: Any) -> EtherConfig:
@@ -175,34 +185,43 @@ def transform_distances(layer: nn.Module) -> Iterator[float]:
                 yield transform_distance(transform_of(vectors[u], vectors.get(v)))
     elif hasattr(layer, "hra_u") or hasattr(layer, "oft_R"):
         transform = layer.get_delta_weight(ADAPTER)  # which is T, whatever its name
-        yield (transform - torch.eye(len(transform))).norm().item()
+        yield (transform - torch.eye(len(transform), device=transform.device)).norm().item()
 
 
 class Painter:
-    """Paints the prompts with a denoiser, and compares the pictures with those of the base."""
+    """Paints prompts with a denoiser, and compares the pictures with those of the base.
 
-    def __init__(self, pipe: StableDiffusionPipeline, num_inference_steps: int):
-        self.pipe, self.num_inference_steps, self.score = pipe, num_inference_steps, ClipScore()
+    Args:
+        pipe: the base model.
+        prompts: one picture each.
+        num_inference_steps: of every picture.
+        features: what compares.
+    """
+
+    def __init__(
+        self, pipe: DiffusionPipeline, prompts: Sequence[str], num_inference_steps: int, features: TextImageFeatures
+    ):
+        self.pipe, self.prompts, self.num_inference_steps = pipe, list(prompts), num_inference_steps
+        self.features, self.base = features, denoiser(pipe)
         pipe.set_progress_bar_config(disable=True)
-        self._base: dict[int, Tensor] = {}
+        self._base_pictures: dict[int, list[Image.Image]] = {}
 
-    def paint(self, unet: nn.Module, seed: int) -> list[Image.Image]:
-        self.pipe.unet = unet
+    def paint(self, model: nn.Module, seed: int) -> list[Image.Image]:
+        setattr(self.pipe, family_of(self.pipe).denoiser, model)
         return self.pipe(
-            list(PROMPTS),
+            self.prompts,
             num_inference_steps=self.num_inference_steps,
             guidance_scale=GUIDANCE,
-            generator=[Generator().manual_seed(1000 * seed + k) for k in range(len(PROMPTS))],
+            generator=[Generator().manual_seed(1000 * seed + k) for k in range(len(self.prompts))],
         ).images
 
-    def figures(self, unet: nn.Module, base: nn.Module, seed: int) -> tuple[list[Image.Image], dict[str, float]]:
-        if seed not in self._base:
-            self._base[seed] = self.score.embed_images(self.paint(base, seed))
-        pictures = self.paint(unet, seed)
-        cosines = (self.score.embed_images(pictures) * self._base[seed]).sum(-1)
+    def figures(self, model: nn.Module, seed: int) -> tuple[list[Image.Image], dict[str, float]]:
+        if seed not in self._base_pictures:
+            self._base_pictures[seed] = self.paint(self.base, seed)
+        pictures = self.paint(model, seed)
         return pictures, {
-            "drift": 1 - cosines.mean().item(),
-            "clip_t": self.score.text_similarity(pictures, PROMPTS),
+            "drift": drift(pictures, self._base_pictures[seed], self.features),
+            "clip_t": text_similarity(pictures, self.prompts, self.features),
         }
 
 
@@ -241,6 +260,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3, help="of the transforms and of the pictures")
+    parser.add_argument("--pretrained_model_name_or_path", default=MINIATURE)
+    parser.add_argument("--clip_model", help=f"default: {CLIP}, on the miniature its own")
     parser.add_argument("--num_inference_steps", type=int, default=15)
     parser.add_argument("--quick", action="store_true", help="a look at every part in less than a minute")
     args = parser.parse_args()
@@ -248,14 +269,24 @@ def main() -> None:
     if args.quick:
         vars(args).update(QUICK)
 
-    settings = {"weights_sha256": checksum(FOLDER), "num_inference_steps": args.num_inference_steps}
+    model = args.pretrained_model_name_or_path
+    settings = {
+        "model": model,
+        "clip_model": args.clip_model or (MINIATURE if model == MINIATURE else CLIP),
+        "num_inference_steps": args.num_inference_steps,
+    }
+    if model == MINIATURE:
+        settings["weights_sha256"] = checksum(FOLDER)
     results = ResultFile(args.output_dir / "bounded_distance.json", settings, machine=machine())
     pictures_dir = args.output_dir / "pictures"
-    pipe = load_pipeline()
-    unet, painter = pipe.unet, Painter(pipe, args.num_inference_steps)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe = DiffusionPipeline.from_pretrained(FOLDER if model == MINIATURE else model).to(device)
+    prompts = OTHER_PROMPTS[2:] if model == MINIATURE else PROMPTS_WITHOUT[:4]
+    features = load_features(settings["clip_model"], device=device)
+    painter = Painter(pipe, prompts, args.num_inference_steps, features)
 
     def measure(name: str, strength: float, seed: int, changed: nn.Module, moved: dict[str, float | None]) -> dict:
-        pictures, figures = painter.figures(changed, unet, seed)
+        pictures, figures = painter.figures(changed, seed)
         if seed == 0:
             path = picture_path(pictures_dir, name, strength)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -265,10 +296,10 @@ def main() -> None:
     studied = [(each, strength) for each in STUDIED for strength in each.strengths[: args.strengths]]
     for seed in range(args.seeds):
         if results.find(method=BASE, seed=seed) is None:
-            measure(BASE, 0, seed, unet, {"relative_distance": 0.0, "transform_distance": 0.0})
+            measure(BASE, 0, seed, painter.base, {"relative_distance": 0.0, "transform_distance": 0.0})
         for perturbation, strength in studied:
             if results.find(method=perturbation.name, strength=strength, seed=seed) is None:
-                measure(perturbation.name, strength, seed, *perturbed(unet, perturbation, strength, seed))
+                measure(perturbation.name, strength, seed, *perturbed(painter.base, perturbation, strength, seed))
 
     def figures_of(**key: Any) -> dict[str, float | None]:
         return averages([results.find(**key, seed=seed) for seed in range(args.seeds)])
