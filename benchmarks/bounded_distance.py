@@ -1,7 +1,7 @@
 """How far can a method move the weights, and what is left of the pictures there? Random transforms, no training.
 
     python benchmarks/bounded_distance.py --output_dir out/bounded_distance
-    python benchmarks/bounded_distance.py --output_dir out/bounded_distance --quick
+    python benchmarks/bounded_distance.py --output_dir out/quick --quick
 
 Every attention layer of the denoiser gets a random transform of growing strength. Strength is: of ETHER
 the number of blocks (a reflection has no strength); of ETHER+ the angle between û and v̂; of LoRA the standard
@@ -51,7 +51,7 @@ from ether_diffusion.training.families import family_of
 from ether_diffusion.training.seeds import generator
 
 ADAPTER = "default"
-SHOWN = 2  # of the prompts, in the strip
+SHOWN_PROMPT = 2  # in the strip
 DECADES = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
 ANGLES = (1.0, 3.0, 10.0, 30.0, 60.0, 90.0)
 BLOCKS = (1, 2, 4, 8, 16, 32)
@@ -290,7 +290,7 @@ def main() -> None:
         if seed == 0:
             path = picture_path(pictures_dir, name, strength)
             path.parent.mkdir(parents=True, exist_ok=True)
-            pictures[SHOWN].save(path)
+            pictures[SHOWN_PROMPT].save(path)
         return results.add({"method": name, "strength": strength, "seed": seed, **moved, **figures})
 
     studied = [(each, strength) for each in STUDIED for strength in each.strengths[: args.strengths]]

@@ -2,7 +2,7 @@
 
     python benchmarks/dreambooth_eval.py --output_dir out/eval --data_dir dreambooth --resolution 512 \\
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --max_train_steps 2000
-    python benchmarks/dreambooth_eval.py --output_dir out/eval --quick
+    python benchmarks/dreambooth_eval.py --output_dir out/quick-eval --quick
 
 Each subject, a folder of photographs in --data_dir, is learned by train_dreambooth_ether.py from all photographs of it
 and painted four times for each prompt. Measured: DINO, DINOv2 and CLIP-I (similarity to the photographs), CLIP-T
@@ -120,6 +120,8 @@ class Judges:
     @classmethod
     def load(cls, args: argparse.Namespace) -> Judges:
         judges: dict[str, Any] = {"clip": load_features(args.image_model, device=args.device)}
+        if not hasattr(judges["clip"], "embed_texts"):
+            raise SystemExit(f"error: --image_model {args.image_model}: has no text tower, needs a CLIP")
         missing = {}
         for name in ("dino", "dinov2"):
             model = getattr(args, f"{name}_model")
@@ -249,10 +251,34 @@ def choose_subjects(args: argparse.Namespace) -> list[tuple[Subject, Sequence[st
     return chosen
 
 
+def check_settings(path: Path, settings: dict[str, Any], subjects: dict[str, Any]) -> None:
+    """Write what adapters and pictures in the folder are made with, before the first of them.
+
+    Raises:
+        SystemExit: the folder holds those of other settings, or of a subject with another class or other prompts.
+    """
+    wanted = json.loads(json.dumps({"settings": settings, "subjects": subjects}))
+    if path.exists():
+        held = json.loads(path.read_text())
+        other = [name for name, value in wanted["settings"].items() if held["settings"].get(name) != value]
+        other += [name for name, value in wanted["subjects"].items() if held["subjects"].get(name, value) != value]
+        if other:
+            what = ", ".join(other)
+            raise SystemExit(f"error: {path.parent}: was begun with another {what}; take another --output_dir")
+        wanted["subjects"] = held["subjects"] | wanted["subjects"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(wanted, indent=2) + "\n")
+    os.replace(partial, path)
+
+
 def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """A line for each subject, and their means."""
     yield f"{'subject':24}" + "".join(f"{title:>9}" for title in FIGURES.values())
-    means = {name: None if rows[0][name] is None else sum(row[name] for row in rows) / len(rows) for name in FIGURES}
+    means = {
+        name: None if any(row[name] is None for row in rows) else sum(row[name] for row in rows) / len(rows)
+        for name in FIGURES
+    }
     for row in (*rows, {"subject": "mean", **means}):
         figures = ("–" if row[name] is None else f"{row[name]:.3f}" for name in FIGURES)
         yield f"{row['subject']:24}" + "".join(f"{figure:>9}" for figure in figures)
@@ -280,7 +306,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--guidance_scale", type=float, default=7.5)
-    parser.add_argument("--subjects", type=int, help="only the first so many")
+    parser.add_argument("--subjects", type=int, help="only so many")
     parser.add_argument("--prompts", type=int, help="only the first so many")
     parser.add_argument("--pictures", type=int, default=4, help="of each prompt")
     parser.add_argument("--image_model", help=f"a CLIP; default: {CLIP}, the miniature's own on its subjects")
@@ -303,7 +329,8 @@ def read_arguments() -> argparse.Namespace:
     args.image_model = args.image_model or (MINIATURE if own else CLIP)
     args.dino_model = args.dino_model or ("none" if own else DINO)
     args.dinov2_model = args.dinov2_model or ("none" if own else DINOV2)
-    args.learning_rate = args.learning_rate or LEARNING_RATES[args.method]
+    if args.learning_rate is None:
+        args.learning_rate = LEARNING_RATES[args.method]
     return args
 
 
@@ -323,6 +350,11 @@ def main() -> None:
     settings["model"] = "miniature" if on_miniature else args.pretrained_model_name_or_path
     if on_miniature:
         settings["weights_sha256"] = checksum(FOLDER)
+    check_settings(
+        args.output_dir / "settings.json",
+        settings | {"data_dir": args.data_dir and str(args.data_dir.resolve())},
+        {subject.name: [subject.class_name, list(templates)] for subject, templates in chosen},
+    )
     files = [
         ResultFile(args.output_dir / "rows" / f"{subject.name}.json", settings, machine=machine())
         for subject, _ in chosen

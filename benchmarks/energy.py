@@ -6,14 +6,16 @@ Reads the trials of benchmarks/lr_robustness.py and benchmarks/parameter_efficie
 trials with finite figures: Spearman's rank correlation of three changes of the weights (the mean |ΔE|/E of the
 hyperspherical energy of the adapted layers, its sign kept, and the relative distance ‖W' − W‖_F/‖W‖_F) with what the
 training won (CLIP-I to the subject above the base model's) and what it lost (CLIP-T of other prompts below the base
-model's), with the 95 % interval of trials drawn anew with replacement. ETHER on the input side changes no energy: what
-it shows is rounding. Prints a table and writes it as energy.json beside the trials.
+model's), with the 95 % interval of pairs of subject and seed drawn anew with replacement. A change below ROUNDING,
+such as all of ETHER's, counts as none, and what does not vary has no correlation. Prints a table and writes it as
+energy.json beside the trials.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ CHANGES = {
 }
 OUTCOMES = ("won", "lost")
 DRAWS = 1000
+ROUNDING = 1e-7  # of energies of weights in float32
 FEWEST = 8  # trials of a method that say anything
 
 
@@ -40,7 +43,10 @@ def outcomes(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if row["variant"] == BASE or any(row.get(name) is None for name in (*CHANGES, "clip_i", "clip_t")):
             continue
         before = base[row["subject"], row["seed"]]
-        found.append({**row, "won": row["clip_i"] - before["clip_i"], "lost": before["clip_t"] - row["clip_t"]})
+        changes = {name: row[name] if abs(row[name]) > ROUNDING else 0.0 for name in CHANGES}
+        found.append(
+            {**row, **changes, "won": row["clip_i"] - before["clip_i"], "lost": before["clip_t"] - row["clip_t"]}
+        )
     return found
 
 
@@ -58,13 +64,24 @@ def rank_correlation(a: NDArray, b: NDArray) -> float:
     return float(np.corrcoef(a, b)[0, 1])
 
 
-def with_interval(a: NDArray, b: NDArray, seed: int = 0) -> tuple[float, float, float]:
-    """ρ and the 95 % interval over DRAWS sets of as many trials, drawn with replacement."""
-    generator = np.random.default_rng(seed)
-    draws = generator.integers(0, len(a), (DRAWS, len(a)))
-    spread = np.array([rank_correlation(a[draw], b[draw]) for draw in draws])
+def with_interval(rows: Sequence[Mapping[str, Any]], change: str, outcome: str) -> tuple[float, ...] | None:
+    """ρ and its 95 % interval over DRAWS sets of as many pairs, drawn with replacement; None where one is constant.
+
+    Trials of one pair share its subject and its noise, so pairs are drawn, not trials.
+    """
+    a, b = (np.array([row[name] for row in rows]) for name in (change, outcome))
+    middle = rank_correlation(a, b)
+    if math.isnan(middle):
+        return None
+    pairs = sorted({(row["subject"], row["seed"]) for row in rows})
+    places = [np.array([k for k, row in enumerate(rows) if (row["subject"], row["seed"]) == pair]) for pair in pairs]
+    generator = np.random.default_rng(0)
+    spread = []
+    for drawn in generator.integers(0, len(pairs), (DRAWS, len(pairs))):
+        chosen = np.concatenate([places[k] for k in drawn])
+        spread.append(rank_correlation(a[chosen], b[chosen]))
     low, high = np.nanpercentile(spread, (2.5, 97.5))
-    return rank_correlation(a, b), float(low), float(high)
+    return middle, float(low), float(high)
 
 
 def main() -> None:
@@ -86,9 +103,8 @@ def main() -> None:
         text = f"{name:20}{len(own):>7}"
         for change in CHANGES:
             for outcome in OUTCOMES:
-                pair = (np.array([row[key] for row in own]) for key in (change, outcome))
-                found = report[name][f"{change}, {outcome}"] = with_interval(*pair)
-                text += f"{'{:+.2f} [{:+.2f}, {:+.2f}]'.format(*found):>26}"
+                found = report[name][f"{change}, {outcome}"] = with_interval(own, change, outcome)
+                text += f"{'–' if found is None else '{:+.2f} [{:+.2f}, {:+.2f}]'.format(*found):>26}"
         print(text)
     args.results.with_name("energy.json").write_text(json.dumps(report, indent=2) + "\n")
 

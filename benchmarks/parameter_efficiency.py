@@ -1,14 +1,15 @@
 """What does a parameter buy? Quality against the number of parameters, each method at its own best learning rate.
 
     python benchmarks/parameter_efficiency.py --output_dir out/studies --processes 2
-    python benchmarks/parameter_efficiency.py --output_dir out/studies --quick
+    python benchmarks/parameter_efficiency.py --output_dir out/quick --quick
 
 ETHER and ETHER+ with 1, 4 and 16 blocks, ETHER+ on one side, LoRA, HRA and VeRA of several ranks, OFT of several block
 sizes. From each method's default learning rate the search climbs in half decades to the highest similarity to the
 subject (CLIP-I) among the rates that keep the similarity of other pictures to their prompts (CLIP-T) at 90 % of the
 base model's, over the same pairs of a subject and a seed as benchmarks/lr_robustness.py, whose trials in the same
---output_dir are not run again. Prints a table; differences to LoRA r=4 are paired, with their standard error. What is
-not a flag here goes to the training script. Writes JSON row by row: the same command goes on where it was stopped.
+--output_dir are not run again. Rates are chosen on the trials that are reported. Prints a table; differences to LoRA
+r=4 are paired, with their standard error. What is not a flag here goes to the training script. Writes JSON row by row:
+the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -57,6 +58,12 @@ def variants() -> dict[str, list[Variant]]:
         ],
         "vera": [Variant.of("vera"), Variant("VeRA r=64", {"method": "vera", "rank": 64})],
     }
+
+
+def score(rows: Sequence[Mapping[str, Any]], base_clip_t: float) -> float:
+    """What a learning rate is chosen by: CLIP-I, and less than any if CLIP-T is below 90 % of the base model's."""
+    clip_i, clip_t = means(rows)
+    return clip_i if clip_t >= ENOUGH * base_clip_t else clip_i - 2
 
 
 def climb(rates: Sequence[float], start: float, score: Callable[[float], float]) -> float:
@@ -116,11 +123,7 @@ def main() -> None:
                     [Trial(variant, rate, subject, seed, args.max_train_steps) for subject, seed in chosen]
                 )
 
-            def score(rate: float) -> float:
-                clip_i, clip_t = means(measure(rate))
-                return clip_i if clip_t >= ENOUGH * base_clip_t else clip_i - 2  # below every faithful one
-
-            rows = measure(climb(args.rates, LEARNING_RATES[method], score))
+            rows = measure(climb(args.rates, LEARNING_RATES[method], lambda rate: score(measure(rate), base_clip_t)))
             if variant.name == REFERENCE:
                 reference = rows
             print(line(variant, variant.parameters(settings.model), rows, reference), flush=True)

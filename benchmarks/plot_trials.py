@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from energy import CHANGES, outcomes
-from lr_robustness import ENOUGH, RATES, STUDIED, means, summary
+from lr_robustness import ENOUGH, RATES, STUDIED, means, window
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from parameter_efficiency import variants
+from parameter_efficiency import climb, score, variants
 from trials import BASE, Variant
+
+from ether_diffusion.training.options import LEARNING_RATES
 
 COLOURS = {
     "ETHER": "#c0392b",
@@ -36,7 +39,7 @@ def draw(results_dir: Path) -> Iterator[tuple[str, Figure]]:
     yield "lr_robustness", learning_rates([row for row in rows if row.get("steps", steps) == steps], model)
     if {row["variant"] for row in rows} - {BASE, *(Variant.of(method).name for method in STUDIED)}:
         yield "parameter_efficiency", parameters([row for row in rows if row.get("steps", steps) == steps], model)
-    yield "energy", energies(rows)
+    yield "energy", energies([row for row in rows if row.get("steps", steps) == steps])
 
 
 def colour(variant: str) -> str:
@@ -61,9 +64,10 @@ def learning_rates(rows: Rows, model: str) -> Figure:
             lost = 1.0 if name == "drift" else 0.0  # of a training that failed
             values = [mean(lost if row[name] is None else row[name] for row in each) for each in at]
             axes.plot(rates, values, marker="o", ms=3, color=colour(variant), label=variant)
-            window = summary(own, base, RATES)
-            if name == "clip_i" and window["low"] is not None:
-                axes.plot([window["low"], window["high"]], [-0.04 * (k + 1)] * 2, lw=4, color=colour(variant))
+            figures = {rate: means(each) for rate, each in zip(rates, at, strict=True) if len(each) == len(base)}
+            found = window(figures, means(base)[1], RATES)
+            if name == "clip_i" and found.low is not None:
+                axes.plot([found.low, found.high], [-0.04 * (k + 1)] * 2, lw=4, color=colour(variant))
         if name == "drift":
             axes.set_ylim(0, 1.02)
         else:
@@ -79,21 +83,25 @@ def learning_rates(rows: Rows, model: str) -> Figure:
 
 def parameters(rows: Rows, model: str) -> Figure:
     """The best CLIP-I of each variant over its parameters."""
-    base_clip_t = means([row for row in rows if row["variant"] == BASE])[1]
+    base = [row for row in rows if row["variant"] == BASE]
+    base_clip_t = means(base)[1]
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for variant in (each for own in variants().values() for each in own):
+    for method, variant in ((method, each) for method, own in variants().items() for each in own):
         by_rate: dict[float, list] = {}
         for row in rows:
             if row["variant"] == variant.name:
                 by_rate.setdefault(row["learning_rate"], []).append(row)
-        figures = [means(own) for own in by_rate.values()]
-        faithful = [clip_i for clip_i, clip_t in figures if clip_t >= ENOUGH * base_clip_t]
-        if not faithful:
+        scores = {rate: score(own, base_clip_t) for rate, own in by_rate.items() if len(own) == len(base)}
+        if not scores:
             continue
-        count = variant.parameters(model)
-        axes.scatter(count, max(faithful), color=colour(variant.name), s=22)
-        axes.annotate(variant.name, (count, max(faithful)), fontsize=7, xytext=(4, 2), textcoords="offset points")
+        # Where the search of parameter_efficiency.py ends, also for methods with more trials than it asks for.
+        best = climb(RATES, LEARNING_RATES[method], lambda rate, scores=scores: scores.get(rate, -math.inf))
+        if best not in scores:
+            continue
+        count, clip_i = variant.parameters(model), means(by_rate[best])[0]
+        axes.scatter(count, clip_i, color=colour(variant.name), s=22)
+        axes.annotate(variant.name, (count, clip_i), fontsize=7, xytext=(4, 2), textcoords="offset points")
     tidy(axes, f"best similarity to the subject (CLIP-I), {model}")
     axes.set_xlabel("parameters")
     return figure

@@ -46,6 +46,10 @@ FIGURES = ("clip_i", "clip_t", "clip_t_subject", "drift", "held_out")
 SEEDS = 2  # pictures of each prompt with the subject
 GUIDANCE = 5.0
 PICTURES_AT_ONCE = 8
+OWN_FLAGS = (
+    "--instance_data_dir", "--instance_prompt", "--learning_rate", "--method", "--adapter_config", "--rank",
+    "--num_blocks", "--seed", "--num_validation_images", "--num_train_epochs",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,14 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def read_settings(args: argparse.Namespace, training_flags: Sequence[str]) -> Settings:
+    """The settings that the flags say.
+
+    Raises:
+        SystemExit: a flag for the training script that a study sets itself.
+    """
+    for word in training_flags:
+        if word.startswith("--") and word.partition("=")[0] in OWN_FLAGS:
+            raise SystemExit(f"error: {word}: every trial has its own; drop it")
     model = args.pretrained_model_name_or_path
     return Settings(
         model,
@@ -148,7 +160,7 @@ def read_settings(args: argparse.Namespace, training_flags: Sequence[str]) -> Se
 
 
 def pairs(count: int, data_dir: Path | None, views_dir: Path) -> list[tuple[Subject, int]]:
-    """Pairs of a subject and a seed: all subjects with seed 0, then with seed 1, until there are enough.
+    """Pairs of a subject and a seed: pair k has seed k, and the subjects follow each other.
 
     count: of the pairs.
     data_dir: one folder of photographs for each subject; None: figures of the miniature's world.
@@ -171,6 +183,8 @@ class Bench:
         self.model = str(FOLDER) if settings.model == MINIATURE else settings.model
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.features, self.script = load_features(settings.clip_model, device=self.device), load_script()
+        if not hasattr(self.features, "embed_texts"):
+            raise SystemExit(f"error: --clip_model {settings.clip_model}: has no text tower, needs a CLIP")
         self.others = OTHER_PROMPTS if settings.model == MINIATURE else PROMPTS_WITHOUT
         self._before: dict[str, tuple[dict[str, Any], list[Image.Image]]] = {}
 
@@ -390,6 +404,9 @@ class Trials:
 
 
 def open_results(output_dir: Path, settings: Settings) -> ResultFile:
-    """The rows of all studies with these settings: what one has measured the others need not."""
+    """The rows of all studies with these settings: what one has measured the others need not.
+
+    One study at a time: each writes the whole file.
+    """
     shared = asdict(settings) | ({"weights_sha256": checksum(FOLDER)} if settings.model == MINIATURE else {})
     return ResultFile(output_dir / "trials.json", shared, machine=machine())

@@ -162,8 +162,9 @@ def energy_change(before: Tensor, after: Tensor, *, half_space: bool = False) ->
     """The relative change (E' − E)/E of the hyperspherical energy from a weight to another; 0 where E is 0.
 
     An orthogonal matrix on the input side turns all neurons of a layer alike, at each position of a kernel, and leaves
-    their distances: one-sided ETHER at strength 1 changes nothing, nor do OFT and HRA on a linear layer. ETHER+ does:
-    H⁺ is not orthogonal, and an output side mixes neurons.
+    their distances: one-sided ETHER at strength 1 changes nothing, nor do, on a linear layer, HRA, and OFT with an
+    exact Cayley transform. The series that PEFT's OFT takes in its place is orthogonal near the identity alone. ETHER+
+    changes the energy: H⁺ is not orthogonal, and an output side mixes neurons.
 
     before, after: W and W', as for `hyperspherical_energy`.
     """
@@ -188,12 +189,15 @@ def adapted_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
     if merged := next((name for name, layer in layers if layer.merged), None):
         raise ValueError(f"adapted_weights: {merged} is merged; call unmerge_adapter() first")
     for name, layer in layers:
-        weight = layer.get_base_layer().weight
-        before = weight.detach().clone()
+        base = layer.get_base_layer()
+        held = {
+            key: parameter.detach().clone() for key, parameter in base.named_parameters()
+        }  # some merge into a bias
         layer.merge()
         try:
-            after = layer.get_base_layer().weight.detach().clone()
+            after = base.weight.detach().clone()
         finally:
             layer.unmerge()
-            layer.get_base_layer().weight.data.copy_(before)  # PEFT's own methods subtract, and round
-        yield name, before, after
+            for key, parameter in base.named_parameters():
+                parameter.data.copy_(held[key])  # PEFT's own methods subtract, and round
+        yield name, held["weight"], after

@@ -132,8 +132,7 @@ class TestEnergy:
         a = np.array([1.0, 2.0, 3.0, 4.0])
         assert rank_correlation(a, np.exp(a)) == pytest.approx(1)
         assert rank_correlation(a, -(a**3)) == pytest.approx(-1)
-        # Equal values share a rank: ρ = 0.8 / √(5/5 · 4.5/5) by hand would hide it, numpy's own ranks of the means
-        # are the oracle.
+        # Equal values share a rank.
         ties = np.array([1.0, 1.0, 2.0, 3.0])
         assert rank_correlation(a, ties) == pytest.approx(np.corrcoef([0, 1, 2, 3], [0.5, 0.5, 2, 3])[0, 1])
         assert math.isnan(rank_correlation(a, np.ones(4)))
@@ -151,12 +150,32 @@ class TestEnergy:
         (row,) = outcomes(trials)
         assert row["won"] == pytest.approx(0.2) and row["lost"] == pytest.approx(0.2)
 
+    def test_rounding_is_no_change_and_what_is_constant_has_no_correlation(self):
+        from energy import outcomes, with_interval
+
+        trials = [{"variant": "base", "subject": "a", "seed": seed, "clip_i": 0.3, "clip_t": 0.8} for seed in (0, 1)]
+        for k in range(8):
+            changes = {"energy_moved": 1e-11 * k, "energy_change": 0.1 * k, "relative_distance": 0.1 * k}
+            own = {"variant": "ETHER", "subject": "a", "seed": k % 2, "clip_i": 0.3 + 0.01 * k, "clip_t": 0.8}
+            trials.append({**own, **changes})
+        rows = outcomes(trials)
+        assert with_interval(rows, "energy_moved", "won") is None
+        assert with_interval(rows, "relative_distance", "won") == pytest.approx((1, 1, 1))
+
 
 def call(script: str, *flags: object) -> str:
     command = [sys.executable, str(BENCHMARKS / script), *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.mark.parametrize("flags", [("--learning_rate", "1e-3"), ("--seed=3",)])
+def test_what_every_trial_has_of_its_own_cannot_be_given(flags, tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "lr_robustness.py"), "--output_dir", str(tmp_path / "out"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and f"error: {flags[0]}: every trial has its own; drop it" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

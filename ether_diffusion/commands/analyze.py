@@ -56,7 +56,9 @@ MOST_MOVED = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", help="An adapter: a file, a folder (ours or PEFT's), or an id on the Hub; or a LoRA.")
+    parser.add_argument(
+        "file", help="An adapter: a file, a folder (ours or PEFT's), or an id on the Hub; or a local LoRA."
+    )
     parser.add_argument(
         "--base", default=str(FOLDER), help="A pipeline, as a folder or an id on the Hub. Default: the miniature."
     )

@@ -37,7 +37,10 @@ def control_tab(worker: Worker, results: Results) -> gr.Dropdown:
             "into the folder of adapters and load this page again."
         )
     gr.Markdown("Draw a map, or upload one: it says where things are, and the prompt says what they are.")
-    first, drawing = (_sample(worker, offered[0]) if offered else None) or (Settings(prompt="a picture"), None)
+    first, drawing = (_sample(worker, offered[0]) if offered else None) or (
+        Settings(prompt="a picture", width=worker.side, height=worker.side),
+        None,
+    )
     side = 8 * worker.side if worker.side <= 64 else worker.side
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
@@ -56,7 +59,8 @@ def control_tab(worker: Worker, results: Results) -> gr.Dropdown:
                 elem_id="map",
             )
             again = gr.Button("The adapter's sample map", size="sm", elem_id="sample-map")
-            strength = gr.Slider(0, HIGHEST_STRENGTH, value=1.0, step=0.05, label="Strength")
+            start_strength = first.adapters[0][1] if first.adapters else 1.0
+            strength = gr.Slider(0, HIGHEST_STRENGTH, value=start_strength, step=0.05, label="Strength")
             gr.HTML(note(STRENGTH_NOTE))
             with gr.Row():
                 go = gr.Button("Generate", variant="primary", elem_id="generate-map")
@@ -66,8 +70,8 @@ def control_tab(worker: Worker, results: Results) -> gr.Dropdown:
                 steps = gr.Slider(1, MOST_STEPS, value=first.steps, step=1, label="Steps")
                 guidance = gr.Slider(0, HIGHEST_GUIDANCE, value=first.guidance, step=0.5, label="Guidance")
                 sides = [
-                    gr.Slider(worker.side // 2, 2 * worker.side, value=worker.side, step=worker.unit, label=label)
-                    for label in ("Width in pixels", "Height in pixels")
+                    gr.Slider(worker.side // 2, 2 * worker.side, value=value, step=worker.unit, label=label)
+                    for label, value in (("Width in pixels", first.width), ("Height in pixels", first.height))
                 ]
         with gr.Column(scale=3, min_width=300):
             said = gr.HTML(status("Ready."), elem_id="control-status")

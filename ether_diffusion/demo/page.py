@@ -95,7 +95,7 @@ def build_page(worker: Worker, results: Results) -> gr.Blocks:
                 gr.update(choices=usable),
                 listing(worker),
                 gr.update(choices=everything),
-                gr.update(choices=steering, value=steering[0] if steering else None),
+                gr.update(choices=steering),
             )
 
         lists = [adapters, listed, inspected, control]

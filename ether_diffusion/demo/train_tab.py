@@ -72,16 +72,16 @@ def train_tab(trainings: Trainings, results: Results) -> Callable[..., Any]:
                 label="Samples: base above, adapted below", interactive=False, buttons=[], elem_classes="ether-samples"
             )
 
-    def preview(paths: list[str] | None) -> tuple[Any, str]:
-        paths = paths or []
+    def preview(paths: list[str] | None) -> tuple[Any, ...]:
+        paths, no_crop = paths or [], (None, None, gr.update(visible=False))  # what was open is of other photos
         if len(paths) > MOST_PHOTOS:
-            return None, problem(f"Photos: got {len(paths)}, needs {FEWEST_PHOTOS} to {MOST_PHOTOS}")
+            return None, problem(f"Photos: got {len(paths)}, needs {FEWEST_PHOTOS} to {MOST_PHOTOS}"), *no_crop
         try:
-            return [read_photo(path, 256) for path in paths], status("Ready.")
+            return [read_photo(path, 256) for path in paths], status("Ready."), *no_crop
         except InputError as error:
-            return None, problem(str(error))
+            return None, problem(str(error)), *no_crop
 
-    photos.change(preview, photos, [shown, said], api_name=False, show_progress="hidden")
+    photos.change(preview, photos, [shown, said, which, editor, cropping], api_name=False, show_progress="hidden")
 
     def open_crop(paths: list[str], chosen: gr.SelectData) -> tuple[Any, ...]:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -59,6 +60,10 @@ class _Turn:
     asked: float = field(default_factory=time.monotonic)
     process: subprocess.Popen | None = None
     stopped: bool = False
+
+    @property
+    def is_running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
 
     def stop(self) -> None:
         self.stopped = True
@@ -151,7 +156,8 @@ class Trainings:
             for each in self._line:
                 if turn.asked - each.asked > ABANDONED_AFTER:
                     each.stop()
-            self._line = [each for each in self._line if turn.asked - each.asked <= ABANDONED_AFTER]
+            # One that is at work keeps its place until it has ended: two would share the memory.
+            self._line = [each for each in self._line if not each.stopped or each.is_running or each is turn]
             if turn.stopped or turn not in self._line:
                 raise Cancelled("stopped")
             return self._line.index(turn)
@@ -168,8 +174,11 @@ class Trainings:
             "seed": 0,
         }
         command = [sys.executable, "-m", "ether_diffusion.demo.train_one", json.dumps(task)]
+        device = {"ACCELERATE_USE_CPU": "true"} if self.worker.device == "cpu" else {}
         with (folder / "log").open("w") as log:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, **device}
+            )
         try:
             with self._lock:
                 turn.process = process

@@ -170,8 +170,8 @@ class Worker:
 
     def _explain(self, error: Exception, settings: Settings) -> Failed:
         """What went wrong, for the person who asked; what can be freed is freed."""
-        error.__traceback__ = None if _is_out_of_memory(error) else error.__traceback__
         if _is_out_of_memory(error):
+            error.__traceback__ = None  # it holds the tensors of the call
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
