@@ -70,7 +70,8 @@ def main() -> None:
     if not (data / "metadata.jsonl").exists():
         write_control_data(data, args.pairs, TRAINING_SEED, args.kind)
     settings = {name: getattr(args, name) for name in ("kind", "pairs", "held_out", "max_train_steps")}
-    settings["flags"] = SETTINGS
+    k = SETTINGS.index("--max_train_steps")
+    settings["flags"] = SETTINGS[:k] + SETTINGS[k + 2 :]  # the steps are said above
     results = ResultFile(args.output_dir / "control.json", settings, machine=machine())
     for method in args.methods:
         if results.find(method=method):
@@ -88,7 +89,8 @@ def main() -> None:
             args.kind,
         )
         count = trained_parameters(folder / "adapter")
-        results.add({"method": method, "parameters": count, "scores": report["scores"]})
+        row = {"method": method, "learning_rate": rate, "parameters": count, "scores": report["scores"]}
+        results.add(row)
 
     names = list(results.rows[0]["scores"]["real"])
     print(f"{'':12}{'parameters':>12}" + "".join(f"{name:>16}" for name in names))
