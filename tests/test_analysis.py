@@ -280,6 +280,15 @@ def test_an_adapter_clashes_with_itself_in_every_layer(file, tiny_pipeline_folde
     assert "alignment, input" in analyze(capsys, file, "--base", tiny_pipeline_folder, "--against", file)
 
 
+def test_adapters_without_a_layer_in_common_are_not_compared(tiny_pipeline_folder, tmp_path):
+    for name in ("to_q", "to_k"):
+        pipe = open_pipeline(tiny_pipeline_folder)
+        pipe.unet.add_adapter(EtherConfig(target_modules=[name]))
+        pipe.save_ether_weights(tmp_path / name)
+    with pytest.raises(InputError, match="--against: .*to_k adapts no layer that .*to_q does"):
+        command.analyze(tmp_path / "to_q", base=tiny_pipeline_folder, against=tmp_path / "to_k")
+
+
 def test_a_lora_is_measured_by_its_weights_alone(tiny_pipeline, tiny_pipeline_folder, tmp_path, capsys):
     torch.manual_seed(0)
     tiny_pipeline.unet.add_adapter(

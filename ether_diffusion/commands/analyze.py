@@ -125,6 +125,8 @@ def analyze(
             raise EtherFileError(fit["error"])
         transforms, verdict = transforms_of(checkpoint), fit["verdict"]
         conflicts = compare(checkpoint, other)["conflicts"] if other is not None else []
+        if other is not None and not conflicts:
+            raise InputError(f"--against: {against} adapts no layer that {file} does; there is nothing to compare")
     pipe.set_adapters([NAME], [strength])
     clashes = {(row["component"], row["path"], row["side"]): row for row in conflicts}
     layers = []
