@@ -32,8 +32,9 @@ from diffusers import DiffusionPipeline
 from measuring import machine
 from peft import HRAConfig, LoraConfig, OFTConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from PIL import Image, ImageDraw
+from PIL import Image
 from result_file import ResultFile
+from strips import strip
 from subjects import MINIATURE, PROMPTS_WITHOUT
 from torch import Generator, Tensor, nn
 from trials import BASE, GUIDANCE, denoiser, finite
@@ -56,7 +57,6 @@ DECADES = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
 ANGLES = (1.0, 3.0, 10.0, 30.0, 60.0, 90.0)
 BLOCKS = (1, 2, 4, 8, 16, 32)
 QUICK = {"seeds": 1, "num_inference_steps": 2, "strengths": 2}
-CELL, MARGIN, TITLE = 96, 16, 132  # pixels of the strip
 
 
 @dataclass(frozen=True)
@@ -238,22 +238,6 @@ def line(name: str, strength: str, figures: dict[str, float | None]) -> str:
 
 
 HEAD = f"{'':18}{'strength':>8}{'|ΔW|/|W|':>12}{'|T − I|':>12}{'drift':>12}{'CLIP-T':>12}"
-
-
-def strip(rows: Sequence[tuple[str, Sequence[tuple[str, Path]]]]) -> Image.Image:
-    """Titled rows of pictures, a line of text above each."""
-    columns = max(len(cells) for _, cells in rows)
-    canvas = Image.new("RGB", (TITLE + columns * CELL, len(rows) * (CELL + MARGIN)), "white")
-    draw = ImageDraw.Draw(canvas)
-    for k, (title, cells) in enumerate(rows):
-        top = k * (CELL + MARGIN)
-        draw.text((4, top + MARGIN + CELL // 2), title, fill="black", anchor="lm")
-        for j, (text, path) in enumerate(cells):
-            left = TITLE + j * CELL
-            draw.text((left + CELL // 2, top + MARGIN // 2), text, fill="black", anchor="mm")
-            with Image.open(path) as picture:
-                canvas.paste(picture.resize((CELL - 2, CELL), Image.Resampling.LANCZOS), (left, top + MARGIN))
-    return canvas
 
 
 def main() -> None:

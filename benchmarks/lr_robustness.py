@@ -27,10 +27,12 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from trials import BASE, Trial, Trials, Variant, add_settings, pairs, read_settings, strips
+from strips import strip
+from trials import BASE, PICTURES, Trial, Trials, Variant, add_settings, pairs, picture_folder, read_settings
 
 from ether_diffusion.training.options import LEARNING_RATES
 
@@ -211,6 +213,16 @@ HEAD = (
 )
 
 
+def painted(rows: Sequence[Mapping[str, Any]], output_dir: Path) -> list[tuple[str, list[tuple[str, Path]]]]:
+    """For each variant a picture at each learning rate that any of them has, for `strip`."""
+    rates = sorted({row["learning_rate"] for row in rows})
+    folder = output_dir / PICTURES
+    return [
+        (name, [(f"{rate:.0e}", picture_folder(folder, {**row, "learning_rate": rate}) / "0.png") for rate in rates])
+        for name, row in {row["variant"]: row for row in rows}.items()
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_settings(parser)
@@ -241,7 +253,10 @@ def main() -> None:
             print(line(variant.name, summary(rows, base, grid)), flush=True)
         if steps == args.max_train_steps:
             subject, seed = chosen[0]
-            strips(args.output_dir, trials.results.rows, (subject.name, seed), steps).save(args.output_dir / STRIPS)
+            own = [row for row in trials.results.rows if (row["subject"], row["seed"]) == (subject.name, seed)]
+            strip(painted([row for row in own if row.get("steps") == steps], args.output_dir)).save(
+                args.output_dir / STRIPS
+            )
             print(args.output_dir / STRIPS)
 
 

@@ -22,7 +22,7 @@ import torch
 from diffusers import DiffusionPipeline
 from measuring import machine
 from peft.tuners.tuners_utils import BaseTunerLayer
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from result_file import ResultFile
 from subjects import MINIATURE, PROMPTS_WITHOUT, Subject, drawn, load_result, load_script, photographed, squares
 from torch import Tensor, nn
@@ -269,36 +269,6 @@ def picture_folder(pictures_dir: Path, key: Mapping[str, Any]) -> Path:
     """Where the pictures of a trial's subject lie; `key` is the trial's, or its row."""
     rate = f"{key['learning_rate']:.0e}_{key['steps']}"
     return pictures_dir / key["variant"] / rate / f"{key['subject']}_{key['seed']}"
-
-
-def strips(output_dir: Path, rows: Sequence[Mapping[str, Any]], pair: tuple[str, int], steps: int) -> Image.Image:
-    """For each method a row of pictures of one pair's subject, one for each learning rate.
-
-    Args:
-        output_dir: of the study; its pictures are read.
-        rows: of its trials.
-        pair: a subject's name and a seed.
-        steps: of the trials to show.
-    """
-    chosen = [row for row in rows if row.get("steps") == steps and (row["subject"], row["seed"]) == pair]
-    found: dict[str, dict[float, Image.Image]] = {}
-    for row in chosen:
-        folder = picture_folder(output_dir / PICTURES, row)
-        if (folder / "0.png").is_file():
-            found.setdefault(row["variant"], {})[row["learning_rate"]] = Image.open(folder / "0.png").convert("RGB")
-    rates = sorted({rate for own in found.values() for rate in own})
-    side, left, head = 96, 120, 24
-    canvas = Image.new("RGB", (left + len(rates) * (side + 2), head + len(found) * (side + 2)), "white")
-    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
-    for j, rate in enumerate(rates):
-        pen.text((left + j * (side + 2) + 4, 4), f"{rate:.0e}", "black", font)
-    for k, (name, own) in enumerate(found.items()):
-        pen.text((4, head + k * (side + 2) + side // 2), name, "black", font)
-        for j, rate in enumerate(rates):
-            if rate in own:
-                picture = own[rate].resize((side, side), Image.Resampling.NEAREST)
-                canvas.paste(picture, (left + j * (side + 2), head + k * (side + 2)))
-    return canvas
 
 
 def finite(number: float) -> float | None:

@@ -22,6 +22,7 @@ from .settings import (
     Settings,
     read_picture,
 )
+from .widgets import picture_boxes, size_sliders
 from .words import STRENGTH_NOTE, note, problem, status
 from .worker import Worker
 
@@ -69,23 +70,10 @@ def control_tab(worker: Worker, results: Results) -> gr.Dropdown:
                 seed = gr.Number(label="Seed", value=first.seed, precision=0, minimum=0, maximum=HIGHEST_SEED)
                 steps = gr.Slider(1, MOST_STEPS, value=first.steps, step=1, label="Steps")
                 guidance = gr.Slider(0, HIGHEST_GUIDANCE, value=first.guidance, step=0.5, label="Guidance")
-                sides = [
-                    gr.Slider(worker.side // 2, 2 * worker.side, value=value, step=worker.unit, label=label)
-                    for label, value in (("Width in pixels", first.width), ("Height in pixels", first.height))
-                ]
+                sides = size_sliders(worker, first.width, first.height)
         with gr.Column(scale=3, min_width=300):
             said = gr.HTML(status("Ready."), elem_id="control-status")
-            preview = gr.Image(
-                label="Preview", height=200, interactive=False, buttons=[], format="png", elem_classes="ether-preview"
-            )
-            gallery = gr.Gallery(
-                label="Pictures: base and controlled, from the same seed",
-                columns=2,
-                format="png",
-                buttons=["download", "fullscreen"],
-                interactive=False,
-                elem_id="map-gallery",
-            )
+            preview, gallery = picture_boxes("Pictures: base and controlled, from the same seed", "map-gallery")
             with gr.Accordion("Use the settings and the map of a picture", open=False):
                 dropped = gr.File(
                     label="Drop a PNG that was painted under a map", file_types=[".png"], elem_id="map-settings"

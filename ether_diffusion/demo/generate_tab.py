@@ -24,6 +24,7 @@ from .settings import (
     Settings,
     read_picture,
 )
+from .widgets import picture_boxes, size_sliders
 from .words import STRENGTH_NOTE, cards, note, problem, progress, status
 from .worker import Worker
 
@@ -126,23 +127,10 @@ def generate_tab(worker: Worker, results: Results) -> tuple[gr.Dropdown, gr.HTML
                 negative = gr.Textbox(label="Negative prompt", max_length=LONGEST_PROMPT)
                 steps = gr.Slider(1, MOST_STEPS, value=25, step=1, label="Steps")
                 guidance = gr.Slider(0, HIGHEST_GUIDANCE, value=5.0, step=0.5, label="Guidance")
-                sides = [
-                    gr.Slider(worker.side // 2, 2 * worker.side, value=worker.side, step=worker.unit, label=label)
-                    for label in ("Width in pixels", "Height in pixels")
-                ]
+                sides = size_sliders(worker, worker.side, worker.side)
         with gr.Column(scale=3, min_width=300):
             said = gr.HTML(status("Ready."), elem_id="status")
-            preview = gr.Image(
-                label="Preview", height=200, interactive=False, buttons=[], format="png", elem_classes="ether-preview"
-            )
-            gallery = gr.Gallery(
-                label="Pictures: base and adapted, from the same seed",
-                columns=2,
-                format="png",
-                buttons=["download", "fullscreen"],
-                interactive=False,
-                elem_id="gallery",
-            )
+            preview, gallery = picture_boxes("Pictures: base and adapted, from the same seed", "gallery")
             with gr.Accordion("Use the settings of a picture", open=False):
                 dropped = gr.File(label="Drop a PNG that was downloaded here", file_types=[".png"])
     with gr.Accordion("Adapters on offer", open=True):
