@@ -3,13 +3,13 @@
     python benchmarks/parameter_efficiency.py --output_dir out/studies --processes 2
     python benchmarks/parameter_efficiency.py --output_dir out/quick --quick
 
-ETHER and ETHER+ with 1, 4 and 16 blocks, ETHER+ on one side, LoRA, HRA and VeRA of several ranks, OFT of several block
-sizes. From each method's default learning rate the search climbs in half decades to the highest similarity to the
-subject (CLIP-I) among the rates that keep the similarity of other pictures to their prompts (CLIP-T) at 90 % of the
-base model's, over the same pairs of a subject and a seed as benchmarks/lr_robustness.py, whose trials in the same
---output_dir are not run again. Rates are chosen on the trials that are reported. Prints a table; differences to LoRA
-r=4 are paired, with their standard error. What is not a flag here goes to the training script. Writes JSON row by row:
-the same command goes on where it was stopped.
+ETHER and ETHER+ with 1, 4 and 16 blocks, ETHER+ on one side, LoRA, HRA and VeRA of several ranks, OFT of several
+block sizes. The search climbs in half decades to the highest similarity to the subject (CLIP-I) among the rates that
+keep the similarity of other pictures to their prompts (CLIP-T) at 90 % of the base model's, over the same pairs of a
+subject and a seed as benchmarks/lr_robustness.py, whose trials in the same --output_dir are not run again: it starts
+from the best rate among the variant's trials there, or from the method's default. Rates are chosen on the trials that
+are reported. Prints a table; differences to LoRA r=4 are paired, with their standard error. What is not a flag here
+goes to the training script. Writes JSON row by row: the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from lr_robustness import ENOUGH, RATES, means
+from lr_robustness import ENOUGH, RATES, best_rate, means
 from trials import Trial, Trials, Variant, add_settings, pairs, read_settings
 
 from ether_diffusion.model import ATTENTION
@@ -118,12 +118,13 @@ def main() -> None:
         ordered.sort(key=lambda pair: pair[1].name != REFERENCE)
         for method, variant in ordered[: args.variants]:
 
-            def measure(rate: float, variant: Variant = variant) -> list[dict[str, Any]]:
-                return trials.run(
-                    [Trial(variant, rate, subject, seed, args.max_train_steps) for subject, seed in chosen]
-                )
+            def planned(rate: float, variant: Variant = variant) -> list[Trial]:
+                return [Trial(variant, rate, subject, seed, args.max_train_steps) for subject, seed in chosen]
 
-            rows = measure(climb(args.rates, LEARNING_RATES[method], lambda rate: score(measure(rate), base_clip_t)))
+            known = {rate: means(rows) for rate in args.rates if (rows := trials.measured(planned(rate)))}
+            start = best_rate(known, base_clip_t) or LEARNING_RATES[method]
+            best = climb(args.rates, start, lambda rate: score(trials.run(planned(rate)), base_clip_t))
+            rows = trials.run(planned(best))
             if variant.name == REFERENCE:
                 reference = rows
             print(line(variant, variant.parameters(settings.model), rows, reference), flush=True)

@@ -12,6 +12,7 @@ import math
 import multiprocessing
 import os
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -319,8 +320,15 @@ _bench: Bench
 
 def _prepare(settings: Settings, pictures_dir: Path, threads: int) -> None:
     global _bench
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     _bench = Bench(settings, pictures_dir)
+
+
+def _end_with_parent() -> None:
+    """A study that is killed cannot tell its processes to stop: without it they would wait for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _run(trial: Trial) -> dict[str, Any]:
@@ -364,6 +372,11 @@ class Trials:
             for key, figures in zip(keys, measured, strict=True):
                 self.results.add({**key, **figures})
         return [self.results.find(**key) for key in keys]
+
+    def measured(self, trials: Sequence[Trial]) -> list[dict[str, Any]] | None:
+        """The row of each trial, or None if any is not among the results yet."""
+        rows = [self.results.find(**trial.key) for trial in trials]
+        return None if None in rows else rows
 
     def run(self, trials: Sequence[Trial]) -> list[dict[str, Any]]:
         """The row of each trial; those that are not among the results yet are run."""

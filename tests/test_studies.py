@@ -4,6 +4,8 @@ import json
 import math
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,21 @@ def benchmarks(monkeypatch):
 def rows(clip_i: list[float], clip_t: float = 0.8) -> list[dict]:
     """One trial for each pair, at one learning rate."""
     return [{"clip_i": value, "clip_t": clip_t, "drift": 0.1} for value in clip_i]
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there and has not ended; one that nobody waits for stays as a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not so after {seconds} s"
+        time.sleep(0.2)
 
 
 @pytest.mark.usefixtures("benchmarks")
@@ -201,6 +218,25 @@ def test_the_studies_share_their_trials_and_are_drawn(tmp_path):
     assert {Path(path).name for path in drawn} == {"lr_robustness.png", "energy.png"}
     assert "trials" in call("energy.py", "--results", tmp_path / "trials.json")
     assert json.loads((tmp_path / "energy.json").read_text()) == {}  # too few to say anything
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads the children of a process from /proc")
+def test_a_study_that_is_killed_leaves_no_process_behind(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "lr_robustness.py"), "--output_dir", str(tmp_path), "--processes", "2"]
+    study = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: (tmp_path / "trials.json").exists(), 300)  # the base model is measured: trainings begin
+        children = [
+            int(child)
+            for task in Path(f"/proc/{study.pid}/task").iterdir()
+            for child in (task / "children").read_text().split()
+        ]
+        assert len(children) >= 2 and all(map(runs, children))
+    finally:
+        study.kill()
+        study.wait()
+    wait_until(lambda: not any(map(runs, children)), 60)
 
 
 @pytest.mark.slow
