@@ -6,10 +6,11 @@
 ETHER and ETHER+ with 1, 4 and 16 blocks, ETHER+ on one side, LoRA, HRA and VeRA of several ranks, OFT of several
 block sizes. The search climbs in half decades to the highest similarity to the subject (CLIP-I) among the rates that
 keep the similarity of other pictures to their prompts (CLIP-T) at 90 % of the base model's, over the same pairs of a
-subject and a seed as benchmarks/lr_robustness.py, whose trials in the same --output_dir are not run again: it starts
-from the best rate among the variant's trials there, or from the method's default. Rates are chosen on the trials that
-are reported. Prints a table; differences to LoRA r=4 are paired, with their standard error. What is not a flag here
-goes to the training script. Writes JSON row by row: the same command goes on where it was stopped.
+subject and a seed as benchmarks/lr_robustness.py, whose trials in the same --output_dir are not run again. It starts
+from the best rate among the variant's trials there, or from that of the method's first variant, or, for this, from the
+method's default. Rates are chosen on the trials that are reported. Prints a table; differences to LoRA r=4 are paired,
+with their standard error. What is not a flag here goes to the training script. Writes JSON row by row: the same command
+goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def main() -> None:
     chosen = pairs(args.pairs, args.data_dir, args.output_dir / "views")
     with Trials(settings, args.output_dir, processes=args.processes) as trials:
         _, base_clip_t = means(trials.base(chosen))
-        reference = None
+        reference, starts = None, dict(LEARNING_RATES)
         print(
             f"{'':18}{'parameters':>11}{'rate':>8}{'CLIP-I':>8}{'CLIP-T':>8}{'held out':>10}{'drift':>8}"
             f"   CLIP-I above {REFERENCE}",
@@ -122,9 +123,11 @@ def main() -> None:
                 return [Trial(variant, rate, subject, seed, args.max_train_steps) for subject, seed in chosen]
 
             known = {rate: means(rows) for rate in args.rates if (rows := trials.measured(planned(rate)))}
-            start = best_rate(known, base_clip_t) or LEARNING_RATES[method]
+            start = best_rate(known, base_clip_t) or starts[method]
             best = climb(args.rates, start, lambda rate: score(trials.run(planned(rate)), base_clip_t))
             rows = trials.run(planned(best))
+            if variant == variants()[method][0]:
+                starts[method] = best
             if variant.name == REFERENCE:
                 reference = rows
             print(line(variant, variant.parameters(settings.model), rows, reference), flush=True)

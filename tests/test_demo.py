@@ -30,7 +30,7 @@ from ether_diffusion.demo import worker as worker_module  # noqa: E402
 from ether_diffusion.demo.jobs import Cancelled, Failed, Painted, Painting  # noqa: E402
 from ether_diffusion.demo.library import Library, clean_name  # noqa: E402
 from ether_diffusion.demo.settings import LARGEST_MAP, Settings, read_picture, save_picture  # noqa: E402
-from ether_diffusion.demo.training import Trainings, read_photo  # noqa: E402
+from ether_diffusion.demo.training import Trainings, cut_square, read_photo  # noqa: E402
 from ether_diffusion.demo.worker import Worker  # noqa: E402
 from ether_diffusion.training.command_line import InputError  # noqa: E402
 
@@ -519,13 +519,30 @@ def test_a_controlled_picture_brings_its_map_back(server, client):
 
 
 def test_a_photo_can_be_cut(client, photographs, tmp_path):
-    photos = [gradio_client.handle_file(path) for path in sorted(photographs.iterdir())]
-    Image.new("RGB", (20, 30), "red").save(tmp_path / "cut.png")
-    cut = gradio_client.handle_file(tmp_path / "cut.png")
-    edited = {"background": cut, "layers": [], "composite": cut}
-    files, *_ = client.predict(photos, 1, edited, api_name="/crop")
-    assert [Image.open(file).size for file in files] == [(64, 64), (20, 30), (64, 64)]
-    assert "choose a photo first" in client.predict(photos, 7, edited, api_name="/crop")[-1]
+    columns = np.arange(240, dtype=np.uint8)  # each column a grey of its own
+    Image.fromarray(np.tile(columns, (80, 1))).convert("RGB").save(tmp_path / "wide.png")
+    photos = [gradio_client.handle_file(path) for path in (*sorted(photographs.iterdir()), tmp_path / "wide.png")]
+    files, *_ = client.predict(photos, 3, 50, 100, 0, api_name="/crop")
+    assert [Image.open(file).size for file in files] == [(64, 64)] * 3 + [(40, 40)]
+    assert np.array_equal(np.asarray(Image.open(files[3]))[0, :, 0], columns[200:])
+    assert "choose a photo first" in client.predict(photos, 7, 50, 100, 0, api_name="/crop")[-1]
+
+
+def test_a_cut_is_the_square_that_was_asked_for():
+    image = Image.fromarray(np.arange(60 * 100, dtype=np.int32).reshape(60, 100))
+    pixels = np.asarray(image)
+    assert np.array_equal(np.asarray(cut_square(image)), pixels[:, 20:80])
+    assert np.array_equal(np.asarray(cut_square(image, 50, 0, 100)), pixels[30:, :30])
+    assert np.array_equal(np.asarray(cut_square(image, 50, 250, -3)), pixels[:30, 70:])
+    assert cut_square(image, 0).size == (1, 1)
+
+
+def test_a_large_photo_keeps_its_detail_when_it_is_cut(client, photographs, tmp_path):
+    Image.new("RGB", (3000, 2000)).save(tmp_path / "large.png")
+    photos = [gradio_client.handle_file(tmp_path / "large.png")]
+    for size, expected in ((100, 1024), (20, 400)):
+        (file,), *_ = client.predict(photos, 0, size, 50, 50, api_name="/crop")
+        assert Image.open(file).size == (expected, expected)
 
 
 def test_a_broken_upload_is_explained_and_a_sound_one_described(client, tmp_path):

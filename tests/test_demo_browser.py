@@ -168,10 +168,17 @@ def test_photos_are_cut_trained_on_and_painted_with(open_page, photographs):
     page.get_by_role("tab", name="Train").click()
     paths = [str(path) for path in sorted(Path(photographs).iterdir())]
     page.locator("#photos input[type=file]").set_input_files(paths)
-    page.locator("#uploaded .grid-wrap button").nth(1).click()
-    page.wait_for_timeout(3000)
-    page.click("#keep-crop")
-    sync_api.expect(page.locator("#crop")).to_be_hidden(timeout=WAIT)
+    # By keyboard alone: choose the second photo, make its square smaller and move it.
+    page.locator("#uploaded .grid-wrap button").nth(1).press("Enter")
+    whole = page.locator("#cut img").get_attribute("src", timeout=WAIT)
+    sliders = page.locator("#cropping input[type=range]")
+    for slider, key in ((0, "ArrowLeft"), (1, "ArrowRight"), (2, "ArrowLeft")):
+        for _ in range(10):
+            sliders.nth(slider).press(key)
+    sync_api.expect(page.locator("#cut img")).not_to_have_attribute("src", whole, timeout=WAIT)
+    page.locator("#keep-cut").press("Enter")
+    sync_api.expect(page.locator("#cropping")).to_be_hidden(timeout=WAIT)
+    sync_api.expect(page.locator("#photos")).to_contain_text("-cut", timeout=WAIT)
     page.get_by_label("Name of the adapter").fill("mine")
     page.get_by_label("What the photos show").fill("toy")
     page.click("#train")

@@ -14,10 +14,12 @@ from ..training.options import DEFAULT_METHOD
 from .charts import line_chart
 from .jobs import Cancelled, Failed
 from .results import Results
-from .training import FEWEST_PHOTOS, MOST_PHOTOS, TOKEN, Progress, Trainings, read_photo
+from .training import FEWEST_PHOTOS, MOST_PHOTOS, TOKEN, WHOLE_SQUARE, Progress, Trainings, cut_square, read_photo
 from .words import problem, progress, status
 
-LARGEST_CROP = 1024
+LARGEST_CUT = 1024
+THUMBNAIL = 512
+READY = status("Ready.")
 METHODS = [("ETHER+ (moves both sides, the default)", "ether_plus"), ("ETHER (a quarter of the size)", "ether")]
 
 
@@ -46,19 +48,13 @@ def train_tab(trainings: Trainings, results: Results) -> Callable[..., Any]:
                 elem_id="uploaded",
             )
             which = gr.Number(visible=False, precision=0)
-            with gr.Column(visible=False) as cropping:
-                editor = gr.ImageEditor(
-                    label="Crop, then keep the cut",
-                    type="pil",
-                    image_mode="RGB",
-                    interactive=True,
-                    sources=[],
-                    transforms=["crop"],
-                    layers=False,
-                    format="png",
-                    elem_id="crop",
-                )
-                keep = gr.Button("Keep this cut", size="sm", elem_id="keep-crop")
+            with gr.Column(visible=False, elem_id="cropping") as cropping:
+                cut = gr.Image(label="The square to keep", interactive=False, buttons=[], height=260, elem_id="cut")
+                with gr.Row():
+                    size = gr.Slider(10, 100, 100, step=1, label="Size, % of the shorter side", min_width=140)
+                    across = gr.Slider(0, 100, 50, step=1, label="From left to right, %", min_width=140)
+                    down = gr.Slider(0, 100, 50, step=1, label="From top to bottom, %", min_width=140)
+                keep = gr.Button("Keep this square", size="sm", elem_id="keep-cut")
             name = gr.Textbox(label="Name of the adapter", max_length=40, placeholder="my-dog")
             word = gr.Textbox(label="What the photos show", max_length=30, placeholder="dog")
             method = gr.Radio(METHODS, value=DEFAULT_METHOD, label="Method")
@@ -66,42 +62,57 @@ def train_tab(trainings: Trainings, results: Results) -> Callable[..., Any]:
                 go = gr.Button("Train", variant="primary", elem_id="train")
                 stop = gr.Button("Stop", elem_id="stop-training")
         with gr.Column(scale=3, min_width=300):
-            said = gr.HTML(status("Ready."), elem_id="training-status")
+            said = gr.HTML(READY, elem_id="training-status")
             chart = gr.HTML()
             samples = gr.Image(
                 label="Samples: base above, adapted below", interactive=False, buttons=[], elem_classes="ether-samples"
             )
 
     def preview(paths: list[str] | None) -> tuple[Any, ...]:
-        paths, no_crop = paths or [], (None, None, gr.update(visible=False))  # what was open is of other photos
+        paths, closed = paths or [], (None, gr.update(visible=False))  # what was open is of other photos
         if len(paths) > MOST_PHOTOS:
-            return None, problem(f"Photos: got {len(paths)}, needs {FEWEST_PHOTOS} to {MOST_PHOTOS}"), *no_crop
+            return None, problem(f"Photos: got {len(paths)}, needs {FEWEST_PHOTOS} to {MOST_PHOTOS}"), *closed
         try:
-            return [read_photo(path, 256) for path in paths], status("Ready."), *no_crop
+            return [read_photo(path, THUMBNAIL) for path in paths], READY, *closed
         except InputError as error:
-            return None, problem(str(error)), *no_crop
+            return None, problem(str(error)), *closed
 
-    photos.change(preview, photos, [shown, said, which, editor, cropping], api_name=False, show_progress="hidden")
+    photos.change(preview, photos, [shown, said, which, cropping], api_name=False, show_progress="hidden")
 
-    def open_crop(paths: list[str], chosen: gr.SelectData) -> tuple[Any, ...]:
+    square = [size, across, down]
+
+    def show_cut(paths: list[str] | None, index: int | None, *square: float) -> Image.Image:
         try:
-            return read_photo(paths[chosen.index], LARGEST_CROP), chosen.index, gr.update(visible=True)
+            return cut_square(_photo(paths, index, THUMBNAIL), *square)
         except InputError as error:
             raise gr.Error(str(error), print_exception=False) from None
 
-    shown.select(open_crop, photos, [editor, which, cropping], api_name=False, show_progress="hidden")
+    def open_cropping(paths: list[str] | None, chosen: gr.SelectData) -> tuple[Any, ...]:
+        return show_cut(paths, chosen.index), chosen.index, gr.update(visible=True), *WHOLE_SQUARE
 
-    def crop(paths: list[str] | None, index: int | None, edited: dict[str, Any] | None, request: gr.Request):
-        """The files, with the cut in the place of the photo it was made of."""
-        cut, paths = (edited or {}).get("composite"), list(paths or [])
-        if cut is None or index is None or not 0 <= index < len(paths):
-            return gr.skip(), gr.update(visible=False), problem("Crop: choose a photo first")
+    shown.select(open_cropping, photos, [cut, which, cropping, *square], api_name=False, show_progress="hidden")
+    gr.on(
+        [slider.input for slider in square],
+        show_cut,
+        [photos, which, *square],
+        cut,
+        api_name=False,
+        show_progress="hidden",
+        trigger_mode="always_last",
+    )
+
+    def crop(paths: list[str] | None, index: int | None, size: float, across: float, down: float, request: gr.Request):
+        """The files, with the square in the place of the photo it was cut from."""
+        try:
+            kept = cut_square(_photo(paths, index), size, across, down)
+        except InputError as error:
+            return gr.skip(), gr.update(visible=False), problem(str(error))
+        kept.thumbnail((LARGEST_CUT, LARGEST_CUT), Image.Resampling.LANCZOS)
         path = results.folder(str(request.session_hash)) / f"{Path(paths[index]).stem[:40]}-cut.png"
-        cut.save(path)
-        paths[index] = str(path)
-        return paths, gr.update(visible=False), status("Ready.")
+        kept.save(path)
+        return [*paths[:index], str(path), *paths[index + 1 :]], gr.update(visible=False), READY
 
-    keep.click(crop, [photos, which, editor], [photos, cropping, said], api_name="crop", show_progress="hidden")
+    keep.click(crop, [photos, which, *square], [photos, cropping, said], api_name="crop", show_progress="hidden")
 
     def train(photos, name, word, method, request: gr.Request):
         try:
@@ -129,6 +140,12 @@ def train_tab(trainings: Trainings, results: Results) -> Callable[..., Any]:
 
     stop.click(end, api_name="stop_training", queue=False, show_progress="hidden")
     return event.then
+
+
+def _photo(paths: list[str] | None, index: int | None, side: int | None = None) -> Image.Image:
+    if not paths or index is None or not 0 <= index < len(paths):
+        raise InputError("Crop: choose a photo first")
+    return read_photo(paths[index], side)
 
 
 def _words(now: Progress) -> str:

@@ -31,6 +31,8 @@ STEPS = 200
 TOKEN = "sks"
 WORD = re.compile(r"[A-Za-z][A-Za-z -]{0,29}")
 LONGEST_LINE = 8
+WHOLE_SQUARE = (100, 50, 50)
+"""Size and place, for `cut_square`, of the square that training would see."""
 PATIENCE = 10.0
 """Seconds that a process has to end in after it was asked to."""
 
@@ -251,8 +253,8 @@ def _end(process: subprocess.Popen) -> None:
             process.wait()
 
 
-def read_photo(path: str | Path, side: int) -> Image.Image:
-    """A photograph as upright RGB, no side longer than `side`.
+def read_photo(path: str | Path, side: int | None = None) -> Image.Image:
+    """A photograph as upright RGB, no side longer than `side` if that is given.
 
     Raises:
         InputError: no picture, a damaged one, or one with too many pixels, which is then not decoded.
@@ -266,5 +268,18 @@ def read_photo(path: str | Path, side: int) -> Image.Image:
     if pixels > MOST_PHOTO_PIXELS:
         raise InputError(f"{name}: has {pixels:,} pixels; {MOST_PHOTO_PIXELS:,} at most fit")
     image = read_image(path, name)
-    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    if side is not None:
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
     return image
+
+
+def cut_square(image: Image.Image, size: float = 100, across: float = 50, down: float = 50) -> Image.Image:
+    """A square of a picture; by default the one that training would see, the largest in the middle.
+
+    size: its side, in percent of the picture's shorter side. across, down: where it lies, from 0, at the left or the
+    top, to 100, at the right or the bottom. Numbers beyond 0 and 100 count as these; a square has one pixel at least.
+    """
+    size, across, down = (min(max(share, 0), 100) / 100 for share in (size, across, down))
+    side = max(1, round(size * min(image.size)))
+    left, top = round(across * (image.width - side)), round(down * (image.height - side))
+    return image.crop((left, top, left + side, top + side))
