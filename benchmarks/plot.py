@@ -2,8 +2,9 @@
 
     python benchmarks/plot.py --results_dir benchmarks/results --output_dir docs
 
-Reads training_step_*.json and inference_*.json for speed_*.png, trials.json for lr_robustness.png,
-parameter_efficiency.png and energy.png, and bounded_distance.json for bounded_distance_plot.png.
+Reads training_step_*.json and inference_*.json for speed_*.png, trials.json for lr_robustness.png (one more for each
+other number of steps), parameter_efficiency.png and energy.png, and bounded_distance.json for
+bounded_distance_plot.png.
 """
 
 from __future__ import annotations

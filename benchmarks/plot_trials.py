@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -13,10 +12,9 @@ from energy import CHANGES, outcomes
 from lr_robustness import ENOUGH, RATES, STUDIED, means, window
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from parameter_efficiency import climb, score, variants
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+from parameter_efficiency import score, variants
 from trials import BASE, Variant
-
-from ether_diffusion.training.options import LEARNING_RATES
 
 COLOURS = {
     "ETHER": "#c0392b",
@@ -35,25 +33,30 @@ def draw(results_dir: Path) -> Iterator[tuple[str, Figure]]:
     if not path.is_file():
         return
     found = json.loads(path.read_text())
-    rows, steps, model = found["rows"], found["max_train_steps"], found["model"]
-    yield "lr_robustness", learning_rates([row for row in rows if row.get("steps", steps) == steps], model)
-    if {row["variant"] for row in rows} - {BASE, *(Variant.of(method).name for method in STUDIED)}:
-        yield "parameter_efficiency", parameters([row for row in rows if row.get("steps", steps) == steps], model)
-    yield "energy", energies([row for row in rows if row.get("steps", steps) == steps])
+    model = found["model"]
+    base = [row for row in found["rows"] if row["variant"] == BASE]
+    tuned = [row for row in found["rows"] if row["variant"] != BASE]
+    rows = [row for row in tuned if row["steps"] == found["max_train_steps"]]
+    yield "lr_robustness", learning_rates(rows, base, model)
+    for steps in sorted({row["steps"] for row in tuned} - {found["max_train_steps"]}):
+        longer = [row for row in tuned if row["steps"] == steps]
+        yield f"lr_robustness_{steps}", learning_rates(longer, base, f"{model}, {steps} steps")
+    if {row["variant"] for row in rows} - {Variant.of(method).name for method in STUDIED}:
+        yield "parameter_efficiency", parameters(rows, base, model)
+    yield "energy", energies([*base, *rows])
 
 
 def colour(variant: str) -> str:
     return COLOURS[variant.replace(",", " ").split()[0]]
 
 
-def learning_rates(rows: Rows, model: str) -> Figure:
+def learning_rates(rows: Rows, base: Rows, title: str) -> Figure:
     """CLIP-I, CLIP-T and drift over the learning rate, with the usable windows as bars below the first."""
-    base = [row for row in rows if row["variant"] == BASE]
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     panels = figure.subplots(1, 3)
     names = ("clip_i", "clip_t", "drift")
-    titles = ("similarity to the subject (CLIP-I)", "similarity of other prompts (CLIP-T)", "drift of other prompts")
-    for axes, name, title in zip(panels, names, titles, strict=True):
+    headings = ("similarity to the subject (CLIP-I)", "similarity of other prompts (CLIP-T)", "drift of other prompts")
+    for axes, name, heading in zip(panels, names, headings, strict=True):
         for k, method in enumerate(STUDIED):
             variant = Variant.of(method).name
             own = [row for row in rows if row["variant"] == variant]
@@ -74,20 +77,19 @@ def learning_rates(rows: Rows, model: str) -> Figure:
             axes.axhline(means(base)[names.index(name)], color="black", lw=0.8, ls=":")
         if name == "clip_t":
             axes.axhline(ENOUGH * means(base)[1], color="black", lw=0.8, ls="--")
-        tidy(axes, title)
+        tidy(axes, heading)
         axes.set_xlabel("learning rate")
     panels[0].legend(fontsize=8)
-    figure.suptitle(f"{model}; dotted: base model, dashed: its 90 %, bars: usable windows", fontsize=9)
+    figure.suptitle(f"{title}; dotted: base model, dashed: its 90 %, bars: usable windows", fontsize=9)
     return figure
 
 
-def parameters(rows: Rows, model: str) -> Figure:
-    """The best CLIP-I of each variant over its parameters."""
-    base = [row for row in rows if row["variant"] == BASE]
+def parameters(rows: Rows, base: Rows, model: str) -> Figure:
+    """The best CLIP-I of each variant over its parameters: where the search of parameter_efficiency.py ends."""
     base_clip_t = means(base)[1]
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for method, variant in ((method, each) for method, own in variants().items() for each in own):
+    for variant in (each for own in variants().values() for each in own):
         by_rate: dict[float, list] = {}
         for row in rows:
             if row["variant"] == variant.name:
@@ -95,15 +97,15 @@ def parameters(rows: Rows, model: str) -> Figure:
         scores = {rate: score(own, base_clip_t) for rate, own in by_rate.items() if len(own) == len(base)}
         if not scores:
             continue
-        # Where the search of parameter_efficiency.py ends, also for methods with more trials than it asks for.
-        best = climb(RATES, LEARNING_RATES[method], lambda rate, scores=scores: scores.get(rate, -math.inf))
-        if best not in scores:
-            continue
+        best = max(scores, key=scores.__getitem__)
         count, clip_i = variant.parameters(model), means(by_rate[best])[0]
         axes.scatter(count, clip_i, color=colour(variant.name), s=22)
         axes.annotate(variant.name, (count, clip_i), fontsize=7, xytext=(4, 2), textcoords="offset points")
     tidy(axes, f"best similarity to the subject (CLIP-I), {model}")
     axes.set_xlabel("parameters")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.xaxis.set_minor_locator(NullLocator())
     return figure
 
 

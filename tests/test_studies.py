@@ -214,8 +214,10 @@ def test_the_studies_share_their_trials_and_are_drawn(tmp_path):
     assert after[:3] == held and [(row["variant"], row["steps"]) for row in after[3:]] == [("LoRA r=4", 2)]
     assert "39,936" in table and "19,968" in table
 
+    longer = call("lr_robustness.py", "--output_dir", tmp_path, "--quick", "--steps_factor", "2")
+    assert json.loads((tmp_path / "trials.json").read_text())["rows"][-1]["steps"] == 4 and "ETHER+" in longer
     drawn = call("plot.py", "--results_dir", tmp_path, "--output_dir", tmp_path / "docs").split()
-    assert {Path(path).name for path in drawn} == {"lr_robustness.png", "energy.png"}
+    assert {Path(path).name for path in drawn} == {"lr_robustness.png", "lr_robustness_4.png", "energy.png"}
     assert "trials" in call("energy.py", "--results", tmp_path / "trials.json")
     assert json.loads((tmp_path / "energy.json").read_text()) == {}  # too few to say anything
 

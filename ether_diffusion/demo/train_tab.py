@@ -50,10 +50,9 @@ def train_tab(trainings: Trainings, results: Results) -> Callable[..., Any]:
             which = gr.Number(visible=False, precision=0)
             with gr.Column(visible=False, elem_id="cropping") as cropping:
                 cut = gr.Image(label="The square to keep", interactive=False, buttons=[], height=260, elem_id="cut")
-                with gr.Row():
-                    size = gr.Slider(10, 100, 100, step=1, label="Size, % of the shorter side", min_width=140)
-                    across = gr.Slider(0, 100, 50, step=1, label="From left to right, %", min_width=140)
-                    down = gr.Slider(0, 100, 50, step=1, label="From top to bottom, %", min_width=140)
+                size = gr.Slider(10, 100, 100, step=1, label="Size, % of the shorter side")
+                across = gr.Slider(0, 100, 50, step=1, label="From left to right, %")
+                down = gr.Slider(0, 100, 50, step=1, label="From top to bottom, %")
                 keep = gr.Button("Keep this square", size="sm", elem_id="keep-cut")
             name = gr.Textbox(label="Name of the adapter", max_length=40, placeholder="my-dog")
             word = gr.Textbox(label="What the photos show", max_length=30, placeholder="dog")
