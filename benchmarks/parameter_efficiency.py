@@ -62,9 +62,12 @@ def variants() -> dict[str, list[Variant]]:
 
 
 def score(rows: Sequence[Mapping[str, Any]], base_clip_t: float) -> float:
-    """What a learning rate is chosen by: CLIP-I, and less than any if CLIP-T is below 90 % of the base model's."""
+    """What a learning rate is chosen by: CLIP-I if CLIP-T is at least 90 % of the base model's.
+
+    Otherwise CLIP-T less 2: below any that is faithful, and the way to one is upwards.
+    """
     clip_i, clip_t = means(rows)
-    return clip_i if clip_t >= ENOUGH * base_clip_t else clip_i - 2
+    return clip_i if clip_t >= ENOUGH * base_clip_t else clip_t - 2
 
 
 def climb(rates: Sequence[float], start: float, score: Callable[[float], float]) -> float:

@@ -134,6 +134,13 @@ class TestSearch:
         assert climb(GRID, 1.1e-3, score) == 1e-1
         assert len(asked) == len(set(asked)) and 1e-4 in asked
 
+    def test_where_all_rates_lose_other_prompts_the_climb_goes_to_those_that_lose_less(self):
+        from parameter_efficiency import climb, score
+
+        figures = {1e-4: (0.4, 0.8), 1e-3: (0.5, 0.75), 1e-2: (0.55, 0.6), 1e-1: (0.6, 0.5), 1.0: (0.1, 0.1)}
+        best = climb(GRID, 1e-1, lambda rate: score(rows([figures[rate][0]], figures[rate][1]), 0.8))
+        assert best == 1e-3
+
     def test_differences_are_paired(self):
         from parameter_efficiency import difference
 
