@@ -13,6 +13,7 @@ from lr_robustness import ENOUGH, RATES, STUDIED, means, window
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+from matplotlib.transforms import Bbox
 from parameter_efficiency import score, variants
 from trials import BASE, Variant
 
@@ -43,7 +44,7 @@ def draw(results_dir: Path) -> Iterator[tuple[str, Figure]]:
         yield f"lr_robustness_{steps}", learning_rates(longer, base, f"{model}, {steps} steps")
     if {row["variant"] for row in rows} - {Variant.of(method).name for method in STUDIED}:
         yield "parameter_efficiency", parameters(rows, base, model)
-    yield "energy", energies([*base, *rows])
+    yield "energy", energies(found["rows"])
 
 
 def colour(variant: str) -> str:
@@ -87,8 +88,8 @@ def learning_rates(rows: Rows, base: Rows, title: str) -> Figure:
 def parameters(rows: Rows, base: Rows, model: str) -> Figure:
     """The best CLIP-I of each variant over its parameters: where the search of parameter_efficiency.py ends."""
     base_clip_t = means(base)[1]
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes, points = figure.subplots(), {}
     for variant in (each for own in variants().values() for each in own):
         by_rate: dict[float, list] = {}
         for row in rows:
@@ -98,15 +99,36 @@ def parameters(rows: Rows, base: Rows, model: str) -> Figure:
         if not scores:
             continue
         best = max(scores, key=scores.__getitem__)
-        count, clip_i = variant.parameters(model), means(by_rate[best])[0]
-        axes.scatter(count, clip_i, color=colour(variant.name), s=22)
-        axes.annotate(variant.name, (count, clip_i), fontsize=7, xytext=(4, 2), textcoords="offset points")
+        points[variant.name] = variant.parameters(model), means(by_rate[best])[0]
+        axes.scatter(*points[variant.name], color=colour(variant.name), s=22)
     tidy(axes, f"best similarity to the subject (CLIP-I), {model}")
     axes.set_xlabel("parameters")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.xaxis.set_minor_locator(NullLocator())
+    name_points(axes, points)
     return figure
+
+
+def name_points(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+    """Names beside their points, each at the first place where it covers no point and no other name."""
+    axes.figure.draw_without_rendering()  # what covers what is known once the axes have their place
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in axes.transData.transform(list(points.values()))]
+    for name, point in points.items():
+        for right, up in ((6, -2.5), (-6, -2.5), (5, 4), (5, -9), (-5, 4), (-5, -9)):
+            text = axes.annotate(
+                name,
+                point,
+                fontsize=7,
+                xytext=(right, up),
+                textcoords="offset points",
+                ha="left" if right > 0 else "right",
+            )
+            if not any(text.get_window_extent().overlaps(box) for box in taken):
+                break
+            text.set_visible(False)
+        text.set_visible(True)
+        taken.append(text.get_window_extent())
 
 
 def energies(rows: Rows) -> Figure:
