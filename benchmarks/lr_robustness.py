@@ -88,19 +88,20 @@ def window(figures: Mapping[float, tuple[float, float]], base_clip_t: float, gri
     Args:
         figures: learning rate -> (CLIP-I, CLIP-T), means over trials.
         base_clip_t: of the base model.
-        grid: all rates that might have been tried; at its ends a window is open.
+        grid: all rates that might have been tried; at its ends a window is open. A rate between two usable ones that
+            was not tried counts as usable.
     """
     best = best_rate(figures, base_clip_t)
     if best is None:
         return Window(None, None, False, False)
-    fitting = usable_rates(figures, base_clip_t)
+    tried, fitting = sorted(figures), usable_rates(figures, base_clip_t)
     ends = []
     for direction in (-1, 1):
-        k = grid.index(best)
-        while 0 <= k + direction < len(grid) and grid[k + direction] in fitting:
+        k = tried.index(best)
+        while 0 <= k + direction < len(tried) and tried[k + direction] in fitting:
             k += direction
-        ends.append(k)
-    return Window(grid[ends[0]], grid[ends[1]], ends[0] == 0, ends[1] == len(grid) - 1)
+        ends.append(tried[k])
+    return Window(*ends, ends[0] == grid[0], ends[1] == grid[-1])
 
 
 def means(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:

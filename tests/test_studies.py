@@ -63,6 +63,11 @@ class TestWindow:
         assert window(figures, 0.8, GRID)[:2] == (1e-2, 1e-2)
         assert usable_rates(figures, 0.8) == [1e-4, 1e-2]
 
+    def test_a_rate_that_was_not_tried_does_not_end_it(self):
+        from lr_robustness import window
+
+        assert window({1e-4: (0.1, 0.8), 1e-3: (0.6, 0.8), 1e-1: (0.6, 0.8)}, 0.8, GRID)[:2] == (1e-3, 1e-1)
+
     def test_it_is_open_at_the_ends_of_the_grid_only(self):
         from lr_robustness import window
 
