@@ -106,7 +106,8 @@ def parameters(rows: Rows, base: Rows, model: str) -> Figure:
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.xaxis.set_minor_locator(NullLocator())
-    name_points(axes, points)
+    if points:
+        name_points(axes, points)
     return figure
 
 
