@@ -9,12 +9,12 @@ from statistics import mean
 from typing import Any
 
 from energy import CHANGES, outcomes
-from lr_robustness import ENOUGH, RATES, STUDIED, means, window
+from lr_robustness import ENOUGH, RATES, STUDIED, best_rate, means, window
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from matplotlib.transforms import Bbox
-from parameter_efficiency import score, variants
+from parameter_efficiency import variants
 from trials import BASE, Variant
 
 COLOURS = {
@@ -86,7 +86,7 @@ def learning_rates(rows: Rows, base: Rows, title: str) -> Figure:
 
 
 def parameters(rows: Rows, base: Rows, model: str) -> Figure:
-    """The best CLIP-I of each variant over its parameters: where the search of parameter_efficiency.py ends."""
+    """The best CLIP-I of each variant, at a rate that keeps other prompts, over its parameters."""
     base_clip_t = means(base)[1]
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes, points = figure.subplots(), {}
@@ -95,11 +95,11 @@ def parameters(rows: Rows, base: Rows, model: str) -> Figure:
         for row in rows:
             if row["variant"] == variant.name:
                 by_rate.setdefault(row["learning_rate"], []).append(row)
-        scores = {rate: score(own, base_clip_t) for rate, own in by_rate.items() if len(own) == len(base)}
-        if not scores:
+        figures = {rate: means(own) for rate, own in by_rate.items() if len(own) == len(base)}
+        best = best_rate(figures, base_clip_t)
+        if best is None:
             continue
-        best = max(scores, key=scores.__getitem__)
-        points[variant.name] = variant.parameters(model), means(by_rate[best])[0]
+        points[variant.name] = variant.parameters(model), figures[best][0]
         axes.scatter(*points[variant.name], color=colour(variant.name), s=22)
     tidy(axes, f"best similarity to the subject (CLIP-I), {model}")
     axes.set_xlabel("parameters")

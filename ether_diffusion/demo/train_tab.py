@@ -47,7 +47,7 @@ def train_tab(trainings: Trainings, results: Results) -> Callable[..., Any]:
                 allow_preview=False,
                 elem_id="uploaded",
             )
-            which = gr.Number(visible=False, precision=0)
+            which, photo = gr.Number(visible=False, precision=0), gr.State()  # the one to cut, and it made small
             with gr.Column(visible=False, elem_id="cropping") as cropping:
                 cut = gr.Image(label="The square to keep", interactive=False, buttons=[], height=260, elem_id="cut")
                 size = gr.Slider(10, 100, 100, step=1, label="Size, % of the shorter side")
@@ -80,20 +80,18 @@ def train_tab(trainings: Trainings, results: Results) -> Callable[..., Any]:
 
     square = [size, across, down]
 
-    def show_cut(paths: list[str] | None, index: int | None, *square: float) -> Image.Image:
+    def open_cropping(paths: list[str] | None, chosen: gr.SelectData) -> tuple[Any, ...]:
         try:
-            return cut_square(_photo(paths, index, THUMBNAIL), *square)
+            opened = _photo(paths, chosen.index, THUMBNAIL)
         except InputError as error:
             raise gr.Error(str(error), print_exception=False) from None
+        return opened, cut_square(opened), chosen.index, gr.update(visible=True), *WHOLE_SQUARE
 
-    def open_cropping(paths: list[str] | None, chosen: gr.SelectData) -> tuple[Any, ...]:
-        return show_cut(paths, chosen.index), chosen.index, gr.update(visible=True), *WHOLE_SQUARE
-
-    shown.select(open_cropping, photos, [cut, which, cropping, *square], api_name=False, show_progress="hidden")
+    shown.select(open_cropping, photos, [photo, cut, which, cropping, *square], api_name=False, show_progress="hidden")
     gr.on(
         [slider.input for slider in square],
-        show_cut,
-        [photos, which, *square],
+        cut_square,
+        [photo, *square],
         cut,
         api_name=False,
         show_progress="hidden",
