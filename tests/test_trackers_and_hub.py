@@ -135,6 +135,7 @@ def test_tensorboard_holds_the_loss_and_the_pictures(tmp_path):
 def test_wandb_holds_the_loss_and_the_pictures(wandb_mode, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     log_a_run(tmp_path / "logs", "wandb")
+    sys.modules["wandb"].teardown()  # its own process writes the run's end, and is waited for here
     assert [path.name for path in tmp_path.iterdir()] == ["logs"]
     (run,) = (tmp_path / "logs" / "wandb").glob("offline-run-*")
     pictures = [np.asarray(Image.open(path)) for path in sorted(run.glob("files/media/images/samples_2_*.png"))]
