@@ -103,6 +103,13 @@ def ask(client, *adapters: tuple[str, float], seed: int = 0, steps: int = STEPS,
     )  # fmt: skip
 
 
+def wait_until(happened, seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, f"not so after {seconds} s"
+        time.sleep(0.05)
+
+
 def pictures(answer) -> list[np.ndarray]:
     return [np.asarray(Image.open(each["image"])) for each in answer[2]]
 
@@ -173,9 +180,7 @@ def test_whoever_cancels_or_leaves_is_skipped(worker, monkeypatch):
     assert isinstance(list(second.events())[-1], Painted)
     monkeypatch.setattr(jobs, "ABANDONED_AFTER", 0.2)
     gone = worker.submit(Settings(prompt=PROMPT, steps=100), "gone")  # nobody ever asks for its news
-    deadline = time.monotonic() + 30
-    while gone._error is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: gone._error is not None)
     assert isinstance(gone._error, Cancelled)
 
 
@@ -375,21 +380,20 @@ time.sleep(600)
 def test_a_killed_client_does_not_hold_up_the_next(server):
     lost = subprocess.Popen([sys.executable, "-c", LOST_CLIENT, server.local_url], stdout=subprocess.PIPE, text=True)
     assert lost.stdout.readline() == "painting\n"
+    job = server.worker._current
+    assert job.settings.steps == 150
     lost.kill()
     lost.wait()
-    begun = time.monotonic()
     assert "Done" in ask(connect(server)).result()[0]
-    assert time.monotonic() - begun < jobs.ABANDONED_AFTER + 10
+    assert isinstance(job._error, Cancelled)  # it was given up midway
 
 
 def test_a_client_cancels_only_its_own(server):
     one, other = connect(server), connect(server)
-    slow = ask(one, steps=150)
-    while not slow.outputs():
-        time.sleep(0.1)
+    slow = ask(one, steps=150, count=4)
+    wait_until(lambda: slow.outputs())
     waiting = ask(other)
-    while not any("1 before yours" in each[0] for each in waiting.outputs()):
-        time.sleep(0.1)
+    wait_until(lambda: any("1 before yours" in each[0] for each in waiting.outputs()))
     one.predict(api_name="/cancel")
     assert "Cancelled" in slow.result()[0]
     assert "Done" in waiting.result()[0]
@@ -592,8 +596,7 @@ def test_photos_become_an_adapter_that_paints(server, client, photographs):
 def test_a_training_stops_when_told_to(server, client, photographs):
     photos = [gradio_client.handle_file(path) for path in sorted(photographs.iterdir())]
     job = client.submit(photos, "stopped", "toy", "ether", api_name="/train")
-    while not any("left" in each[0] for each in job.outputs()):
-        time.sleep(0.2)
+    wait_until(lambda: any("left" in each[0] for each in job.outputs()))
     client.predict(api_name="/stop_training")
     assert "Stopped" in job.result()[0]
     assert "stopped" not in [each.name for each in server.worker.library.adapters()]

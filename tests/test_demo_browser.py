@@ -28,6 +28,12 @@ NAMELESS = """() => [...document.querySelectorAll('input, textarea, select, butt
     each.offsetParent && !each.labels?.length && !each.ariaLabel && !each.title && !each.innerText.trim() &&
     !each.getAttribute('aria-labelledby') && !each.closest('label')).map(each => each.outerHTML.slice(0, 120))"""
 
+LISTEN = """() => { window.said = []; new MutationObserver(() => {
+    window.said.push(document.querySelector('#status').innerText);
+}).observe(document.body, {subtree: true, childList: true, characterData: true}); }"""
+PAINTED = "() => said.some(each => each.includes('step')) && said.at(-1).includes('Done')"
+SHOWN = "(images) => images.length > 0 && images.every(each => each.complete && each.naturalWidth > 0)"
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium; apt-get install chromium"),
@@ -64,6 +70,7 @@ def open_page(browser, server):
         page.on("request", lambda request: page.asked.append(request.url))
         page.goto(server.local_url)
         page.wait_for_selector("#generate")
+        says(page, "#listing", "toy-1")
         page.wait_for_timeout(1000)
         return page
 
@@ -72,12 +79,15 @@ def open_page(browser, server):
         context.close()
 
 
-def says(page, place: str, text: str) -> None:
-    sync_api.expect(page.locator(place)).to_contain_text(text, timeout=WAIT)
+def says(page, place: str, text: str, wait: int = WAIT) -> None:
+    sync_api.expect(page.locator(place)).to_contain_text(text, timeout=wait)
 
 
 def painted(page, gallery: str = "#gallery") -> list[bytes]:
     """The files of a gallery, as they would be downloaded."""
+    page.wait_for_timeout(500)
+    images = f"[...document.querySelectorAll('{gallery} .grid-wrap img')]"
+    page.wait_for_function(f"() => ({SHOWN})({images})", timeout=WAIT)
     sources = page.locator(f"{gallery} .grid-wrap img").evaluate_all("images => images.map(image => image.src)")
     return [page.request.get(source).body() for source in sources]
 
@@ -86,11 +96,15 @@ def pixels(content: bytes) -> list:
     return np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).tolist()
 
 
+def editor_draws(page) -> None:
+    page.locator("#map canvas").first.wait_for(timeout=WAIT)
+    page.wait_for_timeout(3000)
+
+
 def generate(page) -> list[bytes]:
+    page.evaluate(LISTEN)  # a step may be gone before anybody looks
     page.click("#generate")
-    says(page, "#status", "step")
-    says(page, "#status", "Done")
-    page.wait_for_timeout(500)
+    page.wait_for_function(PAINTED, timeout=WAIT)
     return painted(page)
 
 
@@ -117,10 +131,9 @@ def test_strength_zero_is_the_base(open_page):
 def test_the_control_tab_paints_its_sample_at_one_click(open_page, server, tmp_path):
     page = open_page()
     page.get_by_role("tab", name="Control").click()
-    page.wait_for_timeout(3000)  # the editor draws its map
+    editor_draws(page)
     page.click("#generate-map")
     says(page, "#control-status", "Done")
-    page.wait_for_timeout(500)
     base, steered = painted(page, "#map-gallery")
     (tmp_path / "steered.png").write_bytes(steered)
     settings, control = read_picture(tmp_path / "steered.png")
@@ -145,10 +158,9 @@ def test_a_map_that_is_uploaded_steers_and_comes_back(open_page, tmp_path):
     page.get_by_role("tab", name="Control").click()
     Image.fromarray(np.kron(np.eye(4, dtype=np.uint8) * 200, np.ones((32, 32), np.uint8))).save(tmp_path / "map.png")
     page.locator("#map input[type=file]").first.set_input_files(tmp_path / "map.png")
-    page.wait_for_timeout(3000)
+    editor_draws(page)
     page.click("#generate-map")
     says(page, "#control-status", "Done")
-    page.wait_for_timeout(500)
     (tmp_path / "steered.png").write_bytes(painted(page, "#map-gallery")[1])
     again = open_page()
     again.get_by_role("tab", name="Control").click()
@@ -156,10 +168,9 @@ def test_a_map_that_is_uploaded_steers_and_comes_back(open_page, tmp_path):
     again.get_by_text("Use the settings and the map of a picture").click()
     again.locator("#map-settings input[type=file]").set_input_files(tmp_path / "steered.png")
     says(again, "#control-status", "the map of steered.png")
-    again.wait_for_timeout(3000)
+    editor_draws(again)
     again.click("#generate-map")
     says(again, "#control-status", "Done")
-    again.wait_for_timeout(500)
     assert painted(again, "#map-gallery")[1] == (tmp_path / "steered.png").read_bytes()
 
 
@@ -183,7 +194,7 @@ def test_photos_are_cut_trained_on_and_painted_with(open_page, photographs):
     page.get_by_label("What the photos show").fill("toy")
     page.click("#train")
     says(page, "#training-status", "left")
-    says(page, "#training-status", "Done: the adapter mine is in the list")
+    says(page, "#training-status", "Done: the adapter mine is in the list", 3 * WAIT)
     page.get_by_role("tab", name="Generate").click()
     says(page, "#listing", "mine")
     page.locator("#adapters input").click()
@@ -261,7 +272,7 @@ def test_photos_are_shown_and_too_few_are_refused(open_page, photographs):
     page.get_by_role("tab", name="Train").click()
     paths = [str(path) for path in sorted(Path(photographs).iterdir())]
     page.locator("#photos input[type=file]").set_input_files(paths[:2])
-    page.wait_for_timeout(2000)
+    sync_api.expect(page.locator("#uploaded .grid-wrap img")).to_have_count(2, timeout=WAIT)
     page.get_by_label("Name of the adapter").fill("mine")
     page.get_by_label("What the photos show").fill("toy")
     page.click("#train")
