@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from scripts import DREAMBOOTH, load_script, reset_accelerate
 
+from ether_diffusion import miniature
 from ether_diffusion.checkpoint import WEIGHTS_NAME
 from ether_diffusion.miniature.world import subjects
 from ether_diffusion.training.command_line import InputError
@@ -515,6 +516,16 @@ def test_what_cannot_go_on_is_told_before_any_weights_are_read(
     with pytest.raises(SystemExit):
         script.main([*given, *changed])
     assert re.search(f"^error: .*{message}", capsys.readouterr().err)
+
+
+def test_an_adapter_may_lie_in_the_folder_of_its_base(script, flags, tmp_path):
+    model = Path(shutil.copytree(miniature.FOLDER, tmp_path / "model"))
+    flags = [*flags, "--pretrained_model_name_or_path", str(model), "--output_dir", str(model / "adapters" / "toy")]
+    for steps_in_all in ("2", "3"):
+        reset_accelerate()
+        more = ["--max_train_steps", steps_in_all, "--checkpointing_steps", "1", "--resume_from_checkpoint", "latest"]
+        result = script.main([*flags, *more])
+    assert len(result.losses) == 3 and steps(model / "adapters" / "toy") == [1, 2, 3]
 
 
 def test_flags_that_the_adapter_does_not_depend_on_may_change(script, flags, stopped, tmp_path):

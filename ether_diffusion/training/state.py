@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from ether_diffusion.training.command_line import InputError
 from ether_diffusion.training.ema import RunningAverage
+from ether_diffusion.training.methods import INDEX_NAME
 from ether_diffusion.training.options import StateOptions
 
 logger = logging.getLogger(__name__)
@@ -269,14 +270,17 @@ def with_fingerprint(name: str, path: str | Path) -> str:
     """The name of a model with a fingerprint of what lies at the path; the name alone where that is no local folder.
 
     Configs and weights count with their sizes and, of large ones, blocks evenly spread: a model that was replaced
-    shows, and gigabytes need not be read.
+    shows, and gigabytes need not be read. Folders that are none of a pipeline's components do not count: they may be
+    where the run itself writes.
     """
     folder = Path(path)
     if not folder.is_dir():
         return name
     digest = hashlib.sha256()
-    files = (each for each in folder.rglob("*") if each.suffix in FINGERPRINTED_SUFFIXES and each.is_file())
-    for file in sorted(files):
+    index = folder / INDEX_NAME
+    components = json.loads(index.read_bytes()) if index.is_file() else {}
+    files = [*folder.iterdir(), *(file for component in components for file in (folder / component).rglob("*"))]
+    for file in sorted(each for each in files if each.suffix in FINGERPRINTED_SUFFIXES and each.is_file()):
         size = file.stat().st_size
         digest.update(f"{file.relative_to(folder).as_posix()} {size}\n".encode())
         with file.open("rb") as opened:
