@@ -14,6 +14,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from ether_diffusion.miniature.world import subjects
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+for name in ("NO_PROXY", "no_proxy"):  # servers of the tests' own
+    os.environ[name] = ",".join([*filter(None, [os.environ.get(name)]), "127.0.0.1", "localhost"])
 torch.set_num_threads(1)
 
 START, END = "<|startoftext|>", "<|endoftext|>"

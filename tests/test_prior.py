@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from pipelines import ONE_GREY_LEVEL
+from scripts import reset_accelerate
 
 from ether_diffusion import miniature
 from ether_diffusion.training.command_line import InputError
@@ -55,9 +55,9 @@ def watched():
 
 @pytest.fixture
 def accelerator():
+    reset_accelerate()
     yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    reset_accelerate()
 
 
 @pytest.fixture
@@ -341,7 +341,7 @@ def test_a_model_that_cannot_be_read_is_named(accelerator, tmp_path):
 # Processes ------------------------------------------------------------------------------------------------------
 
 SCRIPT = f"""
-import json, sys
+import json, os, signal, sys
 from pathlib import Path
 import torch
 from accelerate import Accelerator
@@ -350,7 +350,18 @@ from ether_diffusion.training.options import PriorOptions
 from ether_diffusion.training.prior import paint_class_pictures
 
 torch.set_num_threads(1)
-model, folder, number, size = sys.argv[1:]
+model, folder, number, size, *killed_at = sys.argv[1:]
+sync, written = os.fsync, []
+
+
+def fsync(handle):
+    sync(handle)
+    written.append(handle)
+    if killed_at and len(written) == int(killed_at[0]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+os.fsync = fsync
 accelerator = Accelerator()
 options = PriorOptions(
     with_prior_preservation=True, class_data_dir=folder, class_prompt={PROMPT!r},
@@ -378,18 +389,14 @@ def environment() -> dict[str, str]:
 
 
 def test_a_run_that_was_killed_goes_on_and_paints_the_same_bit_for_bit(paint, tiny_pipeline_folder, script, tmp_path):
-    number, size = 40, 4
+    number, size = 10, 4
     folder = tmp_path / "killed"
     command = [sys.executable, str(script), str(tiny_pipeline_folder), str(folder), str(number), str(size)]
-    process = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
-    limit = time.monotonic() + 120
-    while process.poll() is None and not (folder / "class-00001.png").exists():
-        assert time.monotonic() < limit, "the script does not get on"
-        time.sleep(0.002)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    # After the sixth picture is written and before it has its name.
+    killed = subprocess.run([*command, "6"], env=environment(), stderr=subprocess.DEVNULL)
+    assert killed.returncode == -signal.SIGKILL
     left = {name: content for name, content in contents(folder).items() if not name.startswith(".")}
-    assert 2 <= len(left) < number
+    assert len(left) == 5 < len(contents(folder))
     paths = paint(folder, number=number, sample_batch_size=size)
     paint(tmp_path / "whole", number=number, sample_batch_size=size)
     assert {path.name: path.read_bytes() for path in paths} == contents(tmp_path / "whole")

@@ -355,7 +355,7 @@ def adapter(folder: Path) -> tuple[dict[str, str], dict[str, bytes]]:
 
 
 def test_a_run_killed_twice_and_interrupted_once_ends_with_the_same_file(script, flags, tmp_path):
-    flags = [*flags, "--max_train_steps", "60", "--checkpointing_steps", "7", "--lr_scheduler", "cosine"]
+    flags = [*flags, "--max_train_steps", "150", "--checkpointing_steps", "7", "--lr_scheduler", "cosine"]
     reset_accelerate()
     whole, folder = tmp_path / "whole", tmp_path / "stopped"
     script.main([*flags, "--output_dir", str(whole)])

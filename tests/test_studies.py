@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -28,8 +29,8 @@ def rows(clip_i: list[float], clip_t: float = 0.8) -> list[dict]:
 def runs(pid: int) -> bool:
     """Whether a process is there and has not ended; one that nobody waits for stays as a zombie."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
 
 
@@ -235,17 +236,12 @@ def test_the_studies_share_their_trials_and_are_drawn(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads the children of a process from /proc")
 def test_a_study_that_is_killed_leaves_no_process_behind(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "lr_robustness.py"), "--output_dir", str(tmp_path), "--processes", "2"]
     study = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_until(lambda: (tmp_path / "trials.json").exists(), 300)  # the base model is measured: trainings begin
-        children = [
-            int(child)
-            for task in Path(f"/proc/{study.pid}/task").iterdir()
-            for child in (task / "children").read_text().split()
-        ]
+        children = [child.pid for child in psutil.Process(study.pid).children()]
         assert len(children) >= 2 and all(map(runs, children))
     finally:
         study.kill()

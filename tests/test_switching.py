@@ -170,6 +170,8 @@ def test_pipelines_of_other_families_load_scale_fuse_and_unload(build, tiny_pipe
     def answer(**options) -> np.ndarray:
         return paint(pipe, height=16, width=16, **options)
 
+    for component in components:  # as an adapter leaves them: PyTorch has another product for weights that train
+        getattr(pipe, component).requires_grad_(False)
     base = answer()
     adapt_components(pipe, *components, method="ether")
     full = answer()

@@ -114,7 +114,7 @@ def test_a_folder_of_logs_is_not_taken_for_a_package(tmp_path, monkeypatch):
 
 
 def log_a_run(folder: Path, report_to: str) -> None:
-    accelerator = Accelerator(log_with=tracker_names(report_to) or None, project_dir=str(folder))
+    accelerator = Accelerator(cpu=True, log_with=tracker_names(report_to) or None, project_dir=str(folder))
     accelerator.init_trackers(PROJECT, config={"steps": 2}, init_kwargs=init_kwargs(folder))
     for step in (1, 2):
         accelerator.log({"train/loss": 0.5 / step}, step=step)
@@ -451,9 +451,9 @@ def test_a_hub_out_of_reach_is_an_error_of_the_user(tmp_path, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{free.getsockname()[1]}"
-    go_online(monkeypatch, tmp_path, address, "writer")
-    with pytest.raises(InputError, match=f"{address} is out of reach"):
-        check_hub(run_options("dog"))
+        go_online(monkeypatch, tmp_path, address, "writer")
+        with pytest.raises(InputError, match=f"{address} is out of reach"):
+            check_hub(run_options("dog"))  # nobody listens at the port, and nobody else gets it meanwhile
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="HF_HUB_OFFLINE is set"):
         check_hub(run_options("dog"))

@@ -162,6 +162,7 @@ class Quadratic(torch.nn.Module):
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
+    reset_accelerate()
     yield
     reset_accelerate()
 

@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pipelines import training_images
@@ -342,6 +342,7 @@ def test_samples_of_one_forward_pass_share_a_bucket_as_far_as_the_pictures_allow
 SIDES = st.integers(1, 300)
 
 
+@settings(deadline=None)
 @given(st.tuples(SIDES, SIDES), st.tuples(st.integers(1, 40), st.integers(1, 40)), st.randoms(use_true_random=False))
 def test_a_crop_lies_in_its_picture_and_has_the_targets_shape(size, target, chance):
     shrunk = shrunk_size(size, target)
