@@ -1,7 +1,11 @@
 """Small real pipelines, made once per session and saved to disk as `save_pretrained` saves them."""
 
-import json
+# ruff: noqa: E402
 import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything reads it
+
+import json
 from pathlib import Path
 
 import pytest
@@ -13,7 +17,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ether_diffusion.miniature.world import subjects
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 for name in ("NO_PROXY", "no_proxy"):  # servers of the tests' own
     os.environ[name] = ",".join([*filter(None, [os.environ.get(name)]), "127.0.0.1", "localhost"])
 torch.set_num_threads(1)
@@ -158,5 +161,7 @@ def train(photographs, tiny_pipeline_folder, tmp_path):
             words += ["--output_dir", str(folder)]
         return load_script(DREAMBOOTH).main([*words, *flags]), folder
 
+    precision = torch.backends.cuda.matmul.fp32_precision
     yield call
+    torch.backends.cuda.matmul.fp32_precision = precision
     reset_accelerate()

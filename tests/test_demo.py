@@ -366,7 +366,7 @@ def test_clients_at_once_each_get_what_they_would_get_alone(server):
 LOST_CLIENT = """
 import sys, time
 from gradio_client import Client
-client = Client(sys.argv[1], verbose=False, analytics_enabled=False)
+client = Client(sys.argv[1], verbose=False, analytics_enabled=False, httpx_kwargs={"timeout": 60})
 job = client.submit(
     ["toy-1"], 1, 1, 1, "a toy", "", 150, 5.0, 64, 64, False, 0, 4, api_name="/generate"
 )
@@ -380,6 +380,7 @@ time.sleep(600)
 def test_a_killed_client_does_not_hold_up_the_next(server):
     lost = subprocess.Popen([sys.executable, "-c", LOST_CLIENT, server.local_url], stdout=subprocess.PIPE, text=True)
     assert lost.stdout.readline() == "painting\n"
+    wait_until(lambda: server.worker._current)
     job = server.worker._current
     assert job.settings.steps == 150
     lost.kill()

@@ -289,7 +289,9 @@ def compare_sharded(tiny_pipeline_folder, photographs, folder, *, cpu):
     run("ddp", 1, folder / "1", photographs, *flags, *painting, "--train_batch_size", 2, cpu=cpu)
     sharded = ("--train_batch_size", 1, "--checkpointing_steps", 2)
     run("fsdp", 2, folder / "2", photographs, *flags, *painting, *sharded, cpu=cpu)
-    torch.testing.assert_close(vectors(folder / "2"), vectors(folder / "1"), rtol=1e-3, atol=1e-3)
+    one, two = (vectors(folder / name) for name in ("1", "2"))
+    # By their norm: where a gradient is next to nothing, AdamW makes a step of its rounding.
+    assert (two - one).norm() <= 0.002 * one.norm()
     assert fingerprint(folder / "2") == fingerprint(folder / "1")
     for name in ("grid.png", "validation/step-000002.png", "README.md"):
         assert (folder / "2" / name).exists(), name

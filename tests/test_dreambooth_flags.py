@@ -264,7 +264,9 @@ def test_the_class_is_trained_beside_the_subject_with_its_weight(train, painted)
     flags = [*PRIOR, "--class_data_dir", painted]
     alone, both = train(output="alone"), train(*flags, output="both")
     unweighted = train(*flags, "--prior_loss_weight", 0, output="unweighted")
-    torch.testing.assert_close(vectors(unweighted[1]), vectors(alone[1]), rtol=1e-4, atol=1e-6)
+    # By their norm: where a gradient is next to nothing, AdamW makes a step of its rounding.
+    travelled = (vectors(both[1]) - vectors(alone[1])).norm()
+    assert (vectors(unweighted[1]) - vectors(alone[1])).norm() <= 0.01 * travelled
     assert not torch.allclose(vectors(both[1]), vectors(alone[1]), rtol=1e-2)
     assert both[0].losses[0] > 1.5 * alone[0].losses[0]
     assert not same(both[1], train(*flags, "--num_class_images", 3, output="more")[1])

@@ -171,4 +171,6 @@ def test_two_processes_learn_what_one_learns(photographs, tiny_pipeline_folder, 
         done = launch(DREAMBOOTH, *flags, *more, processes=processes)
         assert done.returncode == 0, done.stderr
         assert f"{processes} process" in done.stderr
-    torch.testing.assert_close(vectors(tmp_path / "2"), vectors(tmp_path / "1"), rtol=1e-3, atol=1e-4)
+    one, two = (vectors(tmp_path / str(processes)) for processes in (1, 2))
+    # By their norm: where a gradient is next to nothing, AdamW makes a step of its rounding.
+    assert (two - one).norm() <= 0.002 * one.norm()
