@@ -10,7 +10,7 @@ from ether_diffusion import EtherConfig
 from ether_diffusion.training.data import TrainingImages, examples_of
 from ether_diffusion.training.images import find_images
 
-ONE_GREY_LEVEL = 1 / 255 + 1e-9  # k / 255 and (k - 1) / 255 may lie an ulp farther apart
+ONE_GREY_LEVEL = 1 / 255
 
 
 def paint(pipe, **options) -> np.ndarray:

@@ -4,6 +4,8 @@ import importlib.util
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +18,15 @@ from ether_diffusion.checkpoint import WEIGHTS_NAME
 ROOT = Path(__file__).parents[1]
 DREAMBOOTH = ROOT / "train_dreambooth_ether.py"
 CONTROLNET = ROOT / "train_controlnet_ether.py"
+STEADY = ("--adam_epsilon", "1e-3")
+"""For runs that are compared to rounding: AdamW makes no whole step of a gradient that is nothing but rounding."""
+
+
+def wait_until(happened: Callable[[], object], seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, f"not so after {seconds} s"
+        time.sleep(0.05)
 
 
 def load_script(path: Path) -> ModuleType:

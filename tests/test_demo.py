@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from argparse import ArgumentParser, Namespace
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scripts import wait_until
 
 gradio_client = pytest.importorskip("gradio_client")
 httpx = pytest.importorskip("httpx")
@@ -101,13 +101,6 @@ def ask(client, *adapters: tuple[str, float], seed: int = 0, steps: int = STEPS,
         [name for name, _ in adapters], *strengths[:3], others["prompt"], others["negative"], steps, 5.0,
         others["width"], others["height"], others["draw"], seed, others["count"], api_name="/generate",
     )  # fmt: skip
-
-
-def wait_until(happened, seconds: float = 120.0) -> None:
-    end = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < end, f"not so after {seconds} s"
-        time.sleep(0.05)
 
 
 def pictures(answer) -> list[np.ndarray]:

@@ -20,7 +20,7 @@ from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
-from scripts import DREAMBOOTH, ROOT, load_script, reset_accelerate, vectors
+from scripts import DREAMBOOTH, ROOT, STEADY, load_script, reset_accelerate, vectors
 from torch.distributed.tensor import DTensor
 
 from ether_diffusion.checkpoint import WEIGHTS_NAME
@@ -280,7 +280,7 @@ def fingerprint(folder: Path) -> dict[str, dict[str, str]]:
         return json.loads(file.metadata()["ether"])["base_fingerprint"]
 
 
-SHARDED = ("--learning_rate", 0.05, "--use_ema", "--gradient_accumulation_steps", 2, "--train_text_encoder")
+SHARDED = (*STEADY, "--learning_rate", 0.05, "--use_ema", "--gradient_accumulation_steps", 2, "--train_text_encoder")
 
 
 def compare_sharded(tiny_pipeline_folder, photographs, folder, *, cpu):
@@ -289,9 +289,7 @@ def compare_sharded(tiny_pipeline_folder, photographs, folder, *, cpu):
     run("ddp", 1, folder / "1", photographs, *flags, *painting, "--train_batch_size", 2, cpu=cpu)
     sharded = ("--train_batch_size", 1, "--checkpointing_steps", 2)
     run("fsdp", 2, folder / "2", photographs, *flags, *painting, *sharded, cpu=cpu)
-    one, two = (vectors(folder / name) for name in ("1", "2"))
-    # By their norm: where a gradient is next to nothing, AdamW makes a step of its rounding.
-    assert (two - one).norm() <= 0.002 * one.norm()
+    torch.testing.assert_close(vectors(folder / "2"), vectors(folder / "1"), rtol=1e-3, atol=1e-3)
     assert fingerprint(folder / "2") == fingerprint(folder / "1")
     for name in ("grid.png", "validation/step-000002.png", "README.md"):
         assert (folder / "2" / name).exists(), name

@@ -11,7 +11,7 @@ from diffusers import EDMEulerScheduler, StableDiffusionXLPipeline
 from PIL import Image
 from pipelines import ONE_GREY_LEVEL, paint, training_images
 from safetensors.torch import load_file
-from scripts import DREAMBOOTH, launch, load_script, reset_accelerate
+from scripts import DREAMBOOTH, STEADY, launch, load_script, reset_accelerate
 from zoo import flux, sdxl
 
 from ether_diffusion import EtherConfig
@@ -314,13 +314,17 @@ def test_sdxl_trains_and_paints_in_bfloat16(script_main, sdxl_folder, photograph
 @pytest.mark.slow
 def test_two_processes_learn_what_one_learns_of_sdxl(sdxl_folder, photographs, tmp_path):
     for processes, batch in ((1, 4), (2, 2)):
-        flags = [*flags_of(sdxl_folder, photographs, tmp_path / str(processes)), "--num_validation_images", "0"]
+        flags = [
+            *flags_of(sdxl_folder, photographs, tmp_path / str(processes)),
+            "--num_validation_images",
+            "0",
+            *STEADY,
+        ]
         done = launch(
             DREAMBOOTH, *flags, "--max_train_steps", "3", "--train_batch_size", str(batch), processes=processes
         )
         assert done.returncode == 0, done.stderr
     one, two = (load_file(tmp_path / str(processes) / WEIGHTS_NAME) for processes in (1, 2))
     assert one.keys() == two.keys()
-    one, two = (torch.cat([found[key].flatten() for key in one]) for found in (one, two))
-    # By their norm: where a gradient is next to nothing, AdamW makes a step of its rounding.
-    assert (two - one).norm() <= 0.005 * one.norm()
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, rtol=1e-3, atol=1e-4)

@@ -4,13 +4,12 @@ import json
 import math
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+from scripts import wait_until
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 GRID = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]
@@ -32,13 +31,6 @@ def runs(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def wait_until(condition: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"not so after {seconds} s"
-        time.sleep(0.2)
 
 
 @pytest.mark.usefixtures("benchmarks")

@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from scripts import DREAMBOOTH, launch, vectors
+from scripts import DREAMBOOTH, STEADY, launch, vectors
 
 from ether_diffusion.attention import EtherAttnProcessor
 from ether_diffusion.checkpoint import WEIGHTS_NAME
@@ -164,13 +164,11 @@ def test_an_absolute_logging_dir_is_taken_as_it_is(train, tmp_path):
 @pytest.mark.slow
 def test_two_processes_learn_what_one_learns(photographs, tiny_pipeline_folder, tmp_path):
     flags = ["--pretrained_model_name_or_path", str(tiny_pipeline_folder), "--instance_data_dir", str(photographs)]
-    flags += ["--instance_prompt", PROMPT, "--max_train_steps", "4", "--num_validation_images", "0"]
+    flags += ["--instance_prompt", PROMPT, "--max_train_steps", "4", "--num_validation_images", "0", *STEADY]
     for processes, batch in ((1, 4), (2, 2)):
         folder = tmp_path / str(processes)
         more = ["--train_batch_size", batch, "--output_dir", folder]
         done = launch(DREAMBOOTH, *flags, *more, processes=processes)
         assert done.returncode == 0, done.stderr
         assert f"{processes} process" in done.stderr
-    one, two = (vectors(tmp_path / str(processes)) for processes in (1, 2))
-    # By their norm: where a gradient is next to nothing, AdamW makes a step of its rounding.
-    assert (two - one).norm() <= 0.002 * one.norm()
+    torch.testing.assert_close(vectors(tmp_path / "2"), vectors(tmp_path / "1"), rtol=1e-3, atol=1e-4)

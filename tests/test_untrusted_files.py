@@ -36,7 +36,7 @@ from ether_diffusion.injection import collect
 MEGABYTE = 1 << 20
 SECONDS = 10
 """Of computing: a load that takes longer hangs."""
-ALLOWANCE = 16 * MEGABYTE
+ALLOWANCE = 8 * MEGABYTE
 """Memory that a load may take besides twice the file: Python's objects, the pools of PyTorch and of malloc."""
 TENSOR = 2048
 """And for each tensor of a file of many: its objects in Python and PyTorch, where no freed memory lies ready."""
