@@ -173,7 +173,7 @@ def test_whoever_cancels_or_leaves_is_skipped(worker, monkeypatch):
     assert isinstance(list(second.events())[-1], Painted)
     monkeypatch.setattr(jobs, "ABANDONED_AFTER", 0.2)
     gone = worker.submit(Settings(prompt=PROMPT, steps=100), "gone")  # nobody ever asks for its news
-    wait_until(lambda: gone._error is not None)
+    wait_until(lambda: gone._error is not None, 30)
     assert isinstance(gone._error, Cancelled)
 
 

@@ -79,8 +79,8 @@ def open_page(browser, server):
         context.close()
 
 
-def says(page, place: str, text: str, wait: int = WAIT) -> None:
-    sync_api.expect(page.locator(place)).to_contain_text(text, timeout=wait)
+def says(page, place: str, text: str) -> None:
+    sync_api.expect(page.locator(place)).to_contain_text(text, timeout=WAIT)
 
 
 def painted(page, gallery: str = "#gallery") -> list[bytes]:
@@ -194,7 +194,7 @@ def test_photos_are_cut_trained_on_and_painted_with(open_page, photographs):
     page.get_by_label("What the photos show").fill("toy")
     page.click("#train")
     says(page, "#training-status", "left")
-    says(page, "#training-status", "Done: the adapter mine is in the list", 3 * WAIT)
+    says(page, "#training-status", "Done: the adapter mine is in the list")
     page.get_by_role("tab", name="Generate").click()
     says(page, "#listing", "mine")
     page.locator("#adapters input").click()
