@@ -34,7 +34,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 
 docs: $(READY)
-	$(BIN)/python -m ether_diffusion.training.flag_table train_dreambooth_ether.py $(wildcard train_controlnet_ether.py) > docs/training-flags.md
+	$(BIN)/python tools/flag_table.py > docs/training-flags.md
 
 clean:
 	rm -rf $(VENV) out build *.egg-info

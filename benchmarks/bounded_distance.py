@@ -40,16 +40,16 @@ from torch import Generator, Tensor, nn
 from trials import BASE, GUIDANCE, denoiser, finite
 
 from ether_diffusion import EtherConfig
-from ether_diffusion.analysis import adapted_weights, transform_distance, transform_of
-from ether_diffusion.layers import EtherLayer
+from ether_diffusion.analysis.weights import adapted_weights, transform_distance, transform_of
+from ether_diffusion.files import checksum
 from ether_diffusion.metrics import TextImageFeatures, drift, load_features, text_similarity
 from ether_diffusion.metrics.similarity import CLIP
 from ether_diffusion.miniature import FOLDER
-from ether_diffusion.miniature.evaluate import checksum
 from ether_diffusion.miniature.quickstart import OTHER_PROMPTS
-from ether_diffusion.model import ATTENTION
 from ether_diffusion.training.families import family_of
 from ether_diffusion.training.seeds import generator
+from ether_diffusion.tuner.layer import EtherLayer
+from ether_diffusion.tuner.model import ATTENTION
 
 ADAPTER = "default"
 SHOWN_PROMPT = 2  # in the strip

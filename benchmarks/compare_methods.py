@@ -24,21 +24,17 @@ from diffusers import DiffusionPipeline
 from measuring import machine
 from PIL import Image
 from result_file import ResultFile
-from subjects import MINIATURE, PHOTOGRAPHS, Subject, drawn, load_result, load_script, photographed, squares
+from subjects import MINIATURE, PHOTOGRAPHS, Subject, drawn, load_result, photographed, squares
 from trials import BASE, Variant
 
+from ether_diffusion.files import checksum
+from ether_diffusion.images import read_image
 from ether_diffusion.miniature import FOLDER, ClipScore
-from ether_diffusion.miniature.evaluate import checksum
 from ether_diffusion.miniature.quickstart import OTHER_PROMPTS
-from ether_diffusion.training.images import read_image
-from ether_diffusion.training.methods import TITLES
-from ether_diffusion.training.objective import denoising_loss
-from ether_diffusion.training.options import (
-    DEFAULT_STEPS,
-    LEARNING_RATES,
-    METHODS,
-    ValidationOptions,
-)
+from ether_diffusion.training import dreambooth
+from ether_diffusion.training.methods.configs import TITLES
+from ether_diffusion.training.objectives import denoising_loss
+from ether_diffusion.training.options.groups import DEFAULT_STEPS, LEARNING_RATES, METHODS, ValidationOptions
 from ether_diffusion.training.preview import paint, side_by_side
 
 SIDE = 64  # of the miniature's pictures, in pixels
@@ -59,7 +55,7 @@ class Comparison:
     def __init__(self, *, steps: int, seed: int, num_inference_steps: int, pictures_dir: Path):
         self.steps, self.seed, self.pictures_dir = steps, seed, pictures_dir
         self.num_inference_steps = num_inference_steps
-        self.score, self.script = ClipScore(), load_script()
+        self.score, self.script = ClipScore(), dreambooth
 
     def base(self, subject: Subject) -> dict[str, float]:
         """The figures of the model as it is."""

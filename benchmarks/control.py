@@ -29,7 +29,7 @@ LEARNING_RATES = {"none": None, "ether": 2e-3, "ether_plus": 2e-3, "lora": 1e-3,
 
 def evaluate(adapter: Path, output_dir: Path, held_out: int, judge_dir: Path, kind: str) -> dict:
     """The report of `evaluate-control`."""
-    command = [sys.executable, "-m", "ether_diffusion.cli", "evaluate-control", "--adapter", str(adapter)]
+    command = [sys.executable, "-m", "ether_diffusion.commands.main", "evaluate-control", "--adapter", str(adapter)]
     if kind == "scenes":
         command += ["--miniature", str(held_out)]
     else:

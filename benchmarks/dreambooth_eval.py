@@ -32,8 +32,11 @@ from diffusers import DiffusionPipeline
 from measuring import machine
 from PIL import Image
 from result_file import ResultFile
-from subjects import PROMPTS_WITHOUT, Subject, drawn, load_result, load_script, photographed
+from subjects import PROMPTS_WITHOUT, Subject, drawn, load_result, photographed
 
+from ether_diffusion.errors import InputError
+from ether_diffusion.files import checksum
+from ether_diffusion.images import find_images, read_image
 from ether_diffusion.metrics import (
     ImageFeatures,
     Lpips,
@@ -46,13 +49,11 @@ from ether_diffusion.metrics import (
 )
 from ether_diffusion.metrics.similarity import CLIP, DINO, DINOV2, LPIPS_NETS, MINIATURE
 from ether_diffusion.miniature import FOLDER
-from ether_diffusion.miniature.evaluate import checksum
 from ether_diffusion.miniature.quickstart import OTHER_PROMPTS, SETTINGS
-from ether_diffusion.training.command_line import InputError
-from ether_diffusion.training.images import find_images, read_image
-from ether_diffusion.training.options import DEFAULT_METHOD, LEARNING_RATES, METHODS, ValidationOptions
+from ether_diffusion.training import dreambooth
+from ether_diffusion.training.data.views import center_cut
+from ether_diffusion.training.options.groups import DEFAULT_METHOD, LEARNING_RATES, METHODS, ValidationOptions
 from ether_diffusion.training.preview import paint, side_by_side
-from ether_diffusion.training.views import center_cut
 
 IDENTIFIER = "sks"
 FIGURES = {
@@ -140,7 +141,7 @@ class Evaluation:
 
     def __init__(self, args: argparse.Namespace, prompts_without: Sequence[str]):
         self.args, self.folder, self.prompts_without = args, args.output_dir, prompts_without
-        self.script, self.judges = load_script(), Judges.load(args)
+        self.script, self.judges = dreambooth, Judges.load(args)
 
     def run(self, subject: Subject, templates: Sequence[str]) -> dict[str, Any]:
         adapter = self.learn(subject)

@@ -28,7 +28,7 @@ from torch import nn
 from workloads import WORKLOADS, adapted, build, share
 
 from ether_diffusion import enable_ether_attention
-from ether_diffusion.layers import EtherLayer
+from ether_diffusion.tuner.layer import EtherLayer
 
 NONE, LORA = "no adapter", "LoRA r=4"
 

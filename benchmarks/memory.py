@@ -36,13 +36,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from workloads import WORKLOADS, Workload, build, unet_inputs
 
-from ether_diffusion.training.adapters import add_adapters
 from ether_diffusion.training.families import StableDiffusion
 from ether_diffusion.training.memory import format_bytes
-from ether_diffusion.training.methods import configs_of, read_method
-from ether_diffusion.training.objective import sample_losses
+from ether_diffusion.training.methods.configs import configs_of, read_method
+from ether_diffusion.training.methods.injection import add_adapters
+from ether_diffusion.training.objectives import sample_losses
 from ether_diffusion.training.optimizers import make_optimizer, parameter_groups
-from ether_diffusion.training.options import METHODS, AdapterOptions, OptimizationOptions
+from ether_diffusion.training.options.groups import METHODS, AdapterOptions, OptimizationOptions
 
 LEFT_OUT = [
     "CUDA context",

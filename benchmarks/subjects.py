@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 from diffusers import DiffusionPipeline
 from peft import PeftModel
 from PIL import Image
 
 import ether_diffusion  # noqa: F401  (gives pipelines their *_ether_* methods)
+from ether_diffusion.images import find_images, read_image
 from ether_diffusion.miniature import world
-from ether_diffusion.training.images import find_images, read_image
-from ether_diffusion.training.methods import read_method
-from ether_diffusion.training.options import AdapterOptions
-from ether_diffusion.training.views import center_cut
+from ether_diffusion.training.data.views import center_cut
+from ether_diffusion.training.methods.configs import read_method
+from ether_diffusion.training.options.groups import AdapterOptions
 
 SCRIPT = Path(__file__).resolve().parents[1] / "train_dreambooth_ether.py"
 MINIATURE, PHOTOGRAPHS = "miniature", "photographs"
@@ -90,15 +87,6 @@ def drawn(count: int, folder: Path) -> Iterator[Subject]:
         for k in range(world.VIEWS):
             subject.view(k).render().image.save(own / f"{k}.png")
         yield Subject(subject.name, subject.class_name, MINIATURE, own)
-
-
-def load_script() -> ModuleType:
-    """The training script as a module, to be called in this process."""
-    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def squares(subject: Subject, size: tuple[int, int]) -> list[Image.Image]:

@@ -25,22 +25,23 @@ from measuring import machine
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from result_file import ResultFile
-from subjects import MINIATURE, PROMPTS_WITHOUT, Subject, drawn, load_result, load_script, photographed, squares
+from subjects import MINIATURE, PROMPTS_WITHOUT, Subject, drawn, load_result, photographed, squares
 from torch import Tensor, nn
 
-from ether_diffusion.analysis import adapted_weights, energy_change
+from ether_diffusion.analysis.weights import adapted_weights, energy_change
+from ether_diffusion.files import checksum
+from ether_diffusion.images import read_image
 from ether_diffusion.metrics import drift, image_similarity, load_features, text_similarity
 from ether_diffusion.metrics.similarity import CLIP
 from ether_diffusion.miniature import FOLDER
-from ether_diffusion.miniature.evaluate import checksum
 from ether_diffusion.miniature.quickstart import OTHER_PROMPTS, SETTINGS
-from ether_diffusion.model import ATTENTION
-from ether_diffusion.training.adapters import rehearse
+from ether_diffusion.training import dreambooth
 from ether_diffusion.training.families import ModelSource, family_at, family_of
-from ether_diffusion.training.images import read_image
-from ether_diffusion.training.methods import TITLES, configs_of, read_method
-from ether_diffusion.training.objective import denoising_loss
-from ether_diffusion.training.options import DEFAULT_STEPS, RANKED_METHODS, AdapterOptions
+from ether_diffusion.training.methods.configs import TITLES, configs_of, read_method
+from ether_diffusion.training.methods.injection import rehearse
+from ether_diffusion.training.objectives import denoising_loss
+from ether_diffusion.training.options.groups import DEFAULT_STEPS, RANKED_METHODS, AdapterOptions
+from ether_diffusion.tuner.model import ATTENTION
 
 BASE, PICTURES = "base", "pictures"
 FIGURES = ("clip_i", "clip_t", "clip_t_subject", "drift", "held_out")
@@ -183,7 +184,7 @@ class Bench:
         self.settings, self.pictures_dir = settings, pictures_dir
         self.model = str(FOLDER) if settings.model == MINIATURE else settings.model
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.features, self.script = load_features(settings.clip_model, device=self.device), load_script()
+        self.features, self.script = load_features(settings.clip_model, device=self.device), dreambooth
         if not hasattr(self.features, "embed_texts"):
             raise SystemExit(f"error: --clip_model {settings.clip_model}: has no text tower, needs a CLIP")
         self.others = OTHER_PROMPTS if settings.model == MINIATURE else PROMPTS_WITHOUT

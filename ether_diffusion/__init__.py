@@ -3,13 +3,14 @@
 Importing this package registers ETHER with PEFT and gives every `DiffusionPipeline` its `*_ether_*` methods.
 """
 
-from . import loaders
-from .attention import EtherAttnProcessor, disable_ether_attention, enable_ether_attention
-from .checkpoint import EtherFileError
-from .config import EtherConfig
-from .control import ControlEncoder, EtherControlPipeline, EtherControlXLPipeline, inject
-from .layers import EtherConv2d, EtherLayer, EtherLinear
-from .model import EtherModel, register
+from ether_diffusion.adapters import pipeline as loaders
+from ether_diffusion.control.encoder import ControlEncoder, inject
+from ether_diffusion.control.pipelines import EtherControlPipeline, EtherControlXLPipeline
+from ether_diffusion.errors import EtherFileError
+from ether_diffusion.tuner.attention import EtherAttnProcessor, disable_ether_attention, enable_ether_attention
+from ether_diffusion.tuner.config import EtherConfig
+from ether_diffusion.tuner.layer import EtherConv2d, EtherLayer, EtherLinear
+from ether_diffusion.tuner.model import EtherModel, register
 
 register()
 loaders.install()

@@ -1,7 +1,21 @@
-"""Pictures as training and pipelines both take them: 8-bit RGB, and how they are brought to size."""
+"""Image files and images: find them, read them strictly, bring them to RGB, to tensors and to grids.
+
+The only place that does. Sizes are (width, height), as Pillow has them.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import zlib
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+import torch
+from PIL import Image, ImageOps
+
+from ether_diffusion.errors import InputError
 
 INTERPOLATIONS = {"nearest": Image.Resampling.NEAREST, "lanczos": Image.Resampling.LANCZOS}
 """By their names in options and configs."""
@@ -19,3 +33,71 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+# HEIC is here although Pillow needs a plugin for it: a photograph left out in silence is worse than an error.
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif"}
+)
+
+# What Pillow's decoders raise on damaged files.
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+def find_images(folder: str | Path, flag: str = "--instance_data_dir") -> list[Path]:
+    """The pictures that lie directly in a folder, in an order that is the same on every machine.
+
+    Hidden files and files of other kinds (captions, notes) are ignored.
+
+    Args:
+        folder: where they lie.
+        flag: what the user gave the folder with, for the messages.
+
+    Raises:
+        InputError: no such folder, or no pictures in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        arrived = "is a file, not a folder" if folder.exists() else "there is no such folder"
+        raise InputError(f"{flag} {folder}: {arrived}")
+    files = [each for each in folder.iterdir() if each.is_file() and not each.name.startswith(".")]
+    images = [each for each in files if each.suffix.lower() in IMAGE_SUFFIXES]
+    if not images:
+        raise InputError(
+            f"{flag} {folder}: holds {len(files)} files but no picture; "
+            "put JPEG, PNG, WebP or BMP files directly into it"
+        )
+    # Numbers count as numbers, so that 10.jpg follows 9.jpg.
+    return sorted(images, key=lambda each: [part.zfill(20) for part in re.split(r"(\d+)", each.name)] + [each.name])
+
+
+def read_image(file: str | Path | BinaryIO, name: str | None = None) -> Image.Image:
+    """Read a picture as upright 8-bit RGB.
+
+    EXIF orientation is applied, transparency is composited on white, greyscale, palette, CMYK and 16-bit pictures are
+    converted; of an animation, the first frame.
+
+    Args:
+        file: its path, or an open binary file.
+        name: what to call it in a message. Default: the path.
+
+    Raises:
+        InputError: not a picture, or damaged; names the file.
+    """
+    name = str(file) if name is None else name
+    try:
+        image = Image.open(file)
+    except DAMAGE as error:
+        raise InputError(f"{name}: is not a picture that can be read ({error})") from error
+    with image:
+        try:
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image))
+        except DAMAGE as error:
+            raise InputError(f"{name}: the picture is truncated or damaged ({error})") from error
+
+
+def to_pixels(image: Image.Image) -> torch.Tensor:
+    """An RGB picture as a tensor: (3, height, width), float32, from -1 (black) to 1 (white)."""
+    values = torch.from_numpy(np.array(image, dtype=np.float32))  # (h, w, 3)
+    return values.permute(2, 0, 1).div(127.5).sub(1.0)

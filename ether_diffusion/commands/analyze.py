@@ -32,7 +32,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..analysis import (
+from ether_diffusion.adapters.attach import models_of, plan
+from ether_diffusion.adapters.locate import find_checkpoint
+from ether_diffusion.adapters.schema import WEIGHTS_NAME, canonical_path
+from ether_diffusion.analysis.weights import (
     adapted_weights,
     angles_from_start,
     energy_change,
@@ -40,15 +43,21 @@ from ..analysis import (
     transform_distance,
     weight_distance,
 )
-from ..checkpoint import WEIGHTS_NAME, EtherFileError, canonical_path
-from ..functional import Transform
-from ..injection import models_of, plan
-from ..layers import EtherLayer
-from ..miniature import FOLDER
-from ..sources import find_checkpoint
-from ..training.command_line import InputError
-from ..training.methods import LORA_NAME
-from .inspect import UNKNOWN, check_fit, compare, open_base, place_of, shorten, table, transforms_of
+from ether_diffusion.commands.inspect import (
+    UNKNOWN,
+    check_fit,
+    compare,
+    open_base,
+    place_of,
+    shorten,
+    table,
+    transforms_of,
+)
+from ether_diffusion.errors import EtherFileError, InputError
+from ether_diffusion.miniature import FOLDER
+from ether_diffusion.training.methods.configs import LORA_NAME
+from ether_diffusion.tuner.layer import EtherLayer
+from ether_diffusion.tuner.transforms import Transform
 
 HELP = "measure what an adapter does to the weights of a base model"
 NAME = "inspected"  # as `check_fit` calls the adapter
@@ -75,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     report = analyze(args.file, base=args.base, against=args.against, strength=args.scale)
     print("\n".join(render(report)))
     if args.output_dir is not None:
-        from ..plots import draw_layers  # matplotlib is an extra
+        from ether_diffusion.analysis.plot import draw_layers
 
         args.output_dir.mkdir(parents=True, exist_ok=True)
         written = args.output_dir / "analysis.json", args.output_dir / "analysis.png"

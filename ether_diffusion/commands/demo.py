@@ -20,8 +20,8 @@ import tempfile
 import threading
 from pathlib import Path
 
-from .. import miniature
-from ..training.command_line import InputError
+from ether_diffusion import miniature
+from ether_diffusion.errors import InputError
 
 HELP = "open a web page to generate, train, inspect and export"
 HOST, PORT = "127.0.0.1", 7860
@@ -72,10 +72,10 @@ def run(args: argparse.Namespace) -> None:
 
 def serve(args: argparse.Namespace, folder: Path):
     """Load the base and start the server; the page, which `close` ends. `folder` holds what is temporary."""
-    from ..demo.library import Library
-    from ..demo.page import build_page, launch
-    from ..demo.results import Results
-    from ..demo.worker import Worker
+    from ether_diffusion.demo.library import Library
+    from ether_diffusion.demo.page import build_page, launch
+    from ether_diffusion.demo.results import Results
+    from ether_diffusion.demo.worker import Worker
 
     auth = None
     if args.auth is not None:

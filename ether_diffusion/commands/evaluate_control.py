@@ -36,16 +36,17 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from .. import metrics, miniature
-from ..control import CONTROL, ControlEncoder, EtherControlPipeline, EtherControlXLPipeline
-from ..miniature.control_data import HELD_OUT, draw_pair, read_label_picture
-from ..miniature.evaluate import checksum
-from ..miniature.render import SIZE
-from ..miniature.segmenter import MiniatureSegmenter
-from ..training.command_line import InputError
-from ..training.images import DAMAGE, read_image
-from ..training.methods import INDEX_NAME, LORA_NAME
-from ..training.seeds import generator
+from ether_diffusion import metrics, miniature
+from ether_diffusion.control.encoder import CONTROL, ControlEncoder
+from ether_diffusion.control.pipelines import EtherControlPipeline, EtherControlXLPipeline
+from ether_diffusion.errors import InputError
+from ether_diffusion.files import checksum
+from ether_diffusion.images import DAMAGE, read_image
+from ether_diffusion.miniature.control_data import HELD_OUT, draw_pair, read_label_picture
+from ether_diffusion.miniature.render import SIZE
+from ether_diffusion.miniature.segmenter import MiniatureSegmenter
+from ether_diffusion.training.methods.configs import INDEX_NAME, LORA_NAME
+from ether_diffusion.training.seeds import generator
 
 HELP = "measure how well pictures follow their control pictures"
 COLUMNS = ("file_name", "conditioning_image", "text")

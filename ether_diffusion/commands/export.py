@@ -13,11 +13,11 @@ import argparse
 
 from diffusers import DiffusionPipeline
 
-from ..control import CONTROL
-from ..export import DTYPES, export_lora, open_adapted
-from ..lora_files import DEFAULT_NAMES, WRITERS
-from ..sources import find_checkpoint
-from ..training.command_line import InputError
+from ether_diffusion.adapters.locate import find_checkpoint
+from ether_diffusion.control.encoder import CONTROL
+from ether_diffusion.errors import InputError
+from ether_diffusion.export.changes import DTYPES, export_lora, open_adapted
+from ether_diffusion.export.lora_files import DEFAULT_NAMES, WRITERS
 
 HELP = "write adapters as a LoRA for PEFT, diffusers, or kohya's format (ComfyUI, A1111)"
 

@@ -35,12 +35,14 @@ from diffusers import (
 )
 from torch import Tensor
 
-from ..analysis import angles_from_start, conflict, transform_distance, transform_of
-from ..checkpoint import PEFT_WEIGHTS_NAME, Checkpoint, EtherFileError, WholeWeights, canonical_path, printable
-from ..control import CONTROL, ControlEncoder, EtherControlPipeline, EtherControlXLPipeline
-from ..functional import Transform
-from ..injection import collect, plan, put_on
-from ..sources import find_checkpoint
+from ether_diffusion.adapters.attach import collect, plan, put_on
+from ether_diffusion.adapters.locate import find_checkpoint
+from ether_diffusion.adapters.schema import PEFT_WEIGHTS_NAME, Checkpoint, WholeWeights, canonical_path
+from ether_diffusion.analysis.weights import angles_from_start, conflict, transform_distance, transform_of
+from ether_diffusion.control.encoder import CONTROL, ControlEncoder
+from ether_diffusion.control.pipelines import EtherControlPipeline, EtherControlXLPipeline
+from ether_diffusion.errors import EtherFileError, printable
+from ether_diffusion.tuner.transforms import Transform
 
 HELP = "show what is in an adapter file, how far it has moved, and what it fits"
 METHODS = {"ether": "ETHER", "ether_plus": "ETHER+"}

@@ -9,10 +9,9 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from ..training.command_line import InputError
-from .generate_tab import choices, paint, whole
-from .results import Results
-from .settings import (
+from ether_diffusion.demo.generate_tab import choices, paint, whole
+from ether_diffusion.demo.results import Results
+from ether_diffusion.demo.settings import (
     HIGHEST_GUIDANCE,
     HIGHEST_SEED,
     HIGHEST_STRENGTH,
@@ -22,9 +21,10 @@ from .settings import (
     Settings,
     read_picture,
 )
-from .widgets import picture_boxes, size_sliders
-from .words import STRENGTH_NOTE, note, problem, status
-from .worker import Worker
+from ether_diffusion.demo.widgets import picture_boxes, size_sliders
+from ether_diffusion.demo.words import STRENGTH_NOTE, note, problem, status
+from ether_diffusion.demo.worker import Worker
+from ether_diffusion.errors import InputError
 
 MOST_BRUSHES = 12
 

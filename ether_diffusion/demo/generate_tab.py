@@ -10,10 +10,9 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from ..training.command_line import InputError
-from .jobs import Cancelled, Failed, Painted, Painting
-from .results import Results
-from .settings import (
+from ether_diffusion.demo.jobs import Cancelled, Failed, Painted, Painting
+from ether_diffusion.demo.results import Results
+from ether_diffusion.demo.settings import (
     HIGHEST_GUIDANCE,
     HIGHEST_SEED,
     HIGHEST_STRENGTH,
@@ -24,9 +23,10 @@ from .settings import (
     Settings,
     read_picture,
 )
-from .widgets import picture_boxes, size_sliders
-from .words import STRENGTH_NOTE, cards, note, problem, progress, status
-from .worker import Worker
+from ether_diffusion.demo.widgets import picture_boxes, size_sliders
+from ether_diffusion.demo.words import STRENGTH_NOTE, cards, note, problem, progress, status
+from ether_diffusion.demo.worker import Worker
+from ether_diffusion.errors import InputError
 
 RANDOM_SEEDS = 10**6
 """A seed that is drawn stays below this: short enough to be told to somebody."""

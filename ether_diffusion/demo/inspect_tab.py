@@ -9,13 +9,12 @@ from typing import Any
 
 import gradio as gr
 
-from ..checkpoint import printable
-from ..commands.inspect import METHODS, describe
-from ..training.command_line import InputError
-from .charts import bar_chart
-from .results import Results
-from .words import problem, status
-from .worker import Worker
+from ether_diffusion.commands.inspect import METHODS, describe
+from ether_diffusion.demo.charts import bar_chart
+from ether_diffusion.demo.results import Results
+from ether_diffusion.demo.words import problem, status
+from ether_diffusion.demo.worker import Worker
+from ether_diffusion.errors import InputError, printable
 
 FORMATS = [("ETHER", "ether"), ("LoRA for diffusers", "diffusers-lora"), ("LoRA for kohya, ComfyUI, A1111", "kohya")]
 MOST_BARS = 200

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from .settings import Settings
+from ether_diffusion.demo.settings import Settings
 
 ABANDONED_AFTER = 20.0
 """Seconds without anybody asking for news, after which a request is given up."""

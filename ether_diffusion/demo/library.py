@@ -8,10 +8,10 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint import WEIGHTS_NAME, Checkpoint, printable
-from ..control import CONTROL
-from ..sources import find_checkpoint
-from ..training.command_line import InputError
+from ether_diffusion.adapters.locate import find_checkpoint
+from ether_diffusion.adapters.schema import WEIGHTS_NAME, Checkpoint
+from ether_diffusion.control.encoder import CONTROL
+from ether_diffusion.errors import InputError, printable
 
 PICTURE_NAME = "picture.png"
 PICTURE_NAMES = (PICTURE_NAME, "grid.png")

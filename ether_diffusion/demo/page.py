@@ -15,14 +15,14 @@ from typing import Any  # noqa: E402
 import gradio as gr  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from .. import miniature  # noqa: E402
-from .control_tab import control_tab  # noqa: E402
-from .generate_tab import choices, generate_tab, listing  # noqa: E402
-from .inspect_tab import inspect_tab  # noqa: E402
-from .results import Results  # noqa: E402
-from .train_tab import train_tab  # noqa: E402
-from .training import Trainings  # noqa: E402
-from .worker import Worker  # noqa: E402
+from ether_diffusion import miniature  # noqa: E402
+from ether_diffusion.demo.control_tab import control_tab  # noqa: E402
+from ether_diffusion.demo.generate_tab import choices, generate_tab, listing  # noqa: E402
+from ether_diffusion.demo.inspect_tab import inspect_tab  # noqa: E402
+from ether_diffusion.demo.results import Results  # noqa: E402
+from ether_diffusion.demo.train_tab import train_tab  # noqa: E402
+from ether_diffusion.demo.training import Trainings  # noqa: E402
+from ether_diffusion.demo.worker import Worker  # noqa: E402
 
 MAX_UPLOAD = "20mb"
 MAX_UPLOAD_BYTES = 200_000_000

@@ -8,8 +8,8 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from .jobs import Painted
-from .settings import save_picture
+from ether_diffusion.demo.jobs import Painted
+from ether_diffusion.demo.settings import save_picture
 
 
 class Results:

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
-from ..training.command_line import InputError
+from ether_diffusion.errors import InputError
 
 TEXT_KEY = "ether_diffusion"
 """Of the PNG text chunk that holds the settings."""

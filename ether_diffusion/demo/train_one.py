@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..training.command_line import InputError
-from ..training.data import TrainingImages, find_examples
-from ..training.objective import DreamBoothObjective
-from ..training.options import (
+from ether_diffusion.demo.library import PICTURE_NAME
+from ether_diffusion.errors import InputError
+from ether_diffusion.training.data.examples import TrainingImages, find_examples
+from ether_diffusion.training.objectives import DreamBoothObjective
+from ether_diffusion.training.options.groups import (
     AdapterOptions,
     InstanceDataOptions,
     ModelOptions,
@@ -28,9 +29,8 @@ from ..training.options import (
     ValidationOptions,
     ViewOptions,
 )
-from ..training.preview import paint
-from ..training.run import TrainingRun
-from .library import PICTURE_NAME
+from ether_diffusion.training.preview import paint
+from ether_diffusion.training.run import TrainingRun
 
 PREVIEWS = 4
 """How often sample pictures are painted in one training, the end included."""

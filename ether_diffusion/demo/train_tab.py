@@ -9,13 +9,22 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from ..training.command_line import InputError
-from ..training.options import DEFAULT_METHOD
-from .charts import line_chart
-from .jobs import Cancelled, Failed
-from .results import Results
-from .training import FEWEST_PHOTOS, MOST_PHOTOS, TOKEN, WHOLE_SQUARE, Progress, Trainings, cut_square, read_photo
-from .words import problem, progress, status
+from ether_diffusion.demo.charts import line_chart
+from ether_diffusion.demo.jobs import Cancelled, Failed
+from ether_diffusion.demo.results import Results
+from ether_diffusion.demo.training import (
+    FEWEST_PHOTOS,
+    MOST_PHOTOS,
+    TOKEN,
+    WHOLE_SQUARE,
+    Progress,
+    Trainings,
+    cut_square,
+    read_photo,
+)
+from ether_diffusion.demo.words import problem, progress, status
+from ether_diffusion.errors import InputError
+from ether_diffusion.training.options.groups import DEFAULT_METHOD
 
 LARGEST_CUT = 1024
 THUMBNAIL = 512

@@ -16,14 +16,14 @@ from pathlib import Path
 
 from PIL import Image
 
-from .. import miniature
-from ..training.command_line import InputError
-from ..training.images import read_image
-from ..training.options import ETHER_METHODS
-from ..training.run import VALIDATION_FOLDER
-from .jobs import ABANDONED_AFTER, Cancelled, Failed
-from .library import clean_name
-from .worker import Worker
+from ether_diffusion import miniature
+from ether_diffusion.demo.jobs import ABANDONED_AFTER, Cancelled, Failed
+from ether_diffusion.demo.library import clean_name
+from ether_diffusion.demo.worker import Worker
+from ether_diffusion.errors import InputError
+from ether_diffusion.images import read_image
+from ether_diffusion.training.options.groups import ETHER_METHODS
+from ether_diffusion.training.run import VALIDATION_FOLDER
 
 FEWEST_PHOTOS, MOST_PHOTOS = 3, 8
 MOST_PHOTO_PIXELS = 50_000_000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gradio as gr
 
-from .worker import Worker
+from ether_diffusion.demo.worker import Worker
 
 
 def size_sliders(worker: Worker, width: int, height: int) -> list[gr.Slider]:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..commands.inspect import METHODS
-from .library import Adapter
+from ether_diffusion.commands.inspect import METHODS
+from ether_diffusion.demo.library import Adapter
 
 THUMBNAIL = 160
 LARGEST_PICTURE = 4_000_000

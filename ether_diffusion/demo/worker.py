@@ -22,16 +22,15 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from .. import loaders
-from ..checkpoint import EtherFileError
-from ..control import EtherControlPipeline, EtherControlXLPipeline
-from ..export import export_lora
-from ..injection import other_base, plan, put_on
-from ..sources import find_checkpoint
-from ..training.command_line import InputError
-from .jobs import Cancelled, Failed, Job, Painted, Painting, Waiting
-from .library import Adapter, Library
-from .settings import Settings
+from ether_diffusion.adapters import pipeline as loaders
+from ether_diffusion.adapters.attach import other_base, plan, put_on
+from ether_diffusion.adapters.locate import find_checkpoint
+from ether_diffusion.control.pipelines import EtherControlPipeline, EtherControlXLPipeline
+from ether_diffusion.demo.jobs import Cancelled, Failed, Job, Painted, Painting, Waiting
+from ether_diffusion.demo.library import Adapter, Library
+from ether_diffusion.demo.settings import Settings
+from ether_diffusion.errors import EtherFileError, InputError
+from ether_diffusion.export.changes import export_lora
 
 logger = logging.getLogger(__name__)
 

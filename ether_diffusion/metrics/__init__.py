@@ -1,9 +1,16 @@
 """Metrics of pictures: their likeness to a subject and to words, their obedience to a control, their realism."""
 
-from .edges import EDGE_THRESHOLD, edge_consistency, sobel_edges
-from .frechet import FEATURES, MiniatureFeatures, frechet_distance
-from .segmentation import Segmenter, UperNetSegmenter, class_iou, confusion, mean_iou, pixel_accuracy
-from .similarity import (
+from ether_diffusion.metrics.edges import EDGE_THRESHOLD, edge_consistency, sobel_edges
+from ether_diffusion.metrics.frechet import FEATURES, MiniatureFeatures, frechet_distance
+from ether_diffusion.metrics.segmentation import (
+    Segmenter,
+    UperNetSegmenter,
+    class_iou,
+    confusion,
+    mean_iou,
+    pixel_accuracy,
+)
+from ether_diffusion.metrics.similarity import (
     ClassTokenFeatures,
     ClipFeatures,
     ImageFeatures,

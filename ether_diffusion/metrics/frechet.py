@@ -25,7 +25,7 @@ class MiniatureFeatures(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        from ..miniature import ClipScore  # loads the miniature, which full-size work does without
+        from ether_diffusion.miniature import ClipScore
 
         self.tower = ClipScore().model.vision_model
         self.side: int = self.tower.config.image_size

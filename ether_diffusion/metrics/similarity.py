@@ -125,7 +125,7 @@ def load_features(
         batch_size: pictures at a time.
     """
     if model_id == MINIATURE:
-        from ..miniature import ClipScore  # stands on this module
+        from ether_diffusion.miniature import ClipScore
 
         return ClipScore(device=device, batch_size=batch_size)
     kind = ClipFeatures if AutoConfig.from_pretrained(model_id).model_type == "clip" else ClassTokenFeatures

@@ -14,8 +14,8 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer
 
-from ..metrics.similarity import BATCH, ClipFeatures, image_similarity, text_similarity
-from ..sources import MINIATURE_FOLDER
+from ether_diffusion.files import MINIATURE_FOLDER
+from ether_diffusion.metrics.similarity import BATCH, ClipFeatures, image_similarity, text_similarity
 
 FOLDER = MINIATURE_FOLDER
 """A folder that `StableDiffusionPipeline.from_pretrained` loads as it is; `clip/` in it holds the metric model."""

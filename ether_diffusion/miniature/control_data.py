@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .render import COLOURS, SIZE, SUPERSAMPLING, label_picture
-from .shapes import LABELS
-from .world import article, draw_scene
+from ether_diffusion.miniature.render import COLOURS, SIZE, SUPERSAMPLING, label_picture
+from ether_diffusion.miniature.shapes import LABELS
+from ether_diffusion.miniature.world import article, draw_scene
 
 KINDS = ("scenes", "circles")
 HELD_OUT = "control held out"

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .control_data import write_control_data
+from ether_diffusion.miniature.control_data import write_control_data
 
 SCRIPT = Path(__file__).resolve().parents[2] / "train_controlnet_ether.py"
 TRAINING_SEED = "control training"
@@ -42,7 +42,14 @@ def main() -> None:
     if not (data / "metadata.jsonl").exists():
         write_control_data(data, args.pairs, TRAINING_SEED)
     train(data, args.output_dir / "adapter", ["--learning_rate", "2e-3", *training_flags])
-    command = [sys.executable, "-m", "ether_diffusion.cli", "evaluate-control", "--miniature", str(args.held_out)]
+    command = [
+        sys.executable,
+        "-m",
+        "ether_diffusion.commands.main",
+        "evaluate-control",
+        "--miniature",
+        str(args.held_out),
+    ]
     command += ["--adapter", str(args.output_dir / "adapter"), "--output_dir", str(args.output_dir / "evaluation")]
     command += ["--num_inference_steps", "10", "--batch_size", "16", "--judge_dir", str(args.output_dir / "judge")]
     subprocess.run(command, check=True)

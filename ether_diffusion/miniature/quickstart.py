@@ -18,9 +18,8 @@ from PIL import Image, ImageDraw
 from torch import Generator
 
 import ether_diffusion  # noqa: F401  (gives pipelines their *_ether_* methods)
-
-from . import ClipScore, load_pipeline
-from .world import Subject, subjects
+from ether_diffusion.miniature import ClipScore, load_pipeline
+from ether_diffusion.miniature.world import Subject, subjects
 
 SCRIPT = Path(__file__).resolve().parents[2] / "train_dreambooth_ether.py"
 WEIGHTS = "pytorch_ether_weights.safetensors"

@@ -7,12 +7,15 @@ import math
 import random
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
 
-from .shapes import LABELS, Polygon
+from ether_diffusion.miniature.shapes import LABELS, Polygon
 
 if TYPE_CHECKING:
-    from .world import Scene
+    from ether_diffusion.miniature.world import Scene
 
 SIZE = 64  # pixels
 SUPERSAMPLING = 4
@@ -113,3 +116,9 @@ def label_picture(labels: Image.Image) -> Image.Image:
     indexed = labels.copy()
     indexed.putpalette(palette + [0] * (768 - len(palette)))
     return indexed.convert("RGB")
+
+
+def to_tensor(images: list[Image.Image]) -> Tensor:
+    """(len(images), 3, SIZE, SIZE), in [−1, 1]."""
+    pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -23,12 +23,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..metrics import confusion, mean_iou, pixel_accuracy
-from . import FOLDER
-from .evaluate import checksum, to_tensor
-from .render import SIZE
-from .shapes import LABELS
-from .world import draw_scene
+from ether_diffusion.files import checksum
+from ether_diffusion.metrics import confusion, mean_iou, pixel_accuracy
+from ether_diffusion.miniature import FOLDER
+from ether_diffusion.miniature.render import SIZE, to_tensor
+from ether_diffusion.miniature.shapes import LABELS
+from ether_diffusion.miniature.world import draw_scene
 
 VERSION = 1  # of architecture and training, which the settings do not tell
 GREY_LEVELS = 6.0  # largest standard deviation of the noise in training pictures

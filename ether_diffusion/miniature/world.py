@@ -9,8 +9,8 @@ import random
 from dataclasses import dataclass
 from functools import lru_cache
 
-from .render import COLOURS, PATTERNS, Rendering, render
-from .shapes import FIGURES, SHAPES, Patch
+from ether_diffusion.miniature.render import COLOURS, PATTERNS, Rendering, render
+from ether_diffusion.miniature.shapes import FIGURES, SHAPES, Patch
 
 SIZES = {"small": (0.15, 0.18), "": (0.21, 0.26), "large": (0.31, 0.36)}  # radius, as a fraction of the side
 POSITIONS = {

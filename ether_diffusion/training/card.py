@@ -10,10 +10,10 @@ from pathlib import Path
 import yaml
 from diffusers import DiffusionPipeline
 
+from ether_diffusion.training.checkpoints import PREFIX
 from ether_diffusion.training.families import ModelSource
 from ether_diffusion.training.loop import TrainingResult
 from ether_diffusion.training.memory import format_bytes
-from ether_diffusion.training.state import PREFIX
 
 CARD_NAME, GRID_NAME = "README.md", "grid.png"
 

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ether_diffusion.training.control_objective import CONTROLNET
-from ether_diffusion.training.control_options import ControlValidationOptions
+from ether_diffusion.training.control_objectives import CONTROLNET
 from ether_diffusion.training.families import Family
+from ether_diffusion.training.options.control import ControlValidationOptions
 from ether_diffusion.training.preview import Preview, paint, side_by_side
 
 

@@ -28,9 +28,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from ether_diffusion.training.adapters import Configs
-from ether_diffusion.training.command_line import InputError
-from ether_diffusion.training.options import OptimizationOptions, TrainingOptions
+from ether_diffusion.errors import InputError
+from ether_diffusion.training.methods.injection import Configs
+from ether_diffusion.training.options.groups import OptimizationOptions, TrainingOptions
 
 Layout = Literal["replicated", "sharded", "partitioned"]
 

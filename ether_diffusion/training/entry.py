@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ether_diffusion.training.command_line import InputError, parse_options
-from ether_diffusion.training.state import Interrupted
+from ether_diffusion.errors import InputError
+from ether_diffusion.training.checkpoints import Interrupted
+from ether_diffusion.training.options.command_line import parse_options
 
 logger = logging.getLogger(__name__)
 

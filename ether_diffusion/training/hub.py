@@ -16,9 +16,9 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 
-from ether_diffusion.training.command_line import InputError
-from ether_diffusion.training.options import RunOptions
-from ether_diffusion.training.state import PREFIX
+from ether_diffusion.errors import InputError
+from ether_diffusion.training.checkpoints import PREFIX
+from ether_diffusion.training.options.groups import RunOptions
 from ether_diffusion.training.trackers import PROJECT
 
 NOT_UPLOADED = (f"{PREFIX}*", ".*", "*/.*")

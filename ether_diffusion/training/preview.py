@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 
 from ether_diffusion.training.families import Family
-from ether_diffusion.training.options import ValidationOptions
+from ether_diffusion.training.options.groups import ValidationOptions
 from ether_diffusion.training.trackers import log_pictures
 
 SMALLEST_CELL = 128  # pixels; smaller pictures are enlarged, so that a person can see them

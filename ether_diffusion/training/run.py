@@ -11,19 +11,20 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
-from ether_diffusion.training.adapters import Configs, add_adapters, rehearse
+from ether_diffusion.errors import InputError
 from ether_diffusion.training.card import GRID_NAME, figures_of, write_card
-from ether_diffusion.training.command_line import InputError, binding, flatten
+from ether_diffusion.training.checkpoints import Checkpoints, with_fingerprint
 from ether_diffusion.training.distributed import check_layout, claim_layout, gathered, on_main_process, shard_frozen
 from ether_diffusion.training.entry import narrate
 from ether_diffusion.training.families import Blueprint, Family, ModelSource, family_at
 from ether_diffusion.training.hub import check_hub, log_patterns, upload
 from ether_diffusion.training.loop import WEIGHT_DTYPES, TrainingResult, check_output_dir, make_accelerator, train
-from ether_diffusion.training.methods import configs_of, loading_code, read_method, save_trained
+from ether_diffusion.training.methods.configs import configs_of, loading_code, read_method, save_trained
+from ether_diffusion.training.methods.injection import Configs, add_adapters, rehearse
 from ether_diffusion.training.optimizers import check_optimizer, check_schedule, parameter_groups
-from ether_diffusion.training.options import TrainingOptions
+from ether_diffusion.training.options.command_line import binding, flatten
+from ether_diffusion.training.options.groups import TrainingOptions
 from ether_diffusion.training.preview import Preview, is_due
-from ether_diffusion.training.state import Checkpoints, with_fingerprint
 
 VALIDATION_FOLDER = "validation"
 

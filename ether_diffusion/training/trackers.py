@@ -11,7 +11,7 @@ import numpy as np
 from accelerate import Accelerator
 from PIL import Image
 
-from ether_diffusion.training.command_line import InputError
+from ether_diffusion.errors import InputError
 
 PROJECT = "ether-diffusion"
 """Name of the project on Weights & Biases, and of TensorBoard's folder inside `--logging_dir`."""

@@ -5,7 +5,7 @@ The loop, the objective and the pictures use `Family` alone; a new family is a n
 
 from diffusers import DiffusionPipeline
 
-from ether_diffusion.training.command_line import InputError
+from ether_diffusion.errors import InputError
 from ether_diffusion.training.families.base import Blueprint, Family, ModelSource
 from ether_diffusion.training.families.sdxl import StableDiffusionXL
 from ether_diffusion.training.families.stable_diffusion import StableDiffusion

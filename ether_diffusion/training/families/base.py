@@ -12,11 +12,11 @@ from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from ether_diffusion import miniature
-from ether_diffusion.attention import enable_ether_attention
-from ether_diffusion.sources import MINIATURE_NAME, is_miniature
-from ether_diffusion.training.command_line import InputError
-from ether_diffusion.training.options import ModelOptions, PerformanceOptions, ViewOptions, parse_buckets
-from ether_diffusion.training.views import Framing, Target
+from ether_diffusion.errors import InputError
+from ether_diffusion.files import MINIATURE_NAME, is_miniature
+from ether_diffusion.training.data.views import Framing, Target
+from ether_diffusion.training.options.groups import ModelOptions, PerformanceOptions, ViewOptions, parse_buckets
+from ether_diffusion.tuner.attention import enable_ether_attention
 
 Conditioning = Mapping[str, Tensor]
 

@@ -9,11 +9,11 @@ from diffusers import StableDiffusionXLControlNetPipeline, StableDiffusionXLPipe
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from ether_diffusion.control import EtherControlXLPipeline
-from ether_diffusion.training.command_line import InputError
+from ether_diffusion.control.pipelines import EtherControlXLPipeline
+from ether_diffusion.errors import InputError
+from ether_diffusion.training.data.views import Framing
 from ether_diffusion.training.families.base import Blueprint, Conditioning, ModelSource
 from ether_diffusion.training.families.unet import UNetFamily
-from ether_diffusion.training.views import Framing
 
 SIZE_COUNT = 6  # two numbers each of original size, crop and target size
 

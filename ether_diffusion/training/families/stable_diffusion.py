@@ -6,7 +6,7 @@ from typing import Any
 from diffusers import StableDiffusionControlNetPipeline, StableDiffusionPipeline
 from transformers import CLIPTextModel
 
-from ether_diffusion.control import EtherControlPipeline
+from ether_diffusion.control.pipelines import EtherControlPipeline
 from ether_diffusion.training.families.base import Conditioning
 from ether_diffusion.training.families.unet import UNetFamily
 

@@ -11,7 +11,7 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from ether_diffusion.training.command_line import InputError
+from ether_diffusion.errors import InputError
 from ether_diffusion.training.families.base import Blueprint, Conditioning, Family, ModelSource
 
 PREDICTIONS = ("epsilon", "v_prediction")

@@ -1,0 +1,82 @@
+"""Control images as an encoder takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ether_diffusion.images import INTERPOLATIONS, to_rgb
+
+Picture = Image.Image | np.ndarray | Tensor
+Pictures = Picture | Sequence[Picture]
+
+
+def control_tensor(
+    pictures: Pictures, *, height: int, width: int, interpolation: str = "nearest", channels: int = 3
+) -> Tensor:
+    """Control images as an encoder takes them: (b, channels, height, width), float32, in [0, 1].
+
+    Args:
+        pictures: PIL pictures of any mode; numpy arrays (h, w), (h, w, c) or (b, h, w, c), or tensors (c, h, w) or
+            (b, c, h, w), with values in [0, 1]; or a list of such.
+        height, width: in pixels.
+        interpolation: what brings other sizes to this one.
+        channels: of the encoder; PIL pictures have 3.
+
+    Raises:
+        ValueError: another type or shape, values outside [0, 1], or nothing at all.
+    """
+    each = list(pictures) if isinstance(pictures, list | tuple) else [pictures]
+    if not each:
+        raise ValueError("control_image is an empty list: one picture, or one for each prompt, fits")
+    arrays = [array for picture in each for array in _arrays(picture, channels)]
+    sized = [
+        np.stack([_resize(array[..., c], height, width, interpolation) for c in range(channels)]) for array in arrays
+    ]
+    return torch.from_numpy(np.stack(sized))  # (b, c, h, w)
+
+
+def _arrays(picture: Picture, channels: int) -> list[np.ndarray]:
+    """The pictures in one entry, each (h, w, channels), float32.
+
+    Raises:
+        ValueError: see `control_tensor`.
+    """
+    if isinstance(picture, Image.Image):
+        values = np.asarray(to_rgb(picture), dtype=np.float32) / 255
+    elif isinstance(picture, np.ndarray):
+        values = picture[..., None] if picture.ndim == 2 else picture
+    elif isinstance(picture, Tensor):
+        values = picture.detach().cpu().movedim(-3, -1) if picture.ndim > 2 else picture.detach().cpu()
+        values = (values.float() if values.is_floating_point() else values).numpy()
+    else:
+        raise ValueError(
+            f"control_image is a {type(picture).__name__}: a PIL picture, a numpy array, a tensor, or a list of those "
+            "fits"
+        )
+    given = f"control_image is a {type(picture).__name__} of shape {tuple(np.shape(picture))}"
+    if not np.issubdtype(values.dtype, np.floating):
+        raise ValueError(f"{given} and {values.dtype}: floating-point numbers from 0 to 1 fit (divide bytes by 255)")
+    if values.ndim not in (3, 4) or 0 in values.shape:
+        raise ValueError(f"{given}: arrays (h, w, c) or (b, h, w, c), and tensors (c, h, w) or (b, c, h, w), fit")
+    if not ((values >= 0) & (values <= 1)).all():
+        raise ValueError(f"{given} with values from {values.min()} to {values.max()}: 0 to 1 fits")
+    if channels == 3 and values.shape[-1] == 1:
+        values = values.repeat(3, axis=-1)
+    if channels == 3 and values.shape[-1] == 4:  # on white, as for pictures
+        values = values[..., :3] * values[..., 3:] + (1 - values[..., 3:])
+    if values.shape[-1] != channels:
+        raise ValueError(f"{given}: {channels} channels fit")
+    values = values.astype(np.float32)
+    return [values] if values.ndim == 3 else list(values)
+
+
+def _resize(plane: np.ndarray, height: int, width: int, interpolation: str) -> np.ndarray:
+    if plane.shape == (height, width):
+        return plane
+    image = Image.fromarray(np.ascontiguousarray(plane))
+    return np.asarray(image.resize((width, height), INTERPOLATIONS[interpolation])).clip(0, 1)  # lanczos overshoots

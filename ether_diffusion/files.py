@@ -1,0 +1,126 @@
+"""Files and folders that appear complete or not at all, and where the miniature lies.
+
+Whatever is written goes under a hidden name beside its place, is flushed to the disk, and takes its name in one step:
+a full disk, a kill or a power cut leaves what was there before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+MINIATURE_FOLDER = Path(__file__).parent / "miniature" / "weights"
+MINIATURE_NAME = "ether-diffusion miniature"
+
+PARTIAL_SUFFIX = ".tmp"
+ABANDONED_AFTER = 3600.0
+"""Age in seconds from which a hidden half-written file is one that a killed process left: no save takes so long."""
+
+
+def is_miniature(model: str | Path) -> bool:
+    """Whether a path is the pipeline folder that is shipped with the package."""
+    return Path(model).resolve() == MINIATURE_FOLDER.resolve()
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Put `content` under a name in one step, in place of what has that name.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written; names the file, which is as it was.
+    """
+    remove_abandoned(path)
+    partial = _hidden(path)
+    try:
+        with partial.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, f"{error.strerror}; nothing was saved", str(path)) from error
+        raise
+    sync_folder(path.parent)  # the new name is on the disk once the folder is
+
+
+@contextlib.contextmanager
+def new_path(path: Path) -> Iterator[Path]:
+    """A path for a new file or folder, which takes its name when the context ends; if that fails, nothing is left.
+
+    Raises:
+        FileExistsError: there is a file, or a folder with content, under that name.
+    """
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise FileExistsError(f"{path} exists already, and nothing is overwritten: choose another name or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A folder around it: libraries write a file under the name that they are given, some beside others.
+    around = _hidden(path)
+    around.mkdir()
+    try:
+        yield around / path.name
+        (around / path.name).rename(path)
+    finally:
+        shutil.rmtree(around, ignore_errors=True)
+
+
+def replace_folder(path: Path, contents: dict[str, bytes]) -> None:
+    """Put a folder of these files under a name, in place of what has that name.
+
+    Raises:
+        OSError: the disk is full, or the parent folder cannot be written; nothing new is left then.
+    """
+    partial = _hidden(path)
+    partial.mkdir()
+    try:
+        for name, content in contents.items():
+            with (partial / name).open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        sync_folder(partial)
+        if path.exists():
+            shutil.rmtree(path)
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    sync_folder(path.parent)
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove what killed saves under this name left; younger leftovers may be another process at work."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL_SUFFIX}"):
+        with contextlib.suppress(OSError):  # another was quicker, or it is not ours to remove
+            if time.time() - left.stat().st_mtime > ABANDONED_AFTER:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's names to the disk. Some network folders cannot be synced; the files in them are."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _hidden(path: Path) -> Path:
+    """An unused hidden name beside a path. Not tempfile's: what that makes, other users may not read."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
+
+
+def checksum(folder: Path) -> str:
+    """SHA-256 over the weight files of a pipeline folder, in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
+        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,88 @@
+"""Teach a diffusion model a subject from a few photographs, with ETHER or ETHER+ (DreamBooth).
+
+    accelerate launch train_dreambooth_ether.py \\
+        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+        --instance_data_dir photos --instance_prompt "a photo of sks dog" \\
+        --mixed_precision fp16 --train_batch_size 1 --output_dir out/dog
+
+Without --pretrained_model_name_or_path it trains the miniature that comes with the package. Everything that can be
+wrong is checked before the weights are loaded. A run that was stopped goes on with --resume_from_checkpoint latest.
+Written to --output_dir: the adapter, a grid of sample pictures of base and tuned model, and a model card.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ether_diffusion.errors import InputError
+from ether_diffusion.training.class_images import ClassPictures, paint_class_pictures
+from ether_diffusion.training.data.examples import TrainingImages, examples_of, find_examples
+from ether_diffusion.training.entry import run_script
+from ether_diffusion.training.loop import TrainingResult
+from ether_diffusion.training.objectives import DreamBoothObjective
+from ether_diffusion.training.options.groups import InstanceDataOptions, PriorOptions, TrainingOptions
+from ether_diffusion.training.run import TrainingRun
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(TrainingOptions):
+    data: InstanceDataOptions
+    prior: PriorOptions
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        folders = (self.data.instance_data_dir, self.prior.class_data_dir)
+        if None not in folders and len({Path(folder).resolve() for folder in folders}) == 1:
+            raise InputError(f"--class_data_dir {folders[1]}: is the same folder as --instance_data_dir; take another")
+
+
+def run(options: Options, command: str) -> TrainingResult:
+    """Train, then save, paint and describe what was learned. Raises InputError before anything heavy is loaded."""
+    data, prior = options.data, options.prior
+    training = TrainingRun(options, command)
+    examples = find_examples(data)
+    if prior.with_prior_preservation:
+        ClassPictures.look(prior)
+    images = TrainingImages(examples, repeats=data.repeats, **training.view_options)
+    flag = "instance_data_dir" if data.dataset_name is None else "dataset_name"
+    training.check(
+        epoch_samples=len(images),
+        depends_on={flag: images.fingerprint},
+        later=["class_data_dir"] if prior.with_prior_preservation else (),
+    )
+
+    class_images = None
+    if prior.with_prior_preservation:
+        paths = paint_class_pictures(
+            training.source,
+            training.family_class,
+            prior,
+            training.accelerator,
+            precision=training.precision,
+            seed=options.run.seed,
+        )
+        class_images = TrainingImages(examples_of(paths, str(prior.class_prompt)), **training.view_options)
+        training.checkpoints.bind("class_data_dir", class_images.fingerprint)
+
+    objective = DreamBoothObjective(
+        training.load(options.validation.validation_prompt or (data.instance_prompt,)),
+        images,
+        trained=list(training.configs),
+        seed=options.run.seed,
+        class_images=class_images,
+        prior_loss_weight=prior.prior_loss_weight,
+        snr_gamma=options.optimization.snr_gamma,
+        noise_offset=options.optimization.noise_offset,
+    )
+    what = f"{len(examples):,} pictures" + (f" and {len(class_images)} of the class" if class_images else "")
+    result = training.train(objective, what)
+    training.finish(result, prompt=data.instance_prompt, pictures=what)
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> TrainingResult:
+    return run_script(run, Options, script="train_dreambooth_ether.py", description=__doc__, arguments=arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,308 @@
+"""The denoising objective: what is trained on, and what is measured on pictures that were held out.
+
+Axes: b samples, (c, h, w) latents.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import Tensor, nn
+
+from ether_diffusion.images import to_pixels
+from ether_diffusion.training.data.examples import TrainingImages
+from ether_diffusion.training.data.views import Framing, View, center_cut, center_view, frame
+from ether_diffusion.training.families import Family, family_of
+from ether_diffusion.training.families.base import Conditioning
+from ether_diffusion.training.options.groups import PerformanceOptions
+from ether_diffusion.training.seeds import derive, generator
+
+_KEPT_VIEWS = 512
+_KEPT_PROMPTS = 512
+
+
+def sample_losses(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each sample, in float32: (b, c, h, w) twice to (b,).
+
+    Raises:
+        ValueError: the shapes differ; a broadcast would hide the mistake.
+    """
+    if prediction.shape != target.shape:
+        raise ValueError(f"prediction has shape {tuple(prediction.shape)}, target {tuple(target.shape)}")
+    return F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(dim=1)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one prediction is asked about: latents and noise (c, h, w), and what goes with them.
+
+    control: the control picture (3, height, width), from 0 to 1, or None.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    timestep: int
+    prompt: str
+    framing: Framing
+    control: Tensor | None = None
+
+
+class PictureSet:
+    """Pictures as the objective draws samples from them.
+
+    Args:
+        images: the views.
+        family: encodes them.
+        seed: of all that is drawn: latents, noise and timestep of a sample follow from (seed, index) alone.
+        noise_offset: size of a shift of each channel's noise.
+    """
+
+    def __init__(self, images: TrainingImages, family: Family, *, seed: int, noise_offset: float = 0.0):
+        self.images, self.family, self.seed, self.noise_offset = images, family, seed, noise_offset
+        self._moments: dict[View, Tensor] = {}
+        self._kept_views = _KEPT_VIEWS
+
+    def draw(self, index: int) -> Sample:
+        """Sample number `index`, on the device."""
+        view, device = self.images.view(index), self.family.device
+        latents = self.family.make_latents(self._encode(view), generator(self.seed, "latents", index))
+        draw = generator(self.seed, "noise", index)
+        noise = torch.randn(latents.shape, generator=draw)
+        if self.noise_offset:
+            noise += self.noise_offset * torch.randn(len(noise), 1, 1, generator=draw)
+        timestep = self.family.draw_timestep(generator(self.seed, "timestep", index))
+        control = self.images.control(view)
+        return Sample(
+            latents.to(device),
+            noise.to(device),
+            timestep,
+            self.images.prompt(view, index),
+            self.images.framing(view),
+            None if control is None else control.to(device),
+        )
+
+    @torch.no_grad()
+    def _encode(self, view: View) -> Tensor:
+        """The autoencoder's answer for a view, kept: with few pictures and crops most views come back.
+
+        Views are encoded one by one, so that the result does not depend on the batch.
+        """
+        if view not in self._moments:
+            if len(self._moments) >= self._kept_views:
+                del self._moments[next(iter(self._moments))]
+            with self.family.at_work("vae"):
+                self._moments[view] = self.family.encode_pixels(self.images.pixels(view))
+        return self._moments[view]
+
+    def encode_all(self) -> None:
+        """Encode every view that can come; needs images with fixed or central crops. They are kept on the CPU."""
+        views = list(self.images.all_views())
+        self._kept_views = len(views)
+        with self.family.at_work("vae"):
+            for view in views:
+                self._moments[view] = self._encode(view).cpu()
+
+
+class DenoisingObjective(nn.Module):
+    """Denoise pictures under their prompts: weight(t) · |target − prediction|², mean over the latent's elements.
+
+    A module, so that one wrapper (precision, data parallel) holds all that is trained. `forward` takes the global
+    indices of the samples; each draws its crop, mirroring, latents, noise and timestep from (seed, index) alone.
+
+    Args:
+        family: the pipeline's family; its components are on their device.
+        pictures: what samples are drawn from; the first set gives the loss unless a subclass says otherwise.
+        trained: names of the components that are trained.
+        snr_gamma: γ of `Family.min_snr_weights`; None weighs all timesteps alike.
+    """
+
+    def __init__(
+        self, family: Family, pictures: Sequence[PictureSet], *, trained: Sequence[str], snr_gamma: float | None = None
+    ):
+        super().__init__()
+        self.family = family
+        self.pictures = list(pictures)
+        self.components = nn.ModuleDict({name: family.component(name) for name in trained})
+        self.snr_gamma = snr_gamma
+        family.freeze_unused()
+        self._fixed_conditioning: dict[str, Conditioning] = {}
+        self._kept_prompts = _KEPT_PROMPTS
+
+    def forward(self, samples: Sequence[int]) -> Tensor:
+        """The loss of each sample: (b,), float32.
+
+        samples: global indices of the samples, b of them.
+        """
+        return self._losses([self.pictures[0].draw(sample) for sample in samples])
+
+    def prepare(self, options: PerformanceOptions) -> None:
+        """Encode pictures and prompts now, where asked to, and take off the device what is not needed any more."""
+        if options.cache_latents:
+            for each in self.pictures:
+                each.encode_all()
+            self.family.park("vae")
+        if options.pre_compute_text_embeddings:
+            with self.family.at_work(*self.family.text_encoders):
+                prompts = list(dict.fromkeys(prompt for each in self.pictures for prompt in each.images.prompts))
+                self._kept_prompts = len(prompts)
+                self._condition(prompts)
+            self.family.park(*self.family.text_encoders)
+
+    def _losses(self, drawn: Sequence[Sample]) -> Tensor:
+        """The loss of each of these samples: (b,); one prediction for all that have one shape."""
+        by_shape: dict[torch.Size, list[int]] = {}
+        for k, sample in enumerate(drawn):
+            by_shape.setdefault(sample.latents.shape, []).append(k)
+        parts = [self._losses_of_one_shape([drawn[k] for k in numbers]) for numbers in by_shape.values()]
+        order = [k for numbers in by_shape.values() for k in numbers]
+        return torch.cat(parts)[torch.tensor(order, device=parts[0].device).argsort()]
+
+    def _losses_of_one_shape(self, drawn: Sequence[Sample]) -> Tensor:
+        family = self.family
+        latents, noise = (torch.stack(each) for each in zip(*((d.latents, d.noise) for d in drawn), strict=True))
+        timesteps = torch.tensor([sample.timestep for sample in drawn], device=latents.device)
+        noisy = family.add_noise(latents, noise, timesteps)  # (b, c, h, w)
+        conditioning = {
+            **self._condition([sample.prompt for sample in drawn]),
+            **family.encode_framings([sample.framing for sample in drawn]),
+        }
+        prediction = self._predict(noisy, timesteps, conditioning, drawn)
+        losses = sample_losses(prediction, family.target(latents, noise, timesteps))
+        return losses if self.snr_gamma is None else losses * family.min_snr_weights(timesteps, self.snr_gamma)
+
+    def _predict(
+        self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, drawn: Sequence[Sample]
+    ) -> Tensor:
+        """The denoiser's answer for these samples."""
+        return self.family.predict(noisy, timesteps, conditioning)
+
+    def _condition(self, prompts: Sequence[str]) -> Conditioning:
+        """The encoded prompts; kept where no text encoder is trained."""
+        if any(name in self.components for name in self.family.text_encoders):
+            return self.family.encode_prompts(prompts)
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._fixed_conditioning]
+        if new:
+            with torch.no_grad(), self.family.at_work(*self.family.text_encoders):
+                encoded = {prompt: self.family.encode_prompts([prompt]) for prompt in new}
+            self._fixed_conditioning |= encoded
+        rows = [self._fixed_conditioning[prompt] for prompt in prompts]
+        while len(self._fixed_conditioning) > self._kept_prompts:
+            del self._fixed_conditioning[next(iter(self._fixed_conditioning))]
+        return join_conditioning(rows)
+
+
+class DreamBoothObjective(DenoisingObjective):
+    """Denoise views of the subject under their prompts, and views of its class under the class prompt.
+
+    The loss of a sample is that of a view of the subject plus `prior_loss_weight` times that of a class picture.
+
+    Args:
+        family: the pipeline's family; its components are on their device.
+        images: the subject's pictures.
+        trained: names of the components that are trained.
+        seed: of the run.
+        class_images: pictures of the class, for prior preservation.
+        prior_loss_weight: of their loss.
+        snr_gamma: as for `DenoisingObjective`.
+        noise_offset: size of a random shift of each channel's noise.
+
+    Source: DreamBooth, arXiv:2208.12242, section 3.2.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        images: TrainingImages,
+        *,
+        trained: Sequence[str],
+        seed: int,
+        class_images: TrainingImages | None = None,
+        prior_loss_weight: float = 1.0,
+        snr_gamma: float | None = None,
+        noise_offset: float = 0.0,
+    ):
+        pictures = [PictureSet(images, family, seed=seed, noise_offset=noise_offset)]
+        if class_images is not None:
+            seed = derive(seed, "class pictures")
+            pictures.append(PictureSet(class_images, family, seed=seed, noise_offset=noise_offset))
+        super().__init__(family, pictures, trained=trained, snr_gamma=snr_gamma)
+        self.prior_loss_weight = prior_loss_weight
+
+    def forward(self, samples: Sequence[int]) -> Tensor:
+        """The loss of each sample: (b,), float32.
+
+        samples: global indices of the samples, b of them.
+        """
+        if len(self.pictures) == 1:
+            return super().forward(samples)
+        own, prior = self._losses([pictures.draw(s) for pictures in self.pictures for s in samples]).chunk(2)
+        return own + self.prior_loss_weight * prior
+
+
+def join_conditioning(rows: Sequence[Conditioning]) -> Mapping[str, Tensor]:
+    """The conditioning of several samples as one batch."""
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+@torch.no_grad()
+def denoising_loss(
+    pipe: DiffusionPipeline,
+    image: Image.Image,
+    prompt: str,
+    *,
+    resolution: int | None = None,
+    timesteps: int = 10,
+    noises: int = 4,
+    seed: int = 0,
+    batch_size: int = 8,
+) -> float:
+    """How well the pipeline denoises one picture under a prompt: the training loss over a fixed grid.
+
+    The mean over `timesteps` x `noises` of |target − prediction|² (mean over the latent's elements): timesteps at the
+    middles of equal parts of the schedule, noises drawn from (seed, number of the noise), the latents the mean of the
+    autoencoder's distribution. Nothing else is random, so two pipelines can be compared on equal terms.
+
+    Args:
+        pipe: a pipeline that a family covers, adapters active or not.
+        image: any size; its central square is used.
+        prompt: what the picture shows.
+        resolution: side in pixels of the square. Default: the model's native size.
+        timesteps: number of timesteps.
+        noises: number of noises at each timestep.
+        seed: of the noises.
+        batch_size: predictions at a time.
+
+    Returns:
+        The loss, dimensionless; 1.0 is what an all-zero answer scores on epsilon targets.
+
+    Raises:
+        InputError: no family covers the pipeline.
+        ValueError: an empty grid.
+    """
+    if timesteps < 1 or noises < 1 or batch_size < 1:
+        raise ValueError(
+            f"timesteps={timesteps}, noises={noises}, batch_size={batch_size}: each needs to be at least 1"
+        )
+    family = family_of(pipe)
+    side = family.native_resolution if resolution is None else resolution
+    target = (side, side)
+    latents = family.make_latents(family.encode_pixels(to_pixels(center_cut(image, target))), None)  # (c, h, w)
+    middles = [int((part + 0.5) * family.timestep_count / timesteps) for part in range(timesteps)]
+    drawn = [torch.randn(latents.shape, generator=generator(seed, "held-out noise", each)) for each in range(noises)]
+    grid = [(step, noise) for step in middles for noise in drawn]
+    framing = frame(image.size, center_view(image.size, target), target)
+    conditioning = {**family.encode_prompts([prompt]), **family.encode_framings([framing])}
+    total = 0.0
+    for start in range(0, len(grid), batch_size):
+        part = grid[start : start + batch_size]
+        steps = torch.tensor([step for step, _ in part], device=latents.device)
+        noise = torch.stack([each for _, each in part]).to(latents.device)
+        clean = latents.expand_as(noise)
+        prediction = family.predict(
+            family.add_noise(clean, noise, steps), steps, join_conditioning([conditioning] * len(part))
+        )
+        total += sample_losses(prediction, family.target(clean, noise, steps)).double().sum().item()
+    return total / len(grid)

@@ -1,0 +1,206 @@
+"""The options of control training, besides those of every training; named as in diffusers' examples/controlnet."""
+
+from dataclasses import dataclass, replace
+
+from ether_diffusion.errors import InputError
+from ether_diffusion.images import INTERPOLATIONS
+from ether_diffusion.training.options.command_line import ABOVE_ZERO, POSITIVE, TEXT, TEXTS, Fits, OptionGroup, option
+from ether_diffusion.training.options.groups import (
+    METHODS,
+    AdapterOptions,
+    OptimizationOptions,
+    RunOptions,
+    TrainingOptions,
+    ValidationOptions,
+)
+
+CONTROL_TYPES = ("light", "controlnet")
+NO_METHOD = "none"
+CONTROL_LEARNING_RATE, CONTROL_STEPS = 1e-3, 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlOptions(OptionGroup):
+    """control"""
+
+    control_type: str = option(
+        "light: a small encoder adds the features of the control picture once, after the UNet's first layer. "
+        "controlnet: a copy of the UNet's first half under the method, with trained hint stem and zero convolutions.",
+        "light",
+        choices=CONTROL_TYPES,
+    )
+    control_lr: float = option(
+        "Learning rate of what is trained besides the method: the light encoder, or the hint stem and the "
+        "zero convolutions.",
+        CONTROL_LEARNING_RATE,
+        fits=ABOVE_ZERO,
+    )
+    conditioning_interpolation: str = option(
+        "How control pictures are brought to size: nearest leaves label maps without new colours, lanczos is smooth.",
+        "nearest",
+        choices=tuple(INTERPOLATIONS),
+    )
+    controlnet_model_name_or_path: str | None = option(
+        "A ControlNet to start from, a folder or an id on the Hub; needs --control_type controlnet. Default: a copy "
+        "of the UNet.",
+        None,
+        fits=TEXT,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.controlnet_model_name_or_path is not None and self.control_type != "controlnet":
+            raise InputError("--controlnet_model_name_or_path: has no effect without --control_type controlnet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlDataOptions(OptionGroup):
+    """pictures and control pictures"""
+
+    train_data_dir: str | None = option(
+        "Folder with pictures, control pictures and a metadata.jsonl: for each picture a line with file_name, the "
+        "path of its control picture and its caption.",
+        None,
+        fits=TEXT,
+        free=True,
+    )
+    dataset_name: str | None = option(
+        "In place of --train_data_dir: a data set on the Hub or a local folder; its split train is used.",
+        None,
+        fits=TEXT,
+        free=True,
+    )
+    dataset_config_name: str | None = option(
+        "Configuration of the data set.", None, fits=TEXT, needs="dataset_name", free=True
+    )
+    image_column: str = option("Column with the pictures.", "image", fits=TEXT)
+    conditioning_image_column: str = option("Column with the control pictures.", "conditioning_image", fits=TEXT)
+    caption_column: str = option(
+        "Column with the captions; of several captions one is drawn for each sample.", "text", fits=TEXT
+    )
+    max_train_samples: int | None = option("Use only the first so many rows.", None, fits=POSITIVE)
+    proportion_empty_prompts: float = option(
+        "Part of the samples that is trained without a prompt, so that control works without one.",
+        0.0,
+        fits=Fits("a number from 0 to 1", lambda value: 0 <= value <= 1),
+    )
+    streaming: bool = option(
+        "Read the data as they come, for sets that do not fit on the disk; the order is shuffled within 1,000 rows.",
+        False,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.train_data_dir is None) == (self.dataset_name is None):
+            arrived = "neither" if self.dataset_name is None else "both"
+            raise InputError(f"--train_data_dir, --dataset_name: got {arrived}, needs one of the two")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlAdapterOptions(AdapterOptions):
+    """method"""
+
+    method: str | None = option(
+        "As in DreamBooth training: ether, ether_plus, lora, oft, boft, hra, vera, full; none trains the encoder (or "
+        "stem and zero convolutions) alone. Default: ether_plus.",
+        None,
+        choices=(NO_METHOD, *METHODS),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("target_modules", "train_text_encoder"):
+            if self.method == NO_METHOD and getattr(self, name):
+                raise InputError(f"--{name}: has no effect with --method none; drop one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlOptimizationOptions(OptimizationOptions):
+    """optimisation"""
+
+    max_train_steps: int | None = option(
+        f"Optimiser steps in all. Default: {CONTROL_STEPS}, or as many as --num_train_epochs needs.",
+        None,
+        fits=POSITIVE,
+    )
+
+    def resolve(self, *, default_learning_rate: float, epoch_samples: int, processes: int) -> OptimizationOptions:
+        """As in every training, with more steps where nothing says how many."""
+        if self.max_train_steps is None and self.num_train_epochs is None:
+            given = replace(self, max_train_steps=CONTROL_STEPS)
+            return given.resolve(
+                default_learning_rate=default_learning_rate, epoch_samples=epoch_samples, processes=processes
+            )
+        return super().resolve(
+            default_learning_rate=default_learning_rate, epoch_samples=epoch_samples, processes=processes
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlRunOptions(RunOptions):
+    """run"""
+
+    output_dir: str = option(
+        "Folder for what is trained, the model card and the pictures.", "ether-control", fits=TEXT, free=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlValidationOptions(ValidationOptions):
+    """sample pictures"""
+
+    validation_image: tuple[str, ...] | None = option(
+        "Control pictures to paint from, one for each --validation_prompt (or one for all). Default: the first of the "
+        "training data.",
+        None,
+        fits=TEXTS,
+        free=True,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        images, prompts = self.validation_image or (), self.validation_prompt or ()
+        if prompts and not images:
+            raise InputError("--validation_prompt: has no effect without --validation_image; add it")
+        if images and not prompts:
+            raise InputError("--validation_image: needs a --validation_prompt for each picture; add it")
+        if len(prompts) != len(images) and 1 not in (len(prompts), len(images)):
+            raise InputError(
+                f"--validation_image: got {len(images)} pictures for {len(prompts)} prompts, needs as many, or one of "
+                "either for all"
+            )
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """(path of the control picture, prompt) of each row."""
+        images, prompts = list(self.validation_image or ()), list(self.validation_prompt or ())
+        count = max(len(images), len(prompts))
+        return list(
+            zip(images * (count // max(len(images), 1)), prompts * (count // max(len(prompts), 1)), strict=True)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlTrainingOptions(TrainingOptions):
+    """Options of `train_controlnet_ether.py`."""
+
+    data: ControlDataOptions
+    control: ControlOptions
+    adapter: ControlAdapterOptions
+    optimization: ControlOptimizationOptions
+    validation: ControlValidationOptions
+    run: ControlRunOptions
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        light, data = self.control.control_type == "light", self.data
+        if data.streaming:
+            for flag in ("cache_latents", "pre_compute_text_embeddings"):
+                if getattr(self.performance, flag):
+                    raise InputError(f"--{flag}: cannot go with --streaming, which never holds all data; drop one")
+            if self.optimization.num_train_epochs is not None or self.validation.validation_epochs is not None:
+                raise InputError("--streaming: has no epochs; use --max_train_steps and --validation_steps")
+        if not light and self.adapter.train_text_encoder:
+            raise InputError(
+                "--train_text_encoder: has no effect with --control_type controlnet, whose base is frozen"
+            )

@@ -1,0 +1,421 @@
+"""Layers that carry ETHER adapters: one implementation, for Linear and Conv2d alike."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from ether_diffusion.tuner.base_layer import PLAIN_DTYPES, computes_as_written, offload_hook
+from ether_diffusion.tuner.config import EtherConfig
+from ether_diffusion.tuner.operators.dispatch import adapted_linear, adapted_weight, moved
+from ether_diffusion.tuner.transforms import low_rank_delta
+
+NO_MIXED_BATCHES = "ETHER does not mix adapters within a batch (adapter_names): set one with set_adapter"
+
+
+def divisors(number: int) -> list[int]:
+    return [k for k in range(1, number + 1) if number % k == 0]
+
+
+class EtherLayer(BaseTunerLayer):
+    """An adapted layer: y = f_j(x) over the active adapters in the order of their activation, on a frozen base f_0.
+
+    f_j(x) = (1 − α) f_{j−1}(x) + α H̃ f_{j−1}(Hx), the bias left as it is; so the weights compose to `W H_1 H_2 …`.
+    The raw vectors are float32 whatever the base layer is (float64 on a float64 layer).
+
+    Strength: `scaling[name]` is what applies now, the adapter's strength (`set_scale`) times the factor of the call
+    in progress (`scale_layer`, `unscale_layer`).
+    """
+
+    adapter_layer_names = ("ether_u", "ether_v", "ether_u_out", "ether_v_out")
+    other_param_names = ("method", "num_blocks", "scaling", "strength")
+    channel_axis: int  # of inputs and outputs
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: EtherConfig, layer_name: str = "") -> None:
+        nn.Module.__init__(self)
+        self.base_layer = base_layer
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict())
+        self.method: dict[str, str] = {}
+        self.num_blocks: dict[str, int] = {}
+        self.strength: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.in_features, self.out_features = self._features(self.get_base_layer(), layer_name)
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self.cast_input_dtype_enabled = True
+        self._unmerged_weight: Tensor | Callable[[], Tensor] | None = None  # or what brings it
+        self._merged_arguments: dict[str, dict[str, Any]] = {}  # of `adapt_weight`, as they were when merged
+        self._written: int | None = None  # `_checksum` of the weight as it was merged, where it is nothing but that
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, layer_name=layer_name)
+
+    @staticmethod
+    def _features(base: nn.Module, layer_name: str) -> tuple[int, int]:
+        raise NotImplementedError
+
+    # Adapters -------------------------------------------------------------------------------------------------
+
+    def update_layer(self, adapter_name: str, config: EtherConfig, layer_name: str = "") -> None:
+        """Add an adapter, at its start.
+
+        Raises:
+            ValueError: `num_blocks` does not divide a transformed dimension; names the layer and the numbers that do.
+        """
+        n = config.num_blocks
+        sides = {"": self.in_features} | ({"_out": self.out_features} if config.sides == "both" else {})
+        for suffix, width in sides.items():
+            if width % n:
+                side = "output" if suffix else "input"
+                fitting = ", ".join(map(str, divisors(width)[:12]))
+                raise ValueError(
+                    f"{layer_name or type(self).__name__}: num_blocks={n} does not divide the {side} dimension "
+                    f"{width}; try {fitting}"
+                )
+        self.method[adapter_name], self.num_blocks[adapter_name] = config.method, n
+        self.strength[adapter_name] = self.scaling[adapter_name] = 1.0
+        for suffix, width in sides.items():
+            u = _random_directions(n, width // n)
+            getattr(self, f"ether_u{suffix}")[adapter_name] = nn.Parameter(u)
+            if config.method == "ether_plus":
+                v = -u if config.init_weights else _random_directions(n, width // n)
+                getattr(self, f"ether_v{suffix}")[adapter_name] = nn.Parameter(v.clone())
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter's vectors; PEFT activates another where it was active."""
+        super().delete_adapter(adapter_name)
+        for name in self.adapter_layer_names:
+            if (hook := offload_hook(getattr(self, name))) is not None:
+                hook.original_devices.pop(adapter_name, None)  # else it looks for the vector when it is taken off
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """To the device of the base layer, but in float32: vectors and norms lose too much in half precision."""
+        base_device, base_dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if device is None:
+            hook = offload_hook(self.get_base_layer())  # the base layer is on the meta device between its calls
+            device = base_device if hook is None else torch.device(hook.execution_device)
+        dtype = torch.float64 if base_dtype == torch.float64 else torch.float32
+        for name in self.adapter_layer_names:
+            vectors = getattr(self, name)
+            if adapter_name in vectors and vectors[adapter_name].device.type != "meta":
+                old = vectors[adapter_name]
+                vectors[adapter_name] = nn.Parameter(old.detach().to(device, dtype), requires_grad=old.requires_grad)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EtherLayer:
+        """Moved and cast as any module, except that the vectors never become half precision (`model.half()`)."""
+        parameters = [p for name in self.adapter_layer_names for p in getattr(self, name).values()]
+        exact = [(p.data, None if p.grad is None else p.grad.data) for p in parameters]
+        super()._apply(fn, recurse)
+        for parameter, (data, grad) in zip(parameters, exact, strict=True):
+            if torch.finfo(parameter.dtype).bits < 32:
+                parameter.data = data.to(parameter.device)
+                parameter.grad = None if grad is None else grad.to(parameter.device)
+        return self
+
+    def vectors(self, adapter_name: str) -> dict[str, Tensor]:
+        """The raw vectors of an adapter, by the names of the arguments of `functional.adapt_weight`.
+
+        Offloaded ones come as copies, on the device where the layer computes.
+        """
+        found = {}
+        for name in self.adapter_layer_names:
+            vectors = self._modules[name]  # past nn.Module's slow attribute access: this runs at every call
+            if adapter_name in vectors:
+                found[name.removeprefix("ether_")] = _present(vectors, adapter_name)
+        return found
+
+    def _own(self, adapter_names: list[str]) -> list[str]:
+        return [name for name in adapter_names if name in self.ether_u]
+
+    @property
+    def acting_adapters(self) -> list[str]:
+        """The adapters that change the output, in the order in which they do."""
+        return [] if self.disable_adapters else [n for n in self._own(self.active_adapters) if self.scaling[n] != 0]
+
+    # Strength -------------------------------------------------------------------------------------------------
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set an adapter's strength α, and end the factor of a call in progress.
+
+        Diffusers ends a call with scale 0 by setting every scale to 1; that leaves the strength as it was.
+        """
+        if adapter not in self.ether_u:
+            return
+        ends_zeroed_call = self.scaling[adapter] == 0 and self.strength[adapter] != 0 and scale == 1.0
+        if not ends_zeroed_call:
+            self.strength[adapter] = float(scale)
+        self.scaling[adapter] = self.strength[adapter]
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply what applies now by `scale`, for the active adapters."""
+        for name in self._own(self.active_adapters):
+            self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Undo `scale_layer(scale)`; without a number, all of them."""
+        for name in self._own(self.active_adapters):
+            restored = self.scaling[name] / scale if scale else self.strength[name]
+            # Pipelines scale and unscale at every step; rounding must not add up.
+            unscaled = math.isclose(restored, self.strength[name], rel_tol=1e-12)
+            self.scaling[name] = self.strength[name] if unscaled else restored
+
+    # What stock LoRA calls look for on every PEFT layer: an ETHER layer holds no LoRA factors.
+
+    @property
+    def r(self) -> dict[str, int]:
+        return dict(self.num_blocks)
+
+    @property
+    def lora_A(self) -> dict:
+        return {}
+
+    @property
+    def lora_B(self) -> dict:
+        return {}
+
+    # The adapted weight ---------------------------------------------------------------------------------------
+
+    def adapted_weight(self, adapter_names: list[str]) -> Tensor:
+        """The base weight as it is unmerged, under the named adapters, one after the other, at their present strength.
+
+        Shape and dtype of the weight; rounded once, at the end.
+        """
+        return self._adapted([self._arguments(name) for name in self._own(adapter_names)])
+
+    def _arguments(self, adapter_name: str) -> dict[str, Any]:
+        """Arguments of `functional.adapt_weight` for an adapter: copies, on the device of the unmerged weight."""
+        device = self._plain_weight().device
+        vectors = {name: vector.to(device, copy=True) for name, vector in self.vectors(adapter_name).items()}
+        return vectors | {"strength": self.scaling[adapter_name]}
+
+    def _adapted(self, adapters: Iterable[dict[str, Any]]) -> Tensor:
+        base = self._plain_weight()
+        accurate = base if base.dtype == torch.float64 else base.float()
+        for arguments in adapters:
+            accurate = adapted_weight(accurate, **arguments)
+        return base if accurate is base else accurate.to(base.dtype)
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """W(α) − W of one adapter alone on the base weight, in the shape of the weight; float32 (float64)."""
+        base = self._plain_weight()
+        down, up = self.low_rank_delta(adapter_name)
+        return (up @ down).view(base.shape)
+
+    def low_rank_delta(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """Factors (A, B) of `get_delta_weight`, flattened to (o, i·k): see `functional.low_rank_delta`."""
+        return low_rank_delta(self._plain_weight(), **self._arguments(adapter_name))
+
+    def _pristine_weight(self) -> Tensor:
+        kept = self._unmerged_weight
+        return self.weight.data if kept is None else kept() if callable(kept) else kept
+
+    def _plain_weight(self) -> Tensor:
+        """The weight below, as it is without ETHER, where it can be read and written as it is.
+
+        Raises:
+            ValueError: the weight is quantised, or elsewhere (on the meta device).
+        """
+        weight = self._pristine_weight()
+        if type(weight) is not Tensor or weight.dtype not in PLAIN_DTYPES or weight.device.type == "meta":
+            raise ValueError(
+                f"the weight of {type(self.get_base_layer()).__name__} is no plain floating-point tensor here "
+                f"({type(weight).__name__} of {weight.dtype} on {weight.device}): ETHER runs over such a layer, but "
+                "merging and export need a base model that is neither quantised nor offloaded"
+            )
+        return weight
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the adapted weight into the base layer; keeps the old weight, so that `unmerge` is exact.
+
+        Costs one more copy of the weight while merged. A LoRA over this layer has to be merged after it: merged
+        before, it becomes a part of what is reflected.
+
+        Args:
+            safe_merge: check the result for NaN and infinity before anything changes.
+            adapter_names: default: the active ones.
+
+        Raises:
+            ValueError: the result is not finite (`safe_merge`), the weight is quantised or offloaded, or another
+                method's adapter lies between this one and the weight and is not merged.
+        """
+        names = self._own(check_adapters_to_merge(self, adapter_names))
+        if not names:
+            return
+        inner = self.base_layer
+        if isinstance(inner, BaseTunerLayer) and not inner.merged and inner._get_available_adapters():
+            raise ValueError(
+                f"a {type(inner).__name__} with unmerged adapters lies below this ETHER layer: merging into the "
+                "weight would drop it; merge or delete it first"
+            )
+        weight, pristine = self.get_base_layer().weight, self._plain_weight()
+        arguments = self._merged_arguments | {name: self._arguments(name) for name in names}
+        merged = self._adapted(arguments.values()).to(weight.device, weight.dtype)
+        added = self._added_since_merging() if self.merged else None
+        if added is not None:
+            merged = (merged + added).to(weight.dtype)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"NaN or infinity in the merged weight: adapter {', '.join(names)} seems to be broken")
+        self._unmerged_weight = pristine if self._unmerged_weight is None else self._unmerged_weight
+        self._merged_arguments = arguments
+        weight.data = merged.contiguous() if merged is not pristine else merged.clone()
+        self._written = _checksum(weight.data) if added is None else None
+        self.merged_adapters.extend(names)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the weight back as it was before the first merge, bit for bit.
+
+        What another method has merged into the weight since, a LoRA over this layer, stays in it (to rounding).
+        """
+        if not self.merged:
+            warnings.warn("nothing is merged, so there is nothing to unmerge", stacklevel=2)
+            return
+        self.get_base_layer().weight.data = self._weight_without_merged()
+        self._unmerged_weight = None
+        self.merged_adapters.clear()
+        self._merged_arguments = {}
+
+    def _weight_without_merged(self) -> Tensor:
+        weight = self.get_base_layer().weight
+        pristine, added = self._pristine_weight().to(weight.device, weight.dtype), self._added_since_merging()
+        return pristine if added is None else (pristine + added).to(weight.dtype)
+
+    def _added_since_merging(self) -> Tensor | None:
+        """What the weight has besides that which `merge` wrote, if anything; float32 (float64)."""
+        weight = self.get_base_layer().weight.data
+        if _checksum(weight) == self._written:
+            return None
+        written = self._adapted(self._merged_arguments.values()).to(weight.device, weight.dtype)
+        same = (weight == written) | ~torch.isfinite(written)
+        if same.all():
+            return None
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return torch.where(same, 0, weight.to(dtype) - written.to(dtype))
+
+    # Forward --------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The adapted layer on x, in the dtype of the base layer's own output.
+
+        Raises:
+            ValueError: `adapter_names`, PEFT's batches of mixed adapters, which this method does not have.
+        """
+        if "adapter_names" in kwargs:
+            raise ValueError(NO_MIXED_BATCHES)
+        if self.merged:
+            if self.disable_adapters:
+                weight = self._weight_without_merged()
+                return torch.func.functional_call(self.get_base_layer(), {"weight": weight}, (x, *args), kwargs)
+            self._refuse_adapters_below()
+            return self.base_layer(x, *args, **kwargs)
+        return self._adapted_output(x, self.acting_adapters, args, kwargs)
+
+    def _refuse_adapters_below(self) -> None:
+        """Merged, this layer cannot act on what an unmerged adapter below it, activated since, adds to the weight."""
+        inner = self.base_layer
+        if isinstance(inner, BaseTunerLayer) and not inner.merged and not inner.disable_adapters:
+            if acting := set(inner.active_adapters) & set(inner._get_available_adapters()):
+                raise ValueError(
+                    f"{', '.join(sorted(acting))}, loaded before the ETHER adapter that is fused, has become active "
+                    "since, and fused ETHER cannot reflect it: call unfuse_ether first"
+                )
+
+    def _adapted_output(self, x: Tensor, names: list[str], args: tuple, kwargs: dict) -> Tensor:
+        """f_j(x): one operator over a plain linear layer; else, what goes in and what comes out is reflected."""
+        if not names:
+            return self.base_layer(x, *args, **kwargs)
+        *earlier, name = names
+        vectors, strength = self.vectors(name), self.scaling[name]
+        if not earlier and not args and not kwargs and computes_as_written(self.base_layer, x):
+            return adapted_linear(x, self.base_layer.weight, self.base_layer.bias, **vectors, strength=strength)
+        displaced = self._displaced(x, vectors["u"], vectors.get("v"))
+        if "u_out" not in vectors:
+            return self._adapted_output((x + strength * displaced).to(x.dtype), earlier, args, kwargs)
+        y = self._adapted_output((x + displaced).to(x.dtype), earlier, args, kwargs)
+        product = y - self._bias_under(x, y, args, kwargs)
+        full = y + self._displaced(product, vectors["u_out"], vectors.get("v_out"))
+        if strength == 1:
+            return full.to(y.dtype)
+        unchanged = self._adapted_output(x, earlier, args, kwargs)
+        return (unchanged + strength * (full - unchanged)).to(y.dtype)
+
+    def _bias_under(self, x: Tensor, y: Tensor, args: tuple, kwargs: dict) -> Tensor | float:
+        """What the base layer adds to its product, broadcastable to y."""
+        bias = getattr(self.get_base_layer(), "bias", None)
+        if bias is None:
+            return 0.0
+        if bias.device.type == "meta":  # offloaded: there only while the layer itself runs
+            return self.base_layer(torch.zeros_like(x[:1] if x.ndim > 1 else x), *args, **kwargs)
+        return self._as_channels(bias.to(y.device, y.dtype))  # group offloading keeps it elsewhere
+
+    def _displaced(self, x: Tensor, u: Tensor, v: Tensor | None) -> Tensor:
+        axis = self.channel_axis
+        return moved(x.movedim(axis, -1), u, v).movedim(-1, axis)
+
+    @staticmethod
+    def _as_channels(bias: Tensor) -> Tensor:
+        return bias
+
+    def __repr__(self) -> str:
+        return f"ether.{super().__repr__()}"
+
+
+def _checksum(weight: Tensor) -> int:
+    """The sum of the bits of a tensor, read as integers: one pass, where making the merged weight again takes many."""
+    flat = weight.contiguous().view(-1)
+    return int(flat.view(torch.int64 if weight.nbytes % 8 == 0 else torch.uint8).sum())
+
+
+def _present(vectors: nn.ParameterDict, adapter_name: str) -> Tensor:
+    """A vector, fetched if it is offloaded: hooks fetch for a module's forward, which a ParameterDict has not."""
+    vector = vectors[adapter_name]
+    if not vector.is_meta or (hook := offload_hook(vectors)) is None:
+        return vector
+    return hook.weights_map[adapter_name].to(hook.execution_device)
+
+
+def _random_directions(n: int, width: int) -> Tensor:
+    """Directions drawn uniformly, of length 1: (n, width), from PyTorch's generator."""
+    return nn.functional.normalize(torch.randn(n, width, dtype=torch.float32), dim=-1)
+
+
+class EtherLinear(EtherLayer, nn.Module):
+    """ETHER over a linear layer, quantised or not: inputs (..., i), outputs (..., o)."""
+
+    channel_axis = -1
+
+    @staticmethod
+    def _features(base: nn.Module, layer_name: str) -> tuple[int, int]:
+        return base.in_features, base.out_features
+
+
+class EtherConv2d(EtherLayer, nn.Module):
+    """ETHER over a convolution's channels, the same at every kernel position: inputs (…, i, h, w).
+
+    Raises:
+        ValueError: a grouped convolution, whose outputs see only a part of the inputs.
+    """
+
+    channel_axis = -3
+
+    @staticmethod
+    def _features(base: nn.Module, layer_name: str) -> tuple[int, int]:
+        if base.groups != 1:
+            raise ValueError(
+                f"{layer_name or 'Conv2d'}: ETHER does not reflect grouped convolutions (groups={base.groups}); only "
+                "groups=1 fits: exclude the layer"
+            )
+        return base.in_channels, base.out_channels
+
+    @staticmethod
+    def _as_channels(bias: Tensor) -> Tensor:
+        return bias[:, None, None]

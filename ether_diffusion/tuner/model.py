@@ -1,0 +1,115 @@
+"""ETHER as a PEFT tuner, and its registration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from diffusers import ModelMixin
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+
+from ether_diffusion.tuner.config import ETHER, EtherConfig
+from ether_diffusion.tuner.layer import NO_MIXED_BATCHES, EtherConv2d, EtherLayer, EtherLinear
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+CLIP_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
+DENOISER_TARGETS: dict[str, str] = {
+    # Fused projections of the single-stream blocks: queries, keys, values and the MLP in one layer.
+    "Flux2Transformer2DModel": (
+        r".*\.(to_q|to_k|to_v|to_out\.0)|.*single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
+    ),
+}
+"""Default targets of diffusers' models, by class name, where they differ from `ATTENTION`."""
+CLIP_MODELS = ("clip", "clip_text_model", "clip_vision_model")
+
+
+class EtherModel(BaseTuner):
+    """Puts ETHER on the targeted layers of a model.
+
+    Args:
+        model: any module; its targets are Linear (quantised ones too) or Conv2d layers.
+        config: an EtherConfig.
+        adapter_name: default "default".
+        low_cpu_mem_usage: create the vectors on the meta device, to be filled by loading.
+
+    Raises:
+        ValueError: no targets known for the architecture, no layer found, or blocks that do not fit (named).
+        TypeError: a target that is neither, or whose forward is never called.
+
+    Source: ETHER, arXiv:2405.20271.
+    """
+
+    prefix = "ether_"
+    tuner_layer_cls = EtherLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING | dict.fromkeys(
+        CLIP_MODELS, CLIP_ATTENTION
+    )
+
+    def _prepare_adapter_config(self, peft_config: EtherConfig, model_config: dict) -> EtherConfig:
+        if peft_config.target_modules is None:
+            targets = self._default_targets(model_config)
+            peft_config.target_modules = targets if isinstance(targets, str) else set(targets)
+        return peft_config
+
+    def _default_targets(self, model_config: dict) -> list[str] | str:
+        kind = model_config.get("model_type")
+        if isinstance(self.model, ModelMixin):  # a model of diffusers
+            kind = type(self.model).__name__
+            if kind in DENOISER_TARGETS:
+                return DENOISER_TARGETS[kind]
+            if any(name.endswith(f".{t}") for name, _ in self.model.named_modules() for t in ATTENTION):
+                return ATTENTION
+        elif kind in self.target_module_mapping:
+            return self.target_module_mapping[kind]
+        raise ValueError(
+            f"no default layers are known for {type(self.model).__name__} (model type {kind!r}): "
+            "pass target_modules, e.g. target_modules=['to_q', 'to_v'] or 'all-linear'"
+        )
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        if isinstance(target, EtherLayer):
+            target.update_layer(adapter_name, peft_config, layer_name=current_key)
+            return
+        if isinstance(parent, nn.MultiheadAttention):
+            raise TypeError(
+                f"{current_key}: torch.nn.MultiheadAttention reads the weight past ETHER; exclude the layer"
+            )
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if isinstance(base, nn.Conv2d):
+            layer_class = EtherConv2d
+        elif isinstance(base, nn.Linear) or (hasattr(base, "in_features") and hasattr(base, "out_features")):
+            layer_class = EtherLinear
+        else:
+            raise TypeError(f"{current_key}: {type(base).__name__} cannot carry ETHER; only Linear and Conv2d can")
+        layer = layer_class(target, adapter_name, peft_config, layer_name=current_key)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT drops `adapter_names` on the way to the layers, which would answer with the active adapter alone."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(NO_MIXED_BATCHES)
+        yield
+
+
+def register() -> None:
+    """Make PEFT know ETHER: configs, tuners and state dicts of this method. Calling it again changes nothing."""
+    PEFT_TYPE_TO_CONFIG_MAPPING[ETHER] = EtherConfig
+    PEFT_TYPE_TO_TUNER_MAPPING[ETHER] = EtherModel
+    PEFT_TYPE_TO_PREFIX_MAPPING[ETHER] = EtherModel.prefix

@@ -1,0 +1,335 @@
+"""Which adapters act, and how strongly: on every component of every kind of pipeline."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+)
+from diffusers.hooks import apply_group_offloading
+from helpers.pipelines import ONE_GREY_LEVEL, TwinPipeline, assert_unchanged, open_pipeline, paint, snapshot
+from helpers.zoo import adapt_components, controlnet, ether_layers_of, flux, sdxl
+from peft import LoraConfig
+from PIL import Image
+
+from ether_diffusion import EtherLayer
+
+PICTURE = Image.effect_noise((16, 16), 90).convert("RGB")
+
+
+@pytest.fixture
+def two(trained):
+    """Two adapters, "default" and "second", on the denoiser and the text encoder."""
+    trained.load_ether_weights({key: t.flip(-1) for key, t in trained.ether_state_dict().items()}, "second")
+    return trained
+
+
+def strengths(pipe, component: str, name: str) -> set[float]:
+    return {m.scaling[name] for m in getattr(pipe, component).modules() if isinstance(m, EtherLayer)}
+
+
+# set_adapters -------------------------------------------------------------------------------------------------
+
+
+def test_a_weight_is_a_number_or_one_for_each_adapter_or_one_for_each_component(two):
+    two.set_adapters(["default", "second"], 0.5)
+    assert strengths(two, "unet", "default") == strengths(two, "text_encoder", "second") == {0.5}
+    two.set_adapters(["default", "second"], [0.25, None])
+    assert strengths(two, "unet", "default") == {0.25} and strengths(two, "unet", "second") == {1.0}
+    two.set_adapters("second", {"unet": 0.75})
+    assert strengths(two, "unet", "second") == {0.75} and strengths(two, "text_encoder", "second") == {1.0}
+    assert two.get_active_adapters() == ["second"]
+
+
+def test_a_unet_takes_weights_by_block(two):
+    two.set_adapters("default", {"unet": {"down": 0.2, "mid": 0.3, "up": {"block_1": 0.4}}})
+    found = {}
+    for name, module in two.unet.named_modules():
+        if isinstance(module, EtherLayer):
+            found.setdefault(name.split("_")[0], set()).add(module.scaling["default"])
+    assert found == {"down": {0.2}, "mid": {0.3}, "up": {0.4}}
+
+
+@pytest.mark.parametrize(
+    ("names", "weights", "message"),
+    [
+        (["default", "third"], 1.0, "there is no adapter third; loaded are default, second"),
+        (["default", "second"], [1.0], "2 adapters .default, second., but 1 weights"),
+        (
+            "default",
+            {"vae": 1.0},
+            "vae carries no adapter; the components that do are .*unet",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_an_error_and_changes_nothing(two, names, weights, message):
+    two.set_adapters(["second"], [0.3])
+    picture = paint(two)
+    with pytest.raises(ValueError, match=message):
+        two.set_adapters(names, weights)
+    assert np.array_equal(paint(two), picture)
+
+
+def test_a_pipeline_without_ether_is_left_to_diffusers(tiny_pipeline):
+    tiny_pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "lora")
+    tiny_pipeline.set_adapters("lora", {"unet": 0.5, "not a component": 1})  # diffusers warns, ours would raise
+    assert tiny_pipeline.get_active_adapters() == ["lora"]
+    assert tiny_pipeline.get_list_adapters() == {"unet": ["lora"]}
+    tiny_pipeline.delete_adapters("lora")
+    assert not any(tiny_pipeline.get_list_adapters().values())
+
+
+# Enabling, deleting, moving -----------------------------------------------------------------------------------
+
+
+def test_disabled_ether_rests_beside_a_lora_that_acts(trained, tiny_pipeline_folder):
+    lora = LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
+    other = open_pipeline(tiny_pipeline_folder)
+    for pipe in (other, trained):
+        torch.manual_seed(5)
+        pipe.unet.add_adapter(lora, "lora")
+    trained.set_adapters(["default", "lora"], [0.7, 1.0])
+    together = paint(trained)
+    requires_grad = [p.requires_grad for p in trained.unet.parameters()]
+    trained.disable_ether()
+    assert np.abs(paint(trained) - paint(other)).max() <= ONE_GREY_LEVEL
+    trained.enable_ether()
+    assert np.array_equal(paint(trained), together)
+    assert [p.requires_grad for p in trained.unet.parameters()] == requires_grad
+    other.unload_lora_weights()
+    with pytest.raises(ValueError, match="holds no ETHER adapter"):
+        other.disable_ether()
+
+
+def test_deleting_the_last_adapter_leaves_the_base_pipeline(two, tiny_pipeline_folder):
+    fresh = snapshot(open_pipeline(tiny_pipeline_folder))
+    with pytest.raises(ValueError, match="there is no adapter third"):
+        two.delete_adapters(["default", "third"])
+    two.delete_adapters("default")
+    assert two.get_list_adapters() == {"unet": ["second"], "text_encoder": ["second"]}
+    two.delete_adapters(["second"])
+    assert_unchanged(two, fresh)
+
+
+def test_a_fused_adapter_is_not_deleted(two):
+    two.fuse_ether(adapter_names=["second"])
+    with pytest.raises(ValueError, match="second is fused on .*: unfuse before deleting"):
+        two.delete_adapters(["default", "second"])
+    assert two.get_list_adapters()["unet"] == ["default", "second"]
+
+
+def test_vectors_are_moved_by_the_name_of_their_adapter(two):
+    two.set_ether_device("second", "meta")
+    devices = {layer.ether_u[name].device.type for layer in ether_layers_of(two) for name in ("second",)}
+    assert devices == {"meta"}
+    assert {layer.ether_u["default"].device.type for layer in ether_layers_of(two)} == {"cpu"}
+    with pytest.raises(ValueError, match="there is no ETHER adapter lora; loaded are default, second|second, default"):
+        two.set_ether_device(["lora"], "cpu")
+
+
+# Kinds of pipelines -------------------------------------------------------------------------------------------
+
+
+def test_a_controlnet_is_a_component_like_the_others(tiny_pipeline, tmp_path):
+    pipe = controlnet(tiny_pipeline)
+
+    def answer() -> np.ndarray:
+        return paint(pipe, image=PICTURE)
+
+    base = answer()
+    adapt_components(pipe, "controlnet", "unet", method="ether_plus")
+    both = answer()
+    pipe.set_adapters("default", {"controlnet": 0.0})
+    unet_alone = answer()
+    assert not np.array_equal(both, base) and not np.array_equal(unet_alone, both)
+    assert strengths(pipe, "controlnet", "default") == {0.0} and strengths(pipe, "unet", "default") == {1.0}
+    pipe.set_adapters("default")
+    assert np.array_equal(answer(), both)
+    pipe.fuse_ether(components=["controlnet"])
+    assert np.abs(answer() - both).max() <= ONE_GREY_LEVEL
+    pipe.unfuse_ether()
+    pipe.save_ether_weights(tmp_path)
+    pipe.unload_ether_weights()
+    assert np.array_equal(answer(), base)
+    pipe.load_ether_weights(tmp_path, "again")
+    assert pipe.get_list_adapters() == {"unet": ["again"], "controlnet": ["again"]}
+    assert np.array_equal(answer(), both)
+    pipe.disable_ether()
+    assert np.array_equal(answer(), base)
+
+
+@pytest.mark.parametrize("build", [sdxl, flux])
+def test_pipelines_of_other_families_load_scale_fuse_and_unload(build, tiny_pipeline, tmp_path):
+    pipe = build(tiny_pipeline)
+    components = ["transformer"] if build is flux else ["unet", "text_encoder", "text_encoder_2"]
+    scale = "joint_attention_kwargs" if build is flux else "cross_attention_kwargs"
+
+    def answer(**options) -> np.ndarray:
+        return paint(pipe, height=16, width=16, **options)
+
+    for component in components:  # as an adapter leaves them: PyTorch has another product for weights that train
+        getattr(pipe, component).requires_grad_(False)
+    base = answer()
+    adapt_components(pipe, *components, method="ether")
+    full = answer()
+    assert not np.array_equal(full, base)
+    pipe.set_adapters("default", 0.4)
+    weaker = answer()
+    pipe.set_adapters("default")
+    # Diffusers scales a text encoder by a call's factor as it does a denoiser, where its encode_prompt looks at it.
+    np.testing.assert_allclose(answer(**{scale: {"scale": 0.4}}), weaker, atol=ONE_GREY_LEVEL)
+    assert np.array_equal(answer(**{scale: {"scale": 0.0}}), base)
+    assert np.array_equal(answer(), full)
+    pipe.fuse_ether()
+    assert np.abs(answer() - full).max() <= ONE_GREY_LEVEL
+    pipe.save_ether_weights(tmp_path)
+    pipe.unload_ether_weights()
+    assert np.array_equal(answer(), base)
+    pipe.load_ether_weights(tmp_path)
+    assert set(pipe.get_list_adapters()) == set(components)
+    assert np.array_equal(answer(), full)
+
+
+@pytest.mark.parametrize("kind", [StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline])
+def test_an_adapter_of_text_to_image_loads_onto_other_tasks(kind, trained, tiny_pipeline_folder):
+    pipe = kind.from_pretrained(tiny_pipeline_folder)
+    pipe.set_progress_bar_config(disable=True)
+    options = {"image": PICTURE, "strength": 1.0}
+    if kind is StableDiffusionInpaintPipeline:
+        options |= {"mask_image": Image.new("L", (16, 16), 255), "height": 16, "width": 16}
+    base = paint(pipe, **options)
+    pipe.load_ether_weights(trained.ether_state_dict())
+    assert not np.array_equal(paint(pipe, **options), base)
+    pipe.unload_ether_weights()
+    assert np.array_equal(paint(pipe, **options), base)
+
+
+def test_pipelines_without_lora_methods_switch_too(tiny_pipeline):
+    twins = TwinPipeline(tiny_pipeline.unet, copy.deepcopy(tiny_pipeline.unet))
+    assert twins.get_list_adapters() == {} and twins.get_active_adapters() == []
+    adapt_components(twins, "unet", "unet_2", name="dog")
+    twins.set_adapters("dog", {"unet": 0.5, "unet_2": 0.25})
+    assert strengths(twins, "unet", "dog") == {0.5} and strengths(twins, "unet_2", "dog") == {0.25}
+    assert twins.get_active_adapters() == ["dog"]
+    twins.delete_adapters("dog")
+    assert not hasattr(twins.unet, "peft_config") and not ether_layers_of(twins)
+
+
+# Hot swapping -------------------------------------------------------------------------------------------------
+
+
+def test_hotswap_changes_the_picture_and_nothing_else(trained, tiny_pipeline_folder):
+    vectors = trained.ether_state_dict()
+    other = {key: tensor.flip(-1) for key, tensor in vectors.items()}
+    fresh = open_pipeline(tiny_pipeline_folder)
+    fresh.load_ether_weights(other)
+    expected = paint(fresh)
+    parameters = [id(p) for p in trained.unet.parameters()]
+    trained.set_adapters("default", 0.5)
+    trained.load_ether_weights(other, hotswap=True)
+    assert strengths(trained, "unet", "default") == {0.5}
+    trained.set_adapters("default")
+    assert np.array_equal(paint(trained), expected)
+    assert [id(p) for p in trained.unet.parameters()] == parameters
+
+
+def test_a_compiled_unet_is_not_compiled_again(trained, tiny_pipeline_folder):
+    vectors = trained.ether_state_dict()
+    other = {key: tensor.flip(-1) for key, tensor in vectors.items()}
+    pipe = open_pipeline(tiny_pipeline_folder)
+    pipe.load_ether_weights(vectors, "dog")
+    inputs = (torch.randn(1, 4, 8, 8), torch.tensor(3), torch.randn(1, 16, 16))
+    torch._dynamo.reset()
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    with torch.no_grad():
+        first = pipe.unet(*inputs).sample
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            pipe.load_ether_weights(other, "dog", hotswap=True)
+            second = pipe.unet(*inputs).sample
+        torch._dynamo.reset()
+        torch.testing.assert_close(second, pipe.unet._orig_mod(*inputs).sample)
+    assert not torch.equal(first, second)
+
+
+def test_a_hotswap_that_does_not_fit_changes_nothing(trained, tiny_pipeline_folder):
+    vectors, picture = trained.ether_state_dict(), paint(trained)
+    fewer = {key: tensor for key, tensor in vectors.items() if "mid_block" not in key}
+    other_blocks = {key: tensor.reshape(1, -1) for key, tensor in vectors.items()}
+    with pytest.raises(ValueError, match="hotswap: .* do not have the same layers, e.g. unet: mid_block"):
+        trained.load_ether_weights(fewer, "default", hotswap=True)
+    with pytest.raises(ValueError, match="hotswap: .* has vectors .* here, but .*load it under another name"):
+        trained.load_ether_weights(other_blocks, "default", hotswap=True)
+    with pytest.raises(ValueError, match="hotswap: there is no adapter 'cat' to replace; loaded are default"):
+        trained.load_ether_weights(vectors, "cat", hotswap=True)
+    trained.fuse_ether()
+    with pytest.raises(ValueError, match="hotswap: .* is fused or offloaded"):
+        trained.load_ether_weights(vectors, "default", hotswap=True)
+    trained.unfuse_ether()
+    assert np.array_equal(paint(trained), picture)
+
+
+# With what else pipelines do ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
+def test_a_group_offloaded_denoiser_takes_and_gives_back_an_adapter(kind, trained, tiny_pipeline_folder):
+    picture, pipe = paint(trained), open_pipeline(tiny_pipeline_folder)
+    base = paint(pipe)
+    cpu = torch.device("cpu")
+    apply_group_offloading(pipe.unet, onload_device=cpu, offload_device=cpu, offload_type=kind, num_blocks_per_group=1)
+    pipe.load_ether_weights(trained.ether_state_dict())
+    assert np.abs(paint(pipe) - picture).max() <= ONE_GREY_LEVEL
+    pipe.unload_ether_weights()
+    assert np.array_equal(paint(pipe), base)
+
+
+def test_textual_inversion_and_ether_share_a_text_encoder(trained, tiny_pipeline_folder):
+    fresh = open_pipeline(tiny_pipeline_folder)
+    before = snapshot(fresh)["unet"]
+    fresh.load_ether_weights(trained.ether_state_dict())
+    fresh.load_textual_inversion({"<sks>": torch.ones(16)}, token="<sks>")
+
+    def paint_it() -> np.ndarray:
+        generator = torch.Generator().manual_seed(0)
+        return fresh("a <sks>", num_inference_steps=3, generator=generator, output_type="np").images[0]
+
+    adapted = paint_it()
+    fresh.unload_textual_inversion("<sks>")
+    assert not np.array_equal(paint_it(), adapted)
+    assert np.array_equal(paint(fresh), paint(trained))
+    fresh.unload_ether_weights()
+    assert snapshot(fresh)["unet"][0] == before[0]
+
+
+def test_the_strength_survives_a_call_with_scale_zero_on_every_component(trained):
+    trained.set_adapters("default", {"unet": 0.6, "text_encoder": 0.3})
+    before = paint(trained)
+    paint(trained, cross_attention_kwargs={"scale": 0.0})
+    assert np.array_equal(paint(trained), before)
+
+
+def test_a_saved_folder_goes_to_the_hub(trained, tmp_path, monkeypatch):
+    calls = []
+
+    class Hub:  # in place of the network
+        def __init__(self, token=None):
+            calls.append(token)
+
+        def create_repo(self, repo_id, *, private, exist_ok):
+            calls.append((repo_id, private, exist_ok))
+            return type("Url", (), {"repo_id": f"me/{repo_id}"})
+
+        def upload_folder(self, *, repo_id, folder_path, commit_message, create_pr):
+            calls.append((repo_id, sorted(p.name for p in folder_path.iterdir()), commit_message, create_pr))
+
+    monkeypatch.setattr("ether_diffusion.adapters.pipeline.HfApi", Hub)
+    (tmp_path / "dog").mkdir()
+    (tmp_path / "dog" / "README.md").write_text("a card")
+    trained.save_ether_weights(tmp_path / "dog")
+    assert not calls
+    trained.save_ether_weights(tmp_path / "dog", push_to_hub=True, private=True, token="secret")
+    files = ["README.md", "pytorch_ether_weights.safetensors"]
+    assert calls == ["secret", ("dog", True, True), ("me/dog", files, "Upload ETHER adapter", False)]

@@ -1,0 +1,90 @@
+"""The shipped weights: they load by stock calls, in one dtype, and paint."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from evaluate_miniature import accuracy, labels_of, single_shape
+
+from ether_diffusion import miniature
+from ether_diffusion.files import checksum
+from ether_diffusion.miniature.world import draw_scene, held_out_pairs, subjects
+
+
+@pytest.fixture(scope="module")
+def pipe() -> StableDiffusionPipeline:
+    pipe = miniature.load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def paint(pipe, prompt: str, seed: int = 0) -> np.ndarray:
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(prompt, num_inference_steps=12, guidance_scale=5.0, generator=generator, output_type="np").images[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.float32}, {"dtype": torch.bfloat16}])
+def test_a_stock_call_loads_every_part_in_one_dtype(options):
+    pipe = StableDiffusionPipeline.from_pretrained(miniature.FOLDER, **options)
+    parts = (pipe.unet, pipe.vae, pipe.text_encoder)
+    assert {p.dtype for part in parts for p in part.parameters()} == {options.get("dtype", torch.float32)}
+    assert type(pipe.text_encoder).__name__ == "CLIPTextModel" and type(pipe.tokenizer).__name__ == "CLIPTokenizer"
+
+
+def test_the_folder_is_small_and_holds_no_pickle():
+    files = [path for path in miniature.FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 20e6
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt"}
+    assert not any(str(miniature.FOLDER.parents[2]) in p.read_text() for p in files if p.suffix == ".json")
+
+
+def test_prompts_decide_the_background(pipe):
+    picture = paint(pipe, "a red circle on a blue background")
+    corner = picture[:8, :8].mean((0, 1))
+    assert corner[2] > 0.55 and corner[2] > corner[0] + 0.3 and corner[2] > corner[1] + 0.3
+
+
+def test_the_same_seed_paints_the_same_picture(pipe):
+    assert np.array_equal(paint(pipe, "a toy"), paint(pipe, "a toy"))
+    assert not np.array_equal(paint(pipe, "a toy"), paint(pipe, "a toy", seed=1))
+
+
+def test_the_clip_of_the_miniature_matches_pictures_with_their_captions():
+    score = miniature.ClipScore()
+    scenes = [draw_scene("clip-test", k) for k in range(64)]
+    images, texts = (
+        score.embed_images([s.render().image for s in scenes]),
+        score.embed_texts([s.caption for s in scenes]),
+    )
+    assert images.shape == texts.shape and torch.allclose(images.norm(dim=-1), torch.ones(64))
+    found = (images @ texts.T).argmax(-1) == torch.arange(64)
+    assert found.float().mean() > 0.6
+
+
+def test_views_of_one_subject_are_more_alike_than_views_of_two():
+    score = miniature.ClipScore()
+    pictures = [[s.view(k).render().image for k in range(3)] for s in subjects()]
+    same = np.mean([score.image_similarity(views[:1], views[1:]) for views in pictures])
+    other = np.mean([score.image_similarity(pictures[k], pictures[k - 1]) for k in range(len(pictures))])
+    assert same > other + 0.1
+
+
+def test_the_recorded_quality_is_that_of_the_shipped_weights():
+    from pathlib import Path
+
+    report = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "miniature.json").read_text())
+    assert report["weights_sha256"] == checksum(miniature.FOLDER)
+
+
+def test_the_judges_truth_is_the_scenes_own():
+    scenes = [single_shape("t", k, held_out_pairs()) for k in range(20)]
+    truth = labels_of(scenes)
+
+    class Oracle:
+        def name(self, images):
+            return truth
+
+    assert set(accuracy(Oracle(), [s.render().image for s in scenes], scenes).values()) == {1.0}
+    assert all(scene.things[0].name in scene.caption for scene in scenes)

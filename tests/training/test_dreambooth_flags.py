@@ -1,0 +1,454 @@
+"""`train_dreambooth_ether.py`: what each flag promises happens, and flags work together."""
+
+import io
+import itertools
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import get_type_hints
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from helpers.pipelines import paint
+from helpers.scripts import DREAMBOOTH, STEADY, launch, vectors
+from helpers.zoo import sdxl
+from peft import PeftModel
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import ether_diffusion  # noqa: F401  (gives pipelines their *_ether_* methods)
+from ether_diffusion.training import dreambooth
+from ether_diffusion.training.families import StableDiffusion
+from ether_diffusion.training.options.groups import METHODS
+
+
+def same(one: Path, two: Path) -> bool:
+    first, second = vectors(one), vectors(two)
+    return first.shape == second.shape and torch.equal(first, second)
+
+
+@pytest.fixture
+def oblong(tmp_path) -> Path:
+    """Pictures that leave room for crops."""
+    folder = tmp_path / "oblong"
+    folder.mkdir()
+    for k, size in enumerate([(60, 20), (20, 50), (44, 22)]):
+        Image.effect_noise(size, 90).convert("RGB").save(folder / f"{k}.png")
+    return folder
+
+
+# Flags that change what is learned, each against a run without it.
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--snr_gamma 5",
+        "--noise_offset 0.5",
+        "--repeats 2",
+        "--text_encoder_lr 0.001 --train_text_encoder",
+        "--lr_scheduler cosine_with_restarts --lr_num_cycles 2",
+        "--lr_scheduler polynomial --lr_power 3",
+        "--scale_lr",
+        "--optimizer prodigy",
+        "--use_ema",
+        "--use_ema --ema_decay 0.05",
+        "--aspect_ratio_buckets 16,32",
+        "--cache_latents",
+    ],
+)
+def test_the_flag_changes_what_is_learned(train, oblong, flags):
+    *without, last = re.split(r" (?=--)", flags)
+    if last == "--train_text_encoder":
+        without, last = [last], without[0]
+    base = [word for flag in without for word in flag.split()]
+    data = ["--instance_data_dir", oblong]
+    usual = train(*data, *base, output="usual")[1]
+    assert not same(train(*data, *base, *last.split(), output="changed")[1], usual)
+
+
+# Flags that change memory or speed, and not what is learned.
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--offload",
+        "--offload --train_text_encoder",
+        "--pre_compute_text_embeddings",
+        "--cache_latents --center_crop",
+        "--cache_latents --center_crop --random_flip --pre_compute_text_embeddings --offload",
+        "--num_train_epochs 4 --train_batch_size 4",
+        "--validation_steps 1 --num_validation_images 1 --num_inference_steps 1",
+        "--allow_tf32",
+    ],
+)
+def test_the_flag_changes_nothing_that_is_learned(train, flags):
+    speed = {"--offload", "--pre_compute_text_embeddings", "--cache_latents", "--allow_tf32"}
+    kept = [word for word in flags.split() if word in ("--center_crop", "--random_flip", "--train_text_encoder")]
+    assert any(flag in flags for flag in speed) or "--num_train_epochs" in flags or "--validation_steps" in flags
+    assert same(train(*flags.split(), output="changed")[1], train(*kept, output="usual")[1])
+
+
+def test_cached_latents_are_encoded_once_for_each_view_and_prompts_once(train, oblong, monkeypatch):
+    encoded, prompts = [], []
+    encode_pixels, encode_prompts = StableDiffusion.encode_pixels, StableDiffusion.encode_prompts
+    monkeypatch.setattr(
+        StableDiffusion, "encode_pixels", lambda self, pixels: (encoded.append(1), encode_pixels(self, pixels))[1]
+    )
+    monkeypatch.setattr(
+        StableDiffusion, "encode_prompts", lambda self, texts: (prompts.extend(texts), encode_prompts(self, texts))[1]
+    )
+    flags = ["--cache_latents", "--random_flip", "--repeats", 2, "--pre_compute_text_embeddings"]
+    train("--instance_data_dir", oblong, *flags, "--max_train_steps", 9)
+    assert len(encoded) == 3 * 2 * 2 and prompts == ["a photo of sks toy"]
+
+
+def test_offloaded_components_come_in_for_their_work_alone(tiny_pipeline):
+    family = StableDiffusion(tiny_pipeline)
+    family.freeze(torch.device("meta"), parked=["vae"])
+    assert tiny_pipeline.vae.device.type == "cpu" and tiny_pipeline.unet.device.type == "meta"
+    with pytest.raises(RuntimeError, match="fails"), family.at_work("vae", "unet"):
+        assert tiny_pipeline.vae.device.type == "meta"
+        tiny_pipeline.vae.to_empty(device="meta")
+        tiny_pipeline.vae.to = lambda device: setattr(tiny_pipeline, "sent_to", device)
+        raise RuntimeError("fails")
+    assert tiny_pipeline.sent_to == "cpu"
+
+
+def test_tf32_is_allowed_where_it_is_asked_for(train):
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    train()
+    assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    train("--allow_tf32", output="faster")
+    assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+@pytest.mark.slow
+def test_compiled_blocks_learn_the_same(train):
+    plain = vectors(train(output="plain")[1])
+    torch.testing.assert_close(vectors(train("--compile", output="compiled")[1]), plain, rtol=1e-3, atol=1e-4)
+
+
+# The base model.
+
+
+def test_a_variant_of_the_base_is_read(train, tiny_pipeline, tmp_path, capsys):
+    tiny_pipeline.save_pretrained(tmp_path / "base", variant="half")
+    flags = ["--pretrained_model_name_or_path", tmp_path / "base"]
+    assert same(train(*flags, "--variant", "half", output="half")[1], train(output="usual")[1])
+    with pytest.raises(SystemExit) as stop:
+        train(*flags)
+    assert stop.value.code == 2 and "cannot be read as a diffusers pipeline" in capsys.readouterr().err
+
+
+def test_a_revision_of_a_base_in_the_hubs_cache_is_read(tiny_pipeline, photographs, tmp_path):
+    cache = tmp_path / "hub" / "models--me--tiny"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "better").write_text("abc")
+    tiny_pipeline.save_pretrained(cache / "snapshots" / "abc")
+    flags = ["--pretrained_model_name_or_path", "me/tiny", "--revision", "better", "--instance_data_dir", photographs]
+    flags += ["--instance_prompt", "sks toy", "--output_dir", tmp_path / "out", "--max_train_steps", 1]
+    flags += ["--num_validation_images", 1, "--num_inference_steps", 2, "--guidance_scale", 1]
+    done = launch(DREAMBOOTH, *flags, HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "base_model: me/tiny" in card and "from_pretrained('me/tiny', revision='better')" in card
+
+
+def test_guidance_reaches_the_pictures(train):
+    flags = ["--num_validation_images", 1, "--num_inference_steps", 3, "--max_train_steps", 1]
+    weak, strong = (
+        Image.open(train(*flags, "--guidance_scale", scale, output=str(scale))[1] / "grid.png") for scale in (1, 15)
+    )
+    assert not np.array_equal(np.asarray(weak), np.asarray(strong))
+
+
+# Steps, rates and epochs.
+
+
+def test_epochs_are_counted_in_pictures_and_repeats(train):
+    result, _ = train("--num_train_epochs", 3, "--repeats", 4, "--train_batch_size", 2)
+    assert len(result.losses) == 3 * 3 * 4 / 2
+    assert len(train("--num_train_epochs", 1, "--train_batch_size", 2, output="short")[0].losses) == 2
+
+
+def test_a_scaled_learning_rate_is_the_one_times_the_samples_of_a_step(train):
+    flags = ["--train_batch_size", 2, "--gradient_accumulation_steps", 3]
+    scaled = train(*flags, "--scale_lr", "--learning_rate", 0.001, output="scaled")[1]
+    assert same(scaled, train(*flags, "--learning_rate", 0.006, output="plain")[1])
+
+
+def test_text_encoders_have_their_own_rate(train):
+    flags = ["--train_text_encoder", "--method", "ether", "--max_train_steps", 1, "--seed", 3]
+    slow, fast = (
+        load_file(train(*flags, "--text_encoder_lr", rate, output=str(rate))[1] / "pytorch_ether_weights.safetensors")
+        for rate in (1e-6, 0.1)
+    )
+    for name, tensor in slow.items():
+        assert torch.equal(tensor, fast[name]) == name.startswith("unet")
+
+
+@pytest.mark.slow
+def test_adamw_in_8_bits_learns_almost_the_same(train):
+    pytest.importorskip("bitsandbytes")
+    plain, eight = vectors(train(output="plain")[1]), vectors(train("--use_8bit_adam", output="eight")[1])
+    torch.testing.assert_close(eight, plain, rtol=0.05, atol=0.02)
+
+
+# Data.
+
+
+def test_a_data_set_with_captions_is_trained_like_the_folder_it_came_from(train, photographs, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder, prompts = tmp_path / "pictures", ["one toy", "two toys", "a toy again"]
+    folder.mkdir()
+    pictures = []
+    for k, (path, prompt) in enumerate(zip(sorted(photographs.iterdir()), prompts, strict=True)):
+        image, buffer = Image.open(path), io.BytesIO()
+        image.save(folder / f"{k}.png")
+        image.save(buffer, "PNG")
+        pictures.append({"bytes": buffer.getvalue(), "path": None})
+        (folder / f"{k}.txt").write_text(prompt)
+    features = datasets.Features(photo=datasets.Image(), words=datasets.Value("string"))
+    (tmp_path / "set").mkdir()
+    rows = datasets.Dataset.from_dict({"photo": pictures, "words": prompts}, features)
+    rows.to_parquet(tmp_path / "set" / "train.parquet")
+    own = train("--instance_data_dir", folder, output="own")[1]
+    flags = ["--dataset_name", tmp_path / "set", "--dataset_config_name", "default", "--image_column", "photo"]
+    assert same(own, train(*flags, "--caption_column", "words", output="set")[1])
+    assert not same(own, train(*flags, output="uncaptioned")[1])
+
+
+def test_pictures_of_two_shapes_train_in_one_batch(train, tmp_path, monkeypatch):
+    folder, shapes = tmp_path / "pictures", []
+    folder.mkdir()
+    for k, size in enumerate([(40, 20), (20, 40), (40, 22), (30, 30)]):
+        Image.effect_noise(size, 90).convert("RGB").save(folder / f"{k}.png")
+    predict = StableDiffusion.predict
+    monkeypatch.setattr(
+        StableDiffusion,
+        "predict",
+        lambda self, noisy, *rest: (shapes.append(noisy.shape), predict(self, noisy, *rest))[1],
+    )
+    flags = ["--instance_data_dir", folder, "--aspect_ratio_buckets", "16,16;12,24;24,12", "--train_batch_size", 4]
+    result, _ = train(*flags, "--max_train_steps", 1)
+    assert sorted(map(tuple, shapes)) == [(1, 4, 8, 8), (1, 4, 12, 6), (2, 4, 6, 12)]
+    assert np.isfinite(result.losses).all()
+
+
+# Prior preservation.
+
+PRIOR = ["--with_prior_preservation", "--class_prompt", "a photo of a toy", "--num_class_images", 2]
+
+
+@pytest.fixture
+def painted(tmp_path, photographs) -> Path:
+    """A folder with class pictures enough."""
+    folder = tmp_path / "class"
+    folder.mkdir()
+    for k in range(3):
+        Image.effect_noise((24, 24), 50 + 10 * k).convert("RGB").save(folder / f"{k}.png")
+    return folder
+
+
+def test_the_class_is_trained_beside_the_subject_with_its_weight(train, painted):
+    flags = [*PRIOR, "--class_data_dir", painted]
+    alone, both = train(*STEADY, output="alone"), train(*STEADY, *flags, output="both")
+    unweighted = train(*STEADY, *flags, "--prior_loss_weight", 0, output="unweighted")
+    torch.testing.assert_close(vectors(unweighted[1]), vectors(alone[1]), rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(vectors(both[1]), vectors(alone[1]), rtol=1e-2)
+    assert both[0].losses[0] > 1.5 * alone[0].losses[0]
+    assert not same(both[1], train(*STEADY, *flags, "--num_class_images", 3, output="more")[1])
+    assert not same(both[1], train(*flags, "--class_prompt", "toys", output="prompt")[1])
+
+
+def test_missing_class_pictures_are_painted_and_kept(train, tmp_path):
+    folder = tmp_path / "painted"
+    flags = [*PRIOR, "--class_data_dir", folder, "--sample_batch_size", 2, "--prior_generation_precision", "fp32"]
+    train(*flags, output="first")
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["class-00000.png", "class-00001.png"]
+    content = [path.read_bytes() for path in sorted(folder.iterdir())]
+    assert same(tmp_path / "first", train(*flags, output="second")[1])
+    assert content == [path.read_bytes() for path in sorted(folder.iterdir())]
+
+
+def test_a_run_does_not_go_on_with_other_class_pictures(train, painted, capsys):
+    flags = [*PRIOR, "--class_data_dir", painted, "--resume_from_checkpoint", "latest", "--checkpointing_steps", 2]
+    first, _ = train(*flags)
+    assert train(*flags)[0].losses == first.losses
+    Image.effect_noise((24, 24), 5).convert("RGB").save(painted / "0.png")
+    with pytest.raises(SystemExit) as stop:
+        train(*flags)
+    assert stop.value.code == 2 and re.search(
+        "--class_data_dir: was 'sha256:.* and is 'sha256:", capsys.readouterr().err
+    )
+
+
+# Seeing it learn.
+
+
+def test_grids_are_painted_after_steps_and_at_the_end(train):
+    flags = ["--num_validation_images", 2, "--num_inference_steps", 1, "--validation_prompt", "sks toy", "a toy"]
+    _, folder = train(*flags, "--validation_steps", 2, "--max_train_steps", 5, "--report_to", "tensorboard")
+    logged = EventAccumulator(str(folder / "logs" / "ether-diffusion")).Reload()
+    assert [each.step for each in logged.Images("validation")] == [2, 4, 5]
+    figures = {"train/loss", "train/learning_rate", "train/memory", "train/seconds_per_step"}
+    assert figures <= set(logged.Tags()["scalars"])
+    grids = sorted(path.name for path in (folder / "validation").iterdir())
+    assert grids == ["step-000002.png", "step-000004.png"] and (folder / "grid.png").exists()
+    early, late = (np.asarray(Image.open(folder / "validation" / name)) for name in grids)
+    row = early.shape[0] // 4
+    assert np.array_equal(early[:row], late[:row]) and not np.array_equal(early[row:], late[row:])
+
+
+def test_grids_are_painted_after_epochs(train):
+    flags = ["--num_validation_images", 1, "--num_inference_steps", 1, "--validation_epochs", 2]
+    _, folder = train(*flags, "--max_train_steps", 7, "--train_batch_size", 1)
+    assert [path.name for path in (folder / "validation").iterdir()] == ["step-000006.png"]
+
+
+def test_the_pictures_of_a_run_with_an_average_show_the_average(train, tiny_pipeline_folder):
+    flags = ["--use_ema", "--num_validation_images", 1, "--num_inference_steps", 3, "--validation_prompt", "a dog"]
+    _, folder = train(*flags, "--validation_steps", 3, "--max_train_steps", 4, "--method", "ether")
+    first = np.asarray(Image.open(folder / "validation" / "step-000003.png"))
+    _, whole = train(*flags, "--max_train_steps", 3, "--method", "ether", output="shorter")
+    assert np.array_equal(first, np.asarray(Image.open(whole / "grid.png")))
+
+
+# Methods.
+
+
+def test_the_rank_shapes_the_factors(train):
+    _, folder = train("--method", "lora", "--rank", 3)
+    ranks = {min(tensor.shape) for tensor in load_file(folder / "pytorch_lora_weights.safetensors").values()}
+    assert ranks == {3}
+
+
+def loaded(pipe: DiffusionPipeline, folder: Path, method: str, components: list[str]) -> DiffusionPipeline:
+    """The pipeline with the result on it, as a user of stock libraries loads it."""
+    if method == "full":
+        return type(pipe).from_pretrained(folder)
+    if method in ("ether", "ether_plus"):
+        pipe.load_ether_weights(folder)
+    elif method == "lora":
+        pipe.load_lora_weights(folder)
+    else:
+        for name in components:
+            setattr(pipe, name, PeftModel.from_pretrained(getattr(pipe, name), folder / name).base_model.model)
+    return pipe
+
+
+FACTORS = {
+    "family": ("sd", "sd v", "sdxl"),
+    "method": (*METHODS, "config"),
+    "precision": ("no", "bf16", "fp16"),
+    "encoder": ("", "--train_text_encoder", "--train_text_encoder --text_encoder_lr 0.01"),
+    "data": ("folder", "captions"),
+    "views": ("", "--random_flip", "--center_crop", "--aspect_ratio_buckets 16,16;12,24"),
+    "prior": (False, True),
+    "cache": ("", "--cache_latents", "--pre_compute_text_embeddings", "--cache_latents --offload"),
+    "optimizer": ("adamw", "prodigy"),
+    "schedule": ("constant", "cosine_with_restarts --lr_num_cycles 2", "polynomial --lr_warmup_steps 1"),
+    "batch": ("--train_batch_size 1", "--train_batch_size 2 --gradient_accumulation_steps 2"),
+    "loss": ("", "--snr_gamma 5", "--noise_offset 0.1 --max_grad_norm 0.1"),
+    "ema": ("", "--use_ema"),
+    "memory": ("", "--gradient_checkpointing", "--attention_backend sdpa"),
+    "paint": ("--num_validation_images 0", "--num_validation_images 1 --validation_steps 1 --num_inference_steps 1"),
+}
+
+
+def fits(row: dict) -> bool:
+    """Whether these go together; what does not is in the test of bad flags."""
+    embeddings = row.get("cache") == "--pre_compute_text_embeddings" and row.get("encoder")
+    prodigy = row.get("optimizer") == "prodigy" and "--text_encoder_lr" in row.get("encoder", "")
+    return not (embeddings or prodigy)
+
+
+def pairs_of(row: dict) -> set[frozenset]:
+    return {frozenset(pair) for pair in itertools.combinations(row.items(), 2)}
+
+
+def covering_rows() -> list[dict]:
+    """Few rows in which every two values of two factors that fit come together, found greedily."""
+    missing = set()
+    for a, b in itertools.combinations(FACTORS, 2):
+        for row in ({a: x, b: y} for x in FACTORS[a] for y in FACTORS[b]):
+            missing |= pairs_of(row) if fits(row) else set()
+    rows = []
+    while missing:
+        row = dict(min(missing, key=lambda pair: str(sorted(pair))))
+        for name in FACTORS:
+            if name not in row:
+                longer = [{**row, name: value} for value in FACTORS[name] if fits({**row, name: value})]
+                row = max(longer, key=lambda each: len(pairs_of(each) & missing))
+        rows.append(row)
+        missing -= pairs_of(row)
+    return rows
+
+
+ROWS = covering_rows()
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory, tiny_pipeline_folder) -> dict[str, Path]:
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline_folder)
+    folders = {name: tmp_path_factory.mktemp("bases") / name.replace(" ", "-") for name in FACTORS["family"]}
+    pipe.save_pretrained(folders["sd"])
+    torch.manual_seed(0)
+    sdxl(pipe).save_pretrained(folders["sdxl"])
+    pipe.scheduler.register_to_config(prediction_type="v_prediction")
+    pipe.save_pretrained(folders["sd v"])
+    return folders
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[f"{k}-{row['family']}-{row['method']}" for k, row in enumerate(ROWS)])
+def test_flags_work_together_and_the_result_loads(train, bases, photographs, tmp_path, row):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for k, size in enumerate([(24, 24), (40, 20)]):
+        Image.effect_noise(size, 90).convert("RGB").save(pictures / f"{k}.png")
+    if row["data"] == "captions":
+        (pictures / "0.txt").write_text("another caption")
+    flags = ["--pretrained_model_name_or_path", bases[row["family"]], "--instance_data_dir", pictures]
+    if row["method"] == "config":
+        targets = ["to_q", "to_v"]
+        (tmp_path / "config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "target_modules": targets}))
+        flags += ["--adapter_config", tmp_path / "config.json"]
+    else:
+        flags += ["--method", row["method"]]
+    if row["prior"]:
+        flags += [*PRIOR, "--class_data_dir", photographs]
+    flags += ["--mixed_precision", row["precision"], "--lr_scheduler", *row["schedule"].split()]
+    flags += ["--optimizer", row["optimizer"], "--learning_rate", 1.0 if row["optimizer"] == "prodigy" else 0.01]
+    for name in ("encoder", "views", "cache", "batch", "loss", "ema", "memory", "paint"):
+        flags += row[name].split()
+    result, folder = train(*flags)
+    assert len(result.losses) == 3 and np.isfinite(result.losses).all()
+
+    pipe = DiffusionPipeline.from_pretrained(bases[row["family"]])
+    pipe.set_progress_bar_config(disable=True)
+    before = paint(pipe)
+    components = ["unet", *(n for n in ("text_encoder", "text_encoder_2") if row["encoder"] and hasattr(pipe, n))]
+    tuned = loaded(pipe, folder, "lora" if row["method"] == "config" else row["method"], components)
+    tuned.set_progress_bar_config(disable=True)
+    if not (
+        row["optimizer"] == "prodigy" or "polynomial" in row["schedule"]
+    ):  # those start with steps next to nothing
+        assert np.abs(paint(tuned) - before).max() > 1e-4
+    assert np.isfinite(paint(tuned)).all()
+    assert (folder / "README.md").exists() and (folder / "grid.png").exists() == ("images 1" in row["paint"])
+    assert (folder / "validation").exists() == ("images 1" in row["paint"])
+
+
+def test_every_flag_has_a_test():
+    options = dreambooth.Options
+    flags = [each.name for group in get_type_hints(options).values() for each in fields(group)]
+    tests = "".join(path.read_text() for path in Path(__file__).parents[1].rglob("test_*.py"))
+    assert [flag for flag in flags if f"--{flag}" not in tests] == []

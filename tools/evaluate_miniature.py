@@ -1,0 +1,173 @@
+"""Measure the miniature: does it paint what a prompt says, for combinations that it was never trained on?
+
+    python tools/evaluate_miniature.py --output_dir out/evaluation
+
+A small classifier (the judge) is trained here on the world's own renders, tested on renders it has not seen, and
+then names the shape and the colours in pictures painted for pairs of shape and colour that are held out of training.
+Prints a table with the checksum of the weights, and writes it as JSON beside a grid of the pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ether_diffusion.files import checksum
+from ether_diffusion.miniature import FOLDER
+from ether_diffusion.miniature.render import COLOURS, PATTERNS, SIZE, to_tensor
+from ether_diffusion.miniature.shapes import SHAPES
+from ether_diffusion.miniature.world import (
+    POSITIONS,
+    SIZES,
+    Scene,
+    Shape,
+    article,
+    describe_background,
+    held_out_pairs,
+)
+
+KINDS = ("shape", "colour", "background")
+NAMES = {"shape": tuple(SHAPES), "colour": tuple(COLOURS), "background": tuple(COLOURS)}
+
+
+def single_shape(seed: str, index: int, pairs: list[tuple[str, str]] | None = None) -> Scene:
+    """A scene with one shape, of any pair of shape and colour or of the given ones, on any other background."""
+    rng = random.Random(f"{seed}/{index}")
+    shape, colour = rng.choice(pairs or [(s, c) for s in SHAPES for c in COLOURS])
+    background = rng.choice([c for c in COLOURS if c != colour])
+    pattern = rng.choice(PATTERNS) if rng.random() < 0.4 else "plain"
+    size, where = rng.choice(list(SIZES)), rng.choice(list(POSITIONS))
+    x, y = (at + rng.uniform(-0.05, 0.05) for at in POSITIONS[where])
+    thing = Shape(shape, colour, size, x, y, rng.uniform(*SIZES[size]))
+    words = article(" ".join(w for w in (size, colour, shape) if w))
+    caption = f"{words} on {describe_background(background, pattern)}"
+    return Scene((thing,), background, pattern, f"{seed}/{index}/tones", caption)
+
+
+def labels_of(scenes: list[Scene]) -> dict[str, Tensor]:
+    """The truth for each of KINDS, as indices into NAMES."""
+    named = [(scene.things[0].name, scene.things[0].colour, scene.background) for scene in scenes]
+    return {
+        kind: torch.tensor([NAMES[kind].index(n) for n in column])
+        for kind, column in zip(KINDS, zip(*named, strict=True), strict=True)
+    }
+
+
+class Judge(nn.Module):
+    """Names the shape, its colour and the background's colour in a picture with one shape."""
+
+    def __init__(self, width: int = 32):
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = 3
+        for k in range(4):  # 64 → 32 → 16 → 8 → 4 pixels
+            out = width * (k + 1)
+            layers += [nn.Conv2d(channels, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU(), nn.MaxPool2d(2)]
+            channels = out
+        self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * 16, 256), nn.ReLU())
+        self.heads = nn.ModuleDict({kind: nn.Linear(256, len(names)) for kind, names in NAMES.items()})
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        features = self.features(pixels)
+        return {kind: head(features) for kind, head in self.heads.items()}
+
+    @torch.no_grad()
+    def name(self, images: list[Image.Image]) -> dict[str, Tensor]:
+        batches = [self(to_tensor(images[k : k + 128])) for k in range(0, len(images), 128)]
+        return {kind: torch.cat([batch[kind].argmax(-1) for batch in batches]) for kind in KINDS}
+
+
+def train_judge(steps: int, batch: int = 64) -> Judge:
+    torch.manual_seed(0)
+    judge = Judge()
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    for step in tqdm(range(steps), desc="training the judge", mininterval=5):
+        scenes = [single_shape("judge/train", step * batch + k) for k in range(batch)]
+        answers, truth = judge(to_tensor([scene.render().image for scene in scenes])), labels_of(scenes)
+        loss = sum(F.cross_entropy(answers[kind], truth[kind]) for kind in KINDS)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return judge.eval()
+
+
+def accuracy(judge: Judge, images: list[Image.Image], scenes: list[Scene]) -> dict[str, float]:
+    """Shares of the pictures in which each of KINDS, and both colours together, are what the scene says."""
+    named, truth = judge.name(images), labels_of(scenes)
+    right = {kind: named[kind] == truth[kind] for kind in KINDS}
+    right["colours"] = right["colour"] & right["background"]
+    return {kind: share.float().mean().item() for kind, share in right.items()}
+
+
+def paint(pipe: StableDiffusionPipeline, scenes: list[Scene], steps: int, guidance: float) -> list[Image.Image]:
+    images = []
+    for k in tqdm(range(0, len(scenes), 20), desc="painting"):
+        part = scenes[k : k + 20]
+        generators = [torch.Generator().manual_seed(k + j) for j in range(len(part))]
+        images += pipe(
+            [scene.caption for scene in part],
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=generators,
+        ).images
+    return images
+
+
+def grid(images: list[Image.Image], columns: int = 20) -> Image.Image:
+    rows = -(-len(images) // columns)
+    canvas = Image.new("RGB", (columns * (SIZE + 2), rows * (SIZE + 2)), "white")
+    for k, image in enumerate(images):
+        canvas.paste(image, ((k % columns) * (SIZE + 2), (k // columns) * (SIZE + 2)))
+    return canvas
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--model_dir", type=Path, default=FOLDER, help="the pipeline folder to measure")
+    parser.add_argument("--pictures", type=int, default=200)
+    parser.add_argument("--judge_steps", type=int, default=1200)
+    parser.add_argument("--num_inference_steps", type=int, default=25)
+    parser.add_argument("--guidance_scale", type=float, default=5.0)
+    args = parser.parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+
+    pipe = StableDiffusionPipeline.from_pretrained(args.model_dir)
+    pipe.set_progress_bar_config(disable=True)
+    judge = train_judge(args.judge_steps)
+    renders = [single_shape("judge/test", k) for k in range(2000)]
+    own = accuracy(judge, [scene.render().image for scene in renders], renders)
+    scenes = [single_shape("evaluation", k, held_out_pairs()) for k in range(args.pictures)]
+    images = paint(pipe, scenes, args.num_inference_steps, args.guidance_scale)
+    painted = accuracy(judge, images, scenes)
+
+    grid(images).save(args.output_dir / "pictures.png")
+    report = {
+        "weights_sha256": checksum(args.model_dir),
+        "pictures": args.pictures,
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale,
+        "judge_on_held_out_renders": own,
+        "painted_for_unseen_combinations": painted,
+    }
+    (args.output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(f"weights {report['weights_sha256'][:16]}, {args.pictures} pictures of unseen combinations")
+    print(f"{'':12}{'judge on renders':>18}{'painted':>10}")
+    for kind in painted:
+        print(f"{kind:12}{own[kind]:>18.1%}{painted[kind]:>10.1%}")
+    print(args.output_dir / "pictures.png")
+
+
+if __name__ == "__main__":
+    main()
