@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Teach a diffusion model to follow control pictures: semantic maps, edges, poses, depth.
+"""Teach a diffusion model to follow control images: semantic maps, edges, poses, depth.
 
     accelerate launch train_controlnet_ether.py \\
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\

@@ -8,7 +8,7 @@
 
 Without --pretrained_model_name_or_path it trains the miniature that comes with the package. Everything that can be
 wrong is checked before the weights are loaded. A run that was stopped goes on with --resume_from_checkpoint latest.
-Written to --output_dir: the adapter, a grid of sample pictures of base and tuned model, and a model card.
+Written to --output_dir: the adapter, a grid of sample images of base and tuned model, and a model card.
 """
 
 from ether_diffusion.training.dreambooth import main

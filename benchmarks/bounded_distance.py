@@ -1,4 +1,4 @@
-"""How far can a method move the weights, and what is left of the pictures there? Random transforms, no training.
+"""How far can a method move the weights, and what is left of the images there? Random transforms, no training.
 
     python benchmarks/bounded_distance.py --output_dir out/bounded_distance
     python benchmarks/bounded_distance.py --output_dir out/quick --quick
@@ -8,9 +8,9 @@ the number of blocks (a reflection has no strength); of ETHER+ the angle between
 deviation of B (A is as at the start of training); of OFT that of the skew-symmetric matrices; of HRA that of what is
 added to its unit vectors at the start of training; of noise that of what is added to the weight, in units of the
 weight's own. Measured, as means over the layers: ‖W' − W‖_F / ‖W‖_F, and ‖T − I‖_F where the method is a transform;
-and of the pictures: drift, 1 − cosine to the base's pictures of the same seeds in CLIP, and similarity to
+and of the images: drift, 1 − cosine to the base's images of the same seeds in CLIP, and similarity to
 their prompts (CLIP-T).
-Writes JSON row by row (the same command goes on where it was stopped) and a strip of pictures (above each its strength
+Writes JSON row by row (the same command goes on where it was stopped) and a strip of images (above each its strength
 and relative distance), and prints a table.
 
 This is the perturbation study of the ETHER paper, arXiv:2405.20271, by default on the miniature.
@@ -189,12 +189,12 @@ def transform_distances(layer: nn.Module) -> Iterator[float]:
 
 
 class Painter:
-    """Paints prompts with a denoiser, and compares the pictures with those of the base.
+    """Generates prompts with a denoiser, and compares the images with those of the base.
 
     Args:
         pipe: the base model.
-        prompts: one picture each.
-        num_inference_steps: of every picture.
+        prompts: one image each.
+        num_inference_steps: of every image.
         features: what compares.
     """
 
@@ -204,9 +204,9 @@ class Painter:
         self.pipe, self.prompts, self.num_inference_steps = pipe, list(prompts), num_inference_steps
         self.features, self.base = features, denoiser(pipe)
         pipe.set_progress_bar_config(disable=True)
-        self._base_pictures: dict[int, list[Image.Image]] = {}
+        self._base_images: dict[int, list[Image.Image]] = {}
 
-    def paint(self, model: nn.Module, seed: int) -> list[Image.Image]:
+    def generate(self, model: nn.Module, seed: int) -> list[Image.Image]:
         setattr(self.pipe, family_of(self.pipe).denoiser, model)
         return self.pipe(
             self.prompts,
@@ -216,11 +216,11 @@ class Painter:
         ).images
 
     def figures(self, model: nn.Module, seed: int) -> tuple[list[Image.Image], dict[str, float]]:
-        if seed not in self._base_pictures:
-            self._base_pictures[seed] = self.paint(self.base, seed)
-        pictures = self.paint(model, seed)
+        if seed not in self._base_images:
+            self._base_images[seed] = self.generate(self.base, seed)
+        pictures = self.generate(model, seed)
         return pictures, {
-            "drift": drift(pictures, self._base_pictures[seed], self.features),
+            "drift": drift(pictures, self._base_images[seed], self.features),
             "clip_t": text_similarity(pictures, self.prompts, self.features),
         }
 
@@ -243,7 +243,7 @@ HEAD = f"{'':18}{'strength':>8}{'|ΔW|/|W|':>12}{'|T − I|':>12}{'drift':>12}{'
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=3, help="of the transforms and of the pictures")
+    parser.add_argument("--seeds", type=int, default=3, help="of the transforms and of the images")
     parser.add_argument("--pretrained_model_name_or_path", default=MINIATURE)
     parser.add_argument("--clip_model", help=f"default: {CLIP}, on the miniature its own")
     parser.add_argument("--num_inference_steps", type=int, default=15)
@@ -262,7 +262,7 @@ def main() -> None:
     if model == MINIATURE:
         settings["weights_sha256"] = checksum(FOLDER)
     results = ResultFile(args.output_dir / "bounded_distance.json", settings, machine=machine())
-    pictures_dir = args.output_dir / "pictures"
+    images_dir = args.output_dir / "pictures"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = DiffusionPipeline.from_pretrained(FOLDER if model == MINIATURE else model).to(device)
     prompts = OTHER_PROMPTS[2:] if model == MINIATURE else PROMPTS_WITHOUT[:4]
@@ -272,7 +272,7 @@ def main() -> None:
     def measure(name: str, strength: float, seed: int, changed: nn.Module, moved: dict[str, float | None]) -> dict:
         pictures, figures = painter.figures(changed, seed)
         if seed == 0:
-            path = picture_path(pictures_dir, name, strength)
+            path = image_path(images_dir, name, strength)
             path.parent.mkdir(parents=True, exist_ok=True)
             pictures[SHOWN_PROMPT].save(path)
         return results.add({"method": name, "strength": strength, "seed": seed, **moved, **figures})
@@ -289,19 +289,19 @@ def main() -> None:
         return averages([results.find(**key, seed=seed) for seed in range(args.seeds)])
 
     print(f"{HEAD}\n{line(BASE, '', figures_of(method=BASE))}")
-    shown = {BASE: [("", picture_path(pictures_dir, BASE, 0))]}
+    shown = {BASE: [("", image_path(images_dir, BASE, 0))]}
     for perturbation, strength in studied:
         figures, label = figures_of(method=perturbation.name, strength=strength), perturbation.label.format(strength)
         print(line(perturbation.name, label, figures))
         moved = figures["relative_distance"]
         text = label if moved is None else f"{label}: {moved:.2g}"
-        shown.setdefault(perturbation.name, []).append((text, picture_path(pictures_dir, perturbation.name, strength)))
+        shown.setdefault(perturbation.name, []).append((text, image_path(images_dir, perturbation.name, strength)))
     path = args.output_dir / "bounded_distance.png"
     strip(list(shown.items())).save(path)
     print(path)
 
 
-def picture_path(folder: Path, name: str, strength: float) -> Path:
+def image_path(folder: Path, name: str, strength: float) -> Path:
     return folder / name / f"{strength:g}.png"
 
 

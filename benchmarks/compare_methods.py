@@ -5,10 +5,10 @@
 
 Subjects of the miniature's world are learned from five views, those of --data_dir (one folder of photographs each)
 from all photographs but the last, by train_dreambooth_ether.py with each method's own defaults. Measured, beside the
-base model: the denoising loss on the picture that was held out; the similarity (CLIP-I) of pictures painted for the
-subject's prompt to those it was learned from; the similarity (CLIP-T) to their own text of pictures painted for
+base model: the denoising loss on the image that was held out; the similarity (CLIP-I) of images generated for the
+subject's prompt to those it was learned from; the similarity (CLIP-T) to their own text of images generated for
 prompts without the subject, which falls as the model forgets. CLIP is the miniature's own: it has never seen a
-photograph. Writes JSON row by row (the same command goes on where it was stopped) and a sheet of pictures for each
+photograph. Writes JSON row by row (the same command goes on where it was stopped) and a sheet of images for each
 subject; prints the means over the miniature's subjects and over the photographed ones.
 """
 
@@ -35,9 +35,9 @@ from ether_diffusion.training import dreambooth
 from ether_diffusion.training.methods.configs import TITLES
 from ether_diffusion.training.objectives import denoising_loss
 from ether_diffusion.training.options.groups import DEFAULT_STEPS, LEARNING_RATES, METHODS, ValidationOptions
-from ether_diffusion.training.preview import paint, side_by_side
+from ether_diffusion.training.preview import generate, side_by_side
 
-SIDE = 64  # of the miniature's pictures, in pixels
+SIDE = 64  # of the miniature's images, in pixels
 SEEDS, GUIDANCE = 4, 5.0
 QUICK = {"method": ("ether_plus", "lora"), "subjects": 1, "max_train_steps": 3, "num_inference_steps": 2}
 
@@ -47,13 +47,13 @@ class Comparison:
 
     Args:
         steps: of the training.
-        seed: of the training and of the first picture of each prompt.
-        num_inference_steps: of every picture.
-        pictures_dir: where the pictures of the subject's prompt go, in a folder for each subject and method.
+        seed: of the training and of the first image of each prompt.
+        num_inference_steps: of every image.
+        images_dir: where the images of the subject's prompt go, in a folder for each subject and method.
     """
 
-    def __init__(self, *, steps: int, seed: int, num_inference_steps: int, pictures_dir: Path):
-        self.steps, self.seed, self.pictures_dir = steps, seed, pictures_dir
+    def __init__(self, *, steps: int, seed: int, num_inference_steps: int, images_dir: Path):
+        self.steps, self.seed, self.images_dir = steps, seed, images_dir
         self.num_inference_steps = num_inference_steps
         self.score, self.script = ClipScore(), dreambooth
 
@@ -80,36 +80,36 @@ class Comparison:
             return {"seconds": result.seconds, **self._measure(pipe, subject, method)}
 
     def _measure(self, pipe: DiffusionPipeline, subject: Subject, method: str) -> dict[str, float]:
-        own = self._paint(pipe, subject.prompt, SEEDS)
-        folder = picture_folder(self.pictures_dir, subject, method)
+        own = self._generate(pipe, subject.prompt, SEEDS)
+        folder = image_folder(self.images_dir, subject, method)
         folder.mkdir(parents=True, exist_ok=True)
-        for k, picture in enumerate(own):
-            picture.save(folder / f"{k}.png")
-        others = [self._paint(pipe, prompt, 1)[0] for prompt in OTHER_PROMPTS]
+        for k, image in enumerate(own):
+            image.save(folder / f"{k}.png")
+        others = [self._generate(pipe, prompt, 1)[0] for prompt in OTHER_PROMPTS]
         return {
             "held_out": denoising_loss(pipe, read_image(subject.held_out), subject.prompt, seed=self.seed),
             "clip_i": self.score.image_similarity(own, squares(subject, (SIDE, SIDE))),
             "clip_t": self.score.text_similarity(others, OTHER_PROMPTS),
         }
 
-    def _paint(self, pipe: DiffusionPipeline, prompt: str, count: int) -> list[Image.Image]:
+    def _generate(self, pipe: DiffusionPipeline, prompt: str, count: int) -> list[Image.Image]:
         options = ValidationOptions(
             num_validation_images=count, num_inference_steps=self.num_inference_steps, guidance_scale=GUIDANCE
         )
-        return paint(pipe, prompt, options, self.seed)
+        return generate(pipe, prompt, options, self.seed)
 
 
-def picture_folder(pictures_dir: Path, subject: Subject, method: str) -> Path:
-    return pictures_dir / subject.origin / subject.name / method
+def image_folder(images_dir: Path, subject: Subject, method: str) -> Path:
+    return images_dir / subject.origin / subject.name / method
 
 
-def draw_sheet(subject: Subject, methods: Sequence[str], pictures_dir: Path) -> Path:
+def draw_sheet(subject: Subject, methods: Sequence[str], images_dir: Path) -> Path:
     """Rows of the same seeds: what was learned from, the base model, each method."""
     rows = [(f"{subject.name}: learned from", squares(subject, (SIDE, SIDE)))]
     for name in (BASE, *methods):
-        folder = picture_folder(pictures_dir, subject, name)
+        folder = image_folder(images_dir, subject, name)
         rows.append((TITLES.get(name, name), [read_image(folder / f"{k}.png") for k in range(SEEDS)]))
-    path = pictures_dir / f"{subject.origin}_{subject.name}.png"
+    path = images_dir / f"{subject.origin}_{subject.name}.png"
     side_by_side(rows).save(path)
     return path
 
@@ -182,7 +182,7 @@ def main() -> None:
         steps=args.max_train_steps,
         seed=args.seed,
         num_inference_steps=args.num_inference_steps,
-        pictures_dir=args.output_dir / "pictures",
+        images_dir=args.output_dir / "pictures",
     )
     parameters = {method: Variant.of(method).parameters() for method in args.method}
     rows = []

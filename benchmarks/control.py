@@ -4,7 +4,7 @@
 
 Every method is trained by `train_controlnet_ether.py` on the same pairs, at a learning rate that suits it, and judged
 by `ether-diffusion evaluate-control` on the same held-out maps: a segmentation network of the miniature's world names
-each pixel of what was painted. Rows that are in the JSON already are not repeated. Prints a table.
+each pixel of what was generated. Rows that are in the JSON already are not repeated. Prints a table.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""The DreamBooth evaluation: a method learns each subject and paints it for 25 prompts; how like is it?
+"""The DreamBooth evaluation: a method learns each subject and generates it for 25 prompts; how like is it?
 
     python benchmarks/dreambooth_eval.py --output_dir out/eval --data_dir dreambooth --resolution 512 \\
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --max_train_steps 2000
     python benchmarks/dreambooth_eval.py --output_dir out/quick-eval --quick
 
 Each subject, a folder of photographs in --data_dir, is learned by train_dreambooth_ether.py from all photographs of it
-and painted four times for each prompt. Measured: DINO, DINOv2 and CLIP-I (similarity to the photographs), CLIP-T
-(similarity to the prompt without the identifier), LPIPS between the pictures of a prompt (diversity), and drift: how
-far pictures for prompts without the subject have moved from the base model's of the same seeds, by --image_model.
+and generated four times for each prompt. Measured: DINO, DINOv2 and CLIP-I (similarity to the photographs), CLIP-T
+(similarity to the prompt without the identifier), LPIPS between the images of a prompt (diversity), and drift: how
+far images for prompts without the subject have moved from the base model's of the same seeds, by --image_model.
 Without --data_dir the subjects and prompts are of the miniature's world. docs/metrics.md has the formulas.
 
 Several processes share the work: start each with the same flags and its own --shard, such as 0/2 and 1/2. A call that
-was stopped goes on where it was. Written: adapters, pictures, a sheet of them and a file of figures for each subject,
+was stopped goes on where it was. Written: adapters, images, a sheet of them and a file of figures for each subject,
 and, when all subjects are done, dreambooth_eval.json with all of them.
 """
 
@@ -53,7 +53,7 @@ from ether_diffusion.miniature.quickstart import OTHER_PROMPTS, SETTINGS
 from ether_diffusion.training import dreambooth
 from ether_diffusion.training.data.views import center_cut
 from ether_diffusion.training.options.groups import DEFAULT_METHOD, LEARNING_RATES, METHODS, ValidationOptions
-from ether_diffusion.training.preview import paint, side_by_side
+from ether_diffusion.training.preview import generate, side_by_side
 
 IDENTIFIER = "sks"
 FIGURES = {
@@ -64,7 +64,7 @@ FIGURES = {
     "lpips": "LPIPS",
     "drift": "drift",
 }
-QUICK = {"max_train_steps": 3, "num_inference_steps": 2, "subjects": 2, "prompts": 2, "pictures": 2}
+QUICK = {"max_train_steps": 3, "num_inference_steps": 2, "subjects": 2, "prompts": 2, "images": 2}
 
 # The dataset's 30 subjects: folder, class word. Source: prompts_and_classes.txt of github.com/google/dreambooth.
 CLASSES = {
@@ -137,7 +137,7 @@ class Judges:
 
 
 class Evaluation:
-    """One subject at a time: learn, paint, measure. All that is finished is kept in the output folder."""
+    """One subject at a time: learn, generate, measure. All that is finished is kept in the output folder."""
 
     def __init__(self, args: argparse.Namespace, prompts_without: Sequence[str]):
         self.args, self.folder, self.prompts_without = args, args.output_dir, prompts_without
@@ -147,15 +147,15 @@ class Evaluation:
         adapter = self.learn(subject)
         texts = [template.format(f"{IDENTIFIER} {subject.class_name}") for template in templates]
         folder = self.folder / "pictures" / subject.name
-        before = sum(self.paint(self.base, self.folder / "pictures" / "base", self.prompts_without, 1), [])
+        before = sum(self.generate(self.base, self.folder / "pictures" / "base", self.prompts_without, 1), [])
         tuned = functools.cache(
             lambda: load_result(self.args.pretrained_model_name_or_path, adapter, self.args.method)
         )
-        groups = self.paint(tuned, folder / "subject", texts, self.args.pictures)
-        others = sum(self.paint(tuned, folder / "without", self.prompts_without, 1), [])
+        groups = self.generate(tuned, folder / "subject", texts, self.args.images)
+        others = sum(self.generate(tuned, folder / "without", self.prompts_without, 1), [])
         pictures = sum(groups, [])
         references = [center_cut(read_image(path), pictures[0].size) for path in find_images(subject.folder)]
-        said = [text.replace(f"{IDENTIFIER} ", "") for text in texts for _ in range(self.args.pictures)]
+        said = [text.replace(f"{IDENTIFIER} ", "") for text in texts for _ in range(self.args.images)]
         rows = [("learned from", references), *zip(texts, groups, strict=True)]
         rows += [("base: without the subject", before), ("tuned: without the subject", others)]
         side_by_side(rows).save(folder / "sheet.png")
@@ -196,7 +196,7 @@ class Evaluation:
         if args.with_prior_preservation:
             flags |= {
                 "class_prompt": f"a photo of a {subject.class_name}",
-                "class_data_dir": self.folder / "class_pictures" / subject.name,  # no two processes write into one
+                "class_data_dir": self.folder / "class_images" / subject.name,  # no two processes write into one
                 "num_class_images": args.num_class_images,
             }
         words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
@@ -204,10 +204,10 @@ class Evaluation:
         partial.rename(folder)
         return folder
 
-    def paint(
+    def generate(
         self, load: Callable[[], DiffusionPipeline], folder: Path, prompts: Sequence[str], count: int
     ) -> list[list[Image.Image]]:
-        """`count` pictures of each prompt; a prompt whose pictures are all in the folder is not painted again."""
+        """`count` images of each prompt; a prompt whose images are all in the folder is not generated again."""
         folder.mkdir(parents=True, exist_ok=True)
         options = ValidationOptions(
             num_validation_images=count,
@@ -219,9 +219,11 @@ class Evaluation:
             paths = [folder / f"{k:02}_{j}.png" for j in range(count)]
             if not all(path.exists() for path in paths):
                 pipe = pipe or load().to(self.args.device)
-                for path, picture in zip(paths, paint(pipe, prompt, options, self.args.seed), strict=True):
-                    partial = path.with_suffix(f".{os.getpid()}")  # every process paints the base's: the same pictures
-                    picture.save(partial, format="PNG")
+                for path, image in zip(paths, generate(pipe, prompt, options, self.args.seed), strict=True):
+                    partial = path.with_suffix(
+                        f".{os.getpid()}"
+                    )  # every process generates the base's: the same images
+                    image.save(partial, format="PNG")
                     os.replace(partial, path)
             groups.append([read_image(path) for path in paths])
         return groups
@@ -253,7 +255,7 @@ def choose_subjects(args: argparse.Namespace) -> list[tuple[Subject, Sequence[st
 
 
 def check_settings(path: Path, settings: dict[str, Any], subjects: dict[str, Any]) -> None:
-    """Write what adapters and pictures in the folder are made with, before the first of them.
+    """Write what adapters and images in the folder are made with, before the first of them.
 
     Raises:
         SystemExit: the folder holds those of other settings, or of a subject with another class or other prompts.
@@ -309,7 +311,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--guidance_scale", type=float, default=7.5)
     parser.add_argument("--subjects", type=int, help="only so many")
     parser.add_argument("--prompts", type=int, help="only the first so many")
-    parser.add_argument("--pictures", type=int, default=4, help="of each prompt")
+    parser.add_argument("--images", type=int, default=4, help="of each prompt")
     parser.add_argument("--image_model", help=f"a CLIP; default: {CLIP}, the miniature's own on its subjects")
     parser.add_argument("--dino_model", help=f"default: {DINO}, none on the miniature's subjects")
     parser.add_argument("--dinov2_model", help=f"default: {DINOV2}, none on the miniature's subjects")
@@ -324,8 +326,8 @@ def read_arguments() -> argparse.Namespace:
         parser.error("started as one of several processes of a launcher; start each with python and its own --shard")
     if args.quick:
         vars(args).update(QUICK)
-    if args.pictures < 2:
-        parser.error(f"--pictures: got {args.pictures}, needs two: diversity is between pictures of one prompt")
+    if args.images < 2:
+        parser.error(f"--images: got {args.images}, needs two: diversity is between images of one prompt")
     own = args.data_dir is None
     args.image_model = args.image_model or (MINIATURE if own else CLIP)
     args.dino_model = args.dino_model or ("none" if own else DINO)
@@ -343,7 +345,7 @@ def main() -> None:
         raise SystemExit(f"error: {error}") from error
     shared = (
         "method", "learning_rate", "max_train_steps", "resolution", "with_prior_preservation", "num_class_images",
-        "seed", "num_inference_steps", "guidance_scale", "pictures", "prompts", "image_model", "dino_model",
+        "seed", "num_inference_steps", "guidance_scale", "images", "prompts", "image_model", "dino_model",
         "dinov2_model", "lpips",
     )  # fmt: skip
     settings = {name: getattr(args, name) for name in shared}

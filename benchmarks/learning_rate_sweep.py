@@ -3,7 +3,7 @@
     python benchmarks/learning_rate_sweep.py --output_dir out/sweep
 
 Every subject of the miniature's world is learned from five views. Measured along the way, over fixed noises and
-timesteps: the denoising loss on the sixth view (does it know the subject?) and on pictures of the world (has it
+timesteps: the denoising loss on the sixth view (does it know the subject?) and on images of the world (has it
 forgotten anything?). Prints a table and writes it as JSON, row by row: the same command goes on where it was stopped.
 """
 
@@ -34,7 +34,7 @@ from ether_diffusion.training.options.groups import ETHER_METHODS, METHODS, Adap
 
 
 def measure(pipe: DiffusionPipeline, subject: Subject) -> tuple[float, float]:
-    """Denoising loss on the view that was held out, and on eight pictures of the world."""
+    """Denoising loss on the view that was held out, and on eight images of the world."""
     view = subject.view(VIEWS - 1)
     own = denoising_loss(pipe, view.render().image, f"a photo of sks {subject.class_name}")
     scenes = [draw_scene("prior", k) for k in range(8)]

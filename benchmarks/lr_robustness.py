@@ -5,9 +5,9 @@
 
 For each method, learning rates on a grid of half decades from 1e-6 to 1e4: from the script's default upwards, until
 the method has failed at --patience rates in a row, then downwards likewise. At each rate a training for each pair of
-a subject and a seed. Measured: similarity to the subject (CLIP-I) of pictures of it in four settings, similarity of
-pictures without it to their own prompts (CLIP-T), drift of those from the base model's of the same seeds, the
-denoising loss on the picture that was held out.
+a subject and a seed. Measured: similarity to the subject (CLIP-I) of images of it in four settings, similarity of
+images without it to their own prompts (CLIP-T), drift of those from the base model's of the same seeds, the
+denoising loss on the image that was held out.
 
 The usable window of a method is the run of rates, around its best, at which the mean CLIP-I is at least 90 % of the
 method's best and the mean CLIP-T at least 90 % of the base model's. Its width is log10(highest / lowest), so that
@@ -32,7 +32,7 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 from strips import strip
-from trials import BASE, PICTURES, Trial, Trials, Variant, add_settings, pairs, picture_folder, read_settings
+from trials import BASE, IMAGES, Trial, Trials, Variant, add_settings, image_folder, pairs, read_settings
 
 from ether_diffusion.training.options.groups import LEARNING_RATES
 
@@ -65,7 +65,7 @@ def usable(clip_i: float, clip_t: float, *, best_clip_i: float, base_clip_t: flo
 def best_rate(figures: Mapping[float, tuple[float, float]], base_clip_t: float) -> float | None:
     """The rate of the highest CLIP-I among those whose CLIP-T is high enough; None where none is.
 
-    A model that paints nothing but its subject is no success.
+    A model that generates nothing but its subject is no success.
 
     figures: learning rate -> (CLIP-I, CLIP-T), means over trials; base_clip_t: of the base model.
     """
@@ -214,12 +214,12 @@ HEAD = (
 )
 
 
-def painted(rows: Sequence[Mapping[str, Any]], output_dir: Path) -> list[tuple[str, list[tuple[str, Path]]]]:
-    """For each variant a picture at each learning rate that any of them has, for `strip`."""
+def generated(rows: Sequence[Mapping[str, Any]], output_dir: Path) -> list[tuple[str, list[tuple[str, Path]]]]:
+    """For each variant an image at each learning rate that any of them has, for `strip`."""
     rates = sorted({row["learning_rate"] for row in rows})
-    folder = output_dir / PICTURES
+    folder = output_dir / IMAGES
     return [
-        (name, [(f"{rate:.0e}", picture_folder(folder, {**row, "learning_rate": rate}) / "0.png") for rate in rates])
+        (name, [(f"{rate:.0e}", image_folder(folder, {**row, "learning_rate": rate}) / "0.png") for rate in rates])
         for name, row in {row["variant"]: row for row in rows}.items()
     ]
 
@@ -255,7 +255,7 @@ def main() -> None:
         if steps == args.max_train_steps:
             subject, seed = chosen[0]
             own = [row for row in trials.results.rows if (row["subject"], row["seed"]) == (subject.name, seed)]
-            strip(painted([row for row in own if row.get("steps") == steps], args.output_dir)).save(
+            strip(generated([row for row in own if row.get("steps") == steps], args.output_dir)).save(
                 args.output_dir / STRIPS
             )
             print(args.output_dir / STRIPS)

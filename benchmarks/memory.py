@@ -10,7 +10,7 @@ in its flash kernel. Left out: CUDA's context (some 0.3 to 0.5 GB), workspaces o
 what AdamW makes in passing. BOFT reads its permutations from data, so there is no estimate for it; `--device cpu`
 counts the same on tensors with data.
 
-Without cached latents the peak covers a step that encodes its picture. With --cache_latents and
+Without cached latents the peak covers a step that encodes its image. With --cache_latents and
 --pre_compute_text_embeddings it is that of the steps; the encoding before them takes what is listed for it. Prints a
 table and writes JSON. Weights are random: memory does not depend on
 them.
@@ -154,7 +154,7 @@ def measure(pipeline: Pipeline, method: str, *, checkpointing: bool, device: str
     Returns:
         denoiser, encoders: weights. trained: what is trained (beyond the model's own weights), and its moments.
         activations: kept for the backward pass. step: peak of the step without the encoders. encoding: peak while a
-        picture is encoded, beyond all weights.
+        image is encoded, beyond all weights.
     """
     gc.collect()  # the model before this one
     options = AdapterOptions(method=method)
@@ -203,7 +203,7 @@ def measure(pipeline: Pipeline, method: str, *, checkpointing: bool, device: str
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, latents: Tensor, in_float32: bool) -> None:
-    """Encode one picture that has these latents' size, as the families do."""
+    """Encode one image that has these latents' size, as the families do."""
     height, width = (VAE_FACTOR * side for side in latents.shape[-2:])
     dtype = torch.float32 if in_float32 else vae.dtype
     nn.Module.to(vae, dtype)  # past ModelMixin.to, which logs a warning

@@ -5,7 +5,7 @@
 
 ETHER and ETHER+ with 1, 4 and 16 blocks, ETHER+ on one side, LoRA, HRA and VeRA of several ranks, OFT of several
 block sizes. The search climbs in half decades to the highest similarity to the subject (CLIP-I) among the rates that
-keep the similarity of other pictures to their prompts (CLIP-T) at 90 % of the base model's, over the same pairs of a
+keep the similarity of other images to their prompts (CLIP-T) at 90 % of the base model's, over the same pairs of a
 subject and a seed as benchmarks/lr_robustness.py, whose trials in the same --output_dir are not run again. It starts
 from the best rate among the variant's trials there, or from that of the method's first variant, or, for this, from
 the method's default. Rates are chosen on the trials that are reported. Prints a table; differences to LoRA r=4 are

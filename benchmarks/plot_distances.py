@@ -1,4 +1,4 @@
-"""The study of bounded distance as a picture: how far each method moves the weights, and what the pictures do."""
+"""The study of bounded distance as an image: how far each method moves the weights, and what the images do."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def draw(results_dir: Path) -> Iterator[tuple[str, Figure]]:
     left.set_xscale("linear")
     left.set_yscale("log")
     left.set_xlabel("strength, in steps of the method's own")
-    tidy(right, "drift of pictures")
+    tidy(right, "drift of images")
     right.set_xlabel("‖ΔW‖/‖W‖")
     right.set_ylim(0, 1.02)
     left.legend(fontsize=7)

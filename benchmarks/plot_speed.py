@@ -1,4 +1,4 @@
-"""Pictures of what the speed benchmarks wrote: the median ratio of every row with its quartiles, and memory."""
+"""Images of what the speed benchmarks wrote: the median ratio of every row with its quartiles, and memory."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def panels(results_dir: Path, workload: str) -> list[tuple[str, dict]]:
 
 
 def draw(results_dir: Path) -> Iterator[tuple[str, Figure]]:
-    """A picture for each workload of training_step_*.json and inference_*.json, and its name."""
+    """An image for each workload of training_step_*.json and inference_*.json, and its name."""
     files = [path.stem for kind in ("training_step", "inference") for path in results_dir.glob(f"{kind}_*.json")]
     for workload in sorted({stem.removeprefix("training_step_").removeprefix("inference_") for stem in files}):
         drawn = panels(results_dir, workload)

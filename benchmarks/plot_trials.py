@@ -1,4 +1,4 @@
-"""Pictures of trials: metrics over the learning rate, quality over parameters, outcomes over the change of energy."""
+"""Images of trials: metrics over the learning rate, quality over parameters, outcomes over the change of energy."""
 
 from __future__ import annotations
 

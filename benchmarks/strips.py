@@ -1,4 +1,4 @@
-"""Rows of small pictures under words: what a study's pictures look like, side by side."""
+"""Rows of small images under words: what a study's images look like, side by side."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CELL, MARGIN, TITLE = 96, 16, 132  # pixels
 
 
 def strip(rows: Sequence[tuple[str, Sequence[tuple[str, Path]]]]) -> Image.Image:
-    """Titled rows of pictures, a line of text above each; a place whose file is not there stays empty."""
+    """Titled rows of images, a line of text above each; a place whose file is not there stays empty."""
     columns = max(len(cells) for _, cells in rows)
     canvas = Image.new("RGB", (TITLE + columns * CELL, len(rows) * (CELL + MARGIN)), "white")
     draw = ImageDraw.Draw(canvas)
@@ -23,6 +23,6 @@ def strip(rows: Sequence[tuple[str, Sequence[tuple[str, Path]]]]) -> Image.Image
                 continue
             left = TITLE + j * CELL
             draw.text((left + CELL // 2, top + MARGIN // 2), text, fill="black", anchor="mm")
-            with Image.open(path) as picture:
-                canvas.paste(picture.resize((CELL - 2, CELL), Image.Resampling.LANCZOS), (left, top + MARGIN))
+            with Image.open(path) as image:
+                canvas.paste(image.resize((CELL - 2, CELL), Image.Resampling.LANCZOS), (left, top + MARGIN))
     return canvas

@@ -1,4 +1,4 @@
-"""What the comparisons of methods learn, and the way there and back: a subject is a folder of pictures."""
+"""What the comparisons of methods learn, and the way there and back: a subject is a folder of images."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ MINIATURE, PHOTOGRAPHS = "miniature", "photographs"
 # Prompts without a subject, for models of the whole world; our own.
 PROMPTS_WITHOUT = (
     "a photo of a mountain lake", "a photo of a crowded street in the rain", "a bowl of fruit on a wooden table",
-    "an oil painting of a harbour", "a portrait of an old man", "a photo of a red bicycle", "a house in the snow",
+    "an oil generating of a harbour", "a portrait of an old man", "a photo of a red bicycle", "a house in the snow",
     "a field of sunflowers",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A folder of pictures of one thing; the last of them is held out, the others are learned from.
+    """A folder of images of one thing; the last of them is held out, the others are learned from.
 
     origin: whose world it is of, MINIATURE or PHOTOGRAPHS.
     """
@@ -54,7 +54,7 @@ class Subject:
         return find_images(self.folder)[-1]
 
     def copy_seen(self, folder: Path) -> Path:
-        """The pictures to learn from, alone in a folder."""
+        """The images to learn from, alone in a folder."""
         folder.mkdir(parents=True)
         for path in self.seen:
             shutil.copy(path, folder)
@@ -90,7 +90,7 @@ def drawn(count: int, folder: Path) -> Iterator[Subject]:
 
 
 def squares(subject: Subject, size: tuple[int, int]) -> list[Image.Image]:
-    """The pictures that the subject is learned from, as the model sees them: cut to a size in pixels."""
+    """The images that the subject is learned from, as the model sees them: cut to a size in pixels."""
     return [center_cut(read_image(path), size) for path in subject.seen]
 
 

@@ -1,4 +1,4 @@
-"""One trial: a method learns a subject at a learning rate; then pictures are painted and measured.
+"""One trial: a method learns a subject at a learning rate; then images are generated and measured.
 
 What the studies of learning rates and parameters have in common. Trials are independent: `Trials` shares them out over
 processes.
@@ -38,16 +38,16 @@ from ether_diffusion.miniature.quickstart import OTHER_PROMPTS, SETTINGS
 from ether_diffusion.training import dreambooth
 from ether_diffusion.training.families import ModelSource, family_at, family_of
 from ether_diffusion.training.methods.configs import TITLES, configs_of, read_method
-from ether_diffusion.training.methods.injection import rehearse
+from ether_diffusion.training.methods.injection import dry_run
 from ether_diffusion.training.objectives import denoising_loss
 from ether_diffusion.training.options.groups import DEFAULT_STEPS, RANKED_METHODS, AdapterOptions
 from ether_diffusion.tuner.model import ATTENTION
 
-BASE, PICTURES = "base", "pictures"
+BASE, IMAGES = "base", "pictures"
 FIGURES = ("clip_i", "clip_t", "clip_t_subject", "drift", "held_out")
-SEEDS = 2  # pictures of each prompt with the subject
+SEEDS = 2  # images of each prompt with the subject
 GUIDANCE = 5.0
-PICTURES_AT_ONCE = 8
+IMAGES_AT_ONCE = 8
 OWN_FLAGS = (
     "--instance_data_dir", "--instance_prompt", "--learning_rate", "--method", "--adapter_config", "--rank",
     "--num_blocks", "--seed", "--num_validation_images", "--num_train_epochs",
@@ -88,16 +88,16 @@ class Variant:
         with tempfile.TemporaryDirectory() as folder:
             options = AdapterOptions(**self.given(Path(folder)))
             configs = configs_of(read_method(options), family, options)
-            return rehearse(family.read_blueprint(source).models, configs)
+            return dry_run(family.read_blueprint(source).models, configs)
 
 
 @dataclass(frozen=True)
 class Settings:
     """What every trial of a study has in common.
 
-    model: of the training and the painting, as `from_pretrained` takes it, or MINIATURE.
+    model: of the training and the generating, as `from_pretrained` takes it, or MINIATURE.
     max_train_steps: of each training, unless a trial says otherwise.
-    num_inference_steps: of every picture.
+    num_inference_steps: of every image.
     clip_model: what measures, as `load_features` takes it.
     flags: more words for the training script.
     """
@@ -177,11 +177,11 @@ class Bench:
 
     Args:
         settings: of the study.
-        pictures_dir: the pictures of a trial's subject go into a folder there.
+        images_dir: the images of a trial's subject go into a folder there.
     """
 
-    def __init__(self, settings: Settings, pictures_dir: Path):
-        self.settings, self.pictures_dir = settings, pictures_dir
+    def __init__(self, settings: Settings, images_dir: Path):
+        self.settings, self.images_dir = settings, images_dir
         self.model = str(FOLDER) if settings.model == MINIATURE else settings.model
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.features, self.script = load_features(settings.clip_model, device=self.device), dreambooth
@@ -198,7 +198,7 @@ class Bench:
         key = f"{subject.name}/{seed}"
         if key not in self._before:
             pipe = DiffusionPipeline.from_pretrained(self.model).to(self.device)
-            figures, others = self._measure(pipe, subject, seed, self.pictures_dir / BASE / f"{subject.name}_{seed}")
+            figures, others = self._measure(pipe, subject, seed, self.images_dir / BASE / f"{subject.name}_{seed}")
             self._before[key] = {**figures, "drift": 0.0}, others
         return self._before[key]
 
@@ -230,21 +230,21 @@ class Bench:
                 return {**dict.fromkeys(FIGURES), "failed": "a matrix is singular"}
             pipe = load_result(self.model, output_dir, AdapterOptions(**given)).to(self.device)
             weights = changes(pipe, self.model)
-            figures, others = self._measure(pipe, subject, seed, picture_folder(self.pictures_dir, trial.key))
+            figures, others = self._measure(pipe, subject, seed, image_folder(self.images_dir, trial.key))
         return {**figures, "drift": drift(others, before, self.features), **weights, "seconds": result.seconds}
 
     def _measure(
         self, pipe: DiffusionPipeline, subject: Subject, seed: int, folder: Path
     ) -> tuple[dict[str, Any], list[Image.Image]]:
-        """Figures of the pictures painted now, and those of prompts without the subject."""
+        """Figures of the images generated now, and those of prompts without the subject."""
         pipe.set_progress_bar_config(disable=True)
         prompts = [f"{subject.prompt} {setting}" for setting in SETTINGS for _ in range(SEEDS)]
         seeds = [1000 * seed + k for _ in SETTINGS for k in range(SEEDS)]
-        own = self._paint(pipe, prompts, seeds)
-        others = self._paint(pipe, self.others, [1000 * seed] * len(self.others))
+        own = self._generate(pipe, prompts, seeds)
+        others = self._generate(pipe, self.others, [1000 * seed] * len(self.others))
         folder.mkdir(parents=True, exist_ok=True)
-        for k, picture in enumerate(own):
-            picture.save(folder / f"{k}.png")
+        for k, image in enumerate(own):
+            image.save(folder / f"{k}.png")
         said = [prompt.replace("sks ", "") for prompt in prompts]  # the identifier means nothing to CLIP
         figures = {
             "clip_i": image_similarity(own, squares(subject, own[0].size), self.features),
@@ -254,10 +254,10 @@ class Bench:
         }
         return figures, others
 
-    def _paint(self, pipe: DiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+    def _generate(self, pipe: DiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         pictures = []
-        for k in range(0, len(prompts), PICTURES_AT_ONCE):
-            part = slice(k, k + PICTURES_AT_ONCE)
+        for k in range(0, len(prompts), IMAGES_AT_ONCE):
+            part = slice(k, k + IMAGES_AT_ONCE)
             pictures += pipe(
                 list(prompts[part]),
                 num_inference_steps=self.settings.num_inference_steps,
@@ -267,10 +267,10 @@ class Bench:
         return pictures
 
 
-def picture_folder(pictures_dir: Path, key: Mapping[str, Any]) -> Path:
-    """Where the pictures of a trial's subject lie; `key` is the trial's, or its row."""
+def image_folder(images_dir: Path, key: Mapping[str, Any]) -> Path:
+    """Where the images of a trial's subject lie; `key` is the trial's, or its row."""
     rate = f"{key['learning_rate']:.0e}_{key['steps']}"
-    return pictures_dir / key["variant"] / rate / f"{key['subject']}_{key['seed']}"
+    return images_dir / key["variant"] / rate / f"{key['subject']}_{key['seed']}"
 
 
 def finite(number: float) -> float | None:
@@ -319,11 +319,11 @@ def weight_pairs(tuned: nn.Module, model: str) -> Iterator[tuple[Tensor, Tensor]
 _bench: Bench
 
 
-def _prepare(settings: Settings, pictures_dir: Path, threads: int) -> None:
+def _prepare(settings: Settings, images_dir: Path, threads: int) -> None:
     global _bench
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    _bench = Bench(settings, pictures_dir)
+    _bench = Bench(settings, images_dir)
 
 
 def _end_with_parent() -> None:
@@ -345,7 +345,7 @@ class Trials:
 
     Args:
         settings: of the study.
-        output_dir: where rows and pictures go, and where rows of earlier trials are found.
+        output_dir: where rows and images go, and where rows of earlier trials are found.
         processes: how many trials run at the same time; the cores are shared out.
     """
 
@@ -356,7 +356,7 @@ class Trials:
             processes,
             mp_context=multiprocessing.get_context("spawn"),  # torch's threads do not survive a fork
             initializer=_prepare,
-            initargs=(settings, output_dir / PICTURES, threads),
+            initargs=(settings, output_dir / IMAGES, threads),
         )
 
     def __enter__(self) -> Trials:

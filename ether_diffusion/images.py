@@ -22,7 +22,7 @@ INTERPOLATIONS = {"nearest": Image.Resampling.NEAREST, "lanczos": Image.Resampli
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode as 8-bit RGB, transparency on white."""
+    """An image of any mode as 8-bit RGB, transparency on white."""
     if image.mode.startswith("I") or image.mode == "F":
         # Pillow's own conversion clips 16-bit values at 255 instead of scaling them.
         values = np.asarray(image, dtype=np.float64)
@@ -45,7 +45,7 @@ DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, 
 
 
 def find_images(folder: str | Path, flag: str = "--instance_data_dir") -> list[Path]:
-    """The pictures that lie directly in a folder, in an order that is the same on every machine.
+    """The images that lie directly in a folder, in an order that is the same on every machine.
 
     Hidden files and files of other kinds (captions, notes) are ignored.
 
@@ -54,7 +54,7 @@ def find_images(folder: str | Path, flag: str = "--instance_data_dir") -> list[P
         flag: what the user gave the folder with, for the messages.
 
     Raises:
-        InputError: no such folder, or no pictures in it.
+        InputError: no such folder, or no images in it.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -64,7 +64,7 @@ def find_images(folder: str | Path, flag: str = "--instance_data_dir") -> list[P
     images = [each for each in files if each.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
         raise InputError(
-            f"{flag} {folder}: holds {len(files)} files but no picture; "
+            f"{flag} {folder}: holds {len(files)} files but no image; "
             "put JPEG, PNG, WebP or BMP files directly into it"
         )
     # Numbers count as numbers, so that 10.jpg follows 9.jpg.
@@ -72,9 +72,9 @@ def find_images(folder: str | Path, flag: str = "--instance_data_dir") -> list[P
 
 
 def read_image(file: str | Path | BinaryIO, name: str | None = None) -> Image.Image:
-    """Read a picture as upright 8-bit RGB.
+    """Read an image as upright 8-bit RGB.
 
-    EXIF orientation is applied, transparency is composited on white, greyscale, palette, CMYK and 16-bit pictures are
+    EXIF orientation is applied, transparency is composited on white, greyscale, palette, CMYK and 16-bit images are
     converted; of an animation, the first frame.
 
     Args:
@@ -82,22 +82,22 @@ def read_image(file: str | Path | BinaryIO, name: str | None = None) -> Image.Im
         name: what to call it in a message. Default: the path.
 
     Raises:
-        InputError: not a picture, or damaged; names the file.
+        InputError: not an image, or damaged; names the file.
     """
     name = str(file) if name is None else name
     try:
         image = Image.open(file)
     except DAMAGE as error:
-        raise InputError(f"{name}: is not a picture that can be read ({error})") from error
+        raise InputError(f"{name}: is not an image that can be read ({error})") from error
     with image:
         try:
             image.load()
             return to_rgb(ImageOps.exif_transpose(image))
         except DAMAGE as error:
-            raise InputError(f"{name}: the picture is truncated or damaged ({error})") from error
+            raise InputError(f"{name}: the image is truncated or damaged ({error})") from error
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:
-    """An RGB picture as a tensor: (3, height, width), float32, from -1 (black) to 1 (white)."""
+    """An RGB image as a tensor: (3, height, width), float32, from -1 (black) to 1 (white)."""
     values = torch.from_numpy(np.array(image, dtype=np.float32))  # (h, w, 3)
     return values.permute(2, 0, 1).div(127.5).sub(1.0)

@@ -58,7 +58,7 @@ def trained(request, tiny_pipeline) -> StableDiffusionPipeline:
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory) -> Path:
-    """Three pictures of a toy."""
+    """Three images of a toy."""
     folder = tmp_path_factory.mktemp("photographs")
     for k in range(3):
         subjects()[0].view(k).render().image.save(folder / f"{k}.png")

@@ -111,7 +111,7 @@ def test_what_two_scripts_share_is_in_the_table_once():
 
     one, two = flag_table.render({"one.py": dreambooth.Options, "two.py": Other}).split("## two.py\n\n")
     assert "### run\n" in one and "`--max_train_steps`" in one
-    assert two.startswith("As in one.py: base model, how pictures are cut, method, speed and memory, ")
+    assert two.startswith("As in one.py: base model, how images are cut, method, speed and memory, ")
     assert two.split("\n\n", 1)[1] == (
         "### optimisation\n\nAs in one.py, and:\n\n| flag | default | what it does |\n|---|---|---|\n"
         "| `--lr_power` | `2.0` | Another power. |\n| `--patience` | needed | Steps to wait. |\n"

@@ -1,10 +1,10 @@
-"""Measure the miniature: does it paint what a prompt says, for combinations that it was never trained on?
+"""Measure the miniature: does it generate what a prompt says, for combinations that it was never trained on?
 
     python tools/evaluate_miniature.py --output_dir out/evaluation
 
 A small classifier (the judge) is trained here on the world's own renders, tested on renders it has not seen, and
-then names the shape and the colours in pictures painted for pairs of shape and colour that are held out of training.
-Prints a table with the checksum of the weights, and writes it as JSON beside a grid of the pictures.
+then names the shape and the colours in images generated for pairs of shape and colour that are held out of training.
+Prints a table with the checksum of the weights, and writes it as JSON beside a grid of the images.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def labels_of(scenes: list[Scene]) -> dict[str, Tensor]:
 
 
 class Judge(nn.Module):
-    """Names the shape, its colour and the background's colour in a picture with one shape."""
+    """Names the shape, its colour and the background's colour in an image with one shape."""
 
     def __init__(self, width: int = 32):
         super().__init__()
@@ -103,16 +103,16 @@ def train_judge(steps: int, batch: int = 64) -> Judge:
 
 
 def accuracy(judge: Judge, images: list[Image.Image], scenes: list[Scene]) -> dict[str, float]:
-    """Shares of the pictures in which each of KINDS, and both colours together, are what the scene says."""
+    """Shares of the images in which each of KINDS, and both colours together, are what the scene says."""
     named, truth = judge.name(images), labels_of(scenes)
     right = {kind: named[kind] == truth[kind] for kind in KINDS}
     right["colours"] = right["colour"] & right["background"]
     return {kind: share.float().mean().item() for kind, share in right.items()}
 
 
-def paint(pipe: StableDiffusionPipeline, scenes: list[Scene], steps: int, guidance: float) -> list[Image.Image]:
+def generate(pipe: StableDiffusionPipeline, scenes: list[Scene], steps: int, guidance: float) -> list[Image.Image]:
     images = []
-    for k in tqdm(range(0, len(scenes), 20), desc="painting"):
+    for k in tqdm(range(0, len(scenes), 20), desc="generating"):
         part = scenes[k : k + 20]
         generators = [torch.Generator().manual_seed(k + j) for j in range(len(part))]
         images += pipe(
@@ -136,7 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--model_dir", type=Path, default=FOLDER, help="the pipeline folder to measure")
-    parser.add_argument("--pictures", type=int, default=200)
+    parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--judge_steps", type=int, default=1200)
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--guidance_scale", type=float, default=5.0)
@@ -148,25 +148,25 @@ def main() -> None:
     judge = train_judge(args.judge_steps)
     renders = [single_shape("judge/test", k) for k in range(2000)]
     own = accuracy(judge, [scene.render().image for scene in renders], renders)
-    scenes = [single_shape("evaluation", k, held_out_pairs()) for k in range(args.pictures)]
-    images = paint(pipe, scenes, args.num_inference_steps, args.guidance_scale)
-    painted = accuracy(judge, images, scenes)
+    scenes = [single_shape("evaluation", k, held_out_pairs()) for k in range(args.images)]
+    images = generate(pipe, scenes, args.num_inference_steps, args.guidance_scale)
+    generated = accuracy(judge, images, scenes)
 
-    grid(images).save(args.output_dir / "pictures.png")
+    grid(images).save(args.output_dir / "images.png")
     report = {
         "weights_sha256": checksum(args.model_dir),
-        "pictures": args.pictures,
+        "pictures": args.images,
         "num_inference_steps": args.num_inference_steps,
         "guidance_scale": args.guidance_scale,
         "judge_on_held_out_renders": own,
-        "painted_for_unseen_combinations": painted,
+        "painted_for_unseen_combinations": generated,
     }
     (args.output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(f"weights {report['weights_sha256'][:16]}, {args.pictures} pictures of unseen combinations")
-    print(f"{'':12}{'judge on renders':>18}{'painted':>10}")
-    for kind in painted:
-        print(f"{kind:12}{own[kind]:>18.1%}{painted[kind]:>10.1%}")
-    print(args.output_dir / "pictures.png")
+    print(f"weights {report['weights_sha256'][:16]}, {args.images} images of unseen combinations")
+    print(f"{'':12}{'judge on renders':>18}{'generated':>10}")
+    for kind in generated:
+        print(f"{kind:12}{own[kind]:>18.1%}{generated[kind]:>10.1%}")
+    print(args.output_dir / "images.png")
 
 
 if __name__ == "__main__":

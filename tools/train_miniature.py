@@ -1,8 +1,8 @@
-"""Train every part of the miniature from nothing, on pictures drawn here.
+"""Train every part of the miniature from nothing, on images drawn here.
 
     python tools/train_miniature.py --work_dir work --output_dir ether_diffusion/miniature/weights
 
-Stages: pictures, vae, decoder (the autoencoder's once more, on latents with noise), clip, unet (with its text
+Stages: images, vae, decoder (the autoencoder's once more, on latents with noise), clip, unet (with its text
 encoder), export. Each writes checkpoints to `--work_dir` and goes on from the last one when the command is given
 again. Batches and noise are derived from the seed and the step: a run that was stopped ends as if it had not been.
 """
@@ -37,13 +37,13 @@ def log(text: str) -> None:
     print(text, flush=True)
 
 
-class Pictures:
+class Images:
     """The training set: `count` scenes rendered once to uint8, with their captions."""
 
     def __init__(self, folder: Path, count: int, seed: int):
-        self.path, self.caption_path = folder / "pictures.npy", folder / "captions.json"
+        self.path, self.caption_path = folder / "images.npy", folder / "captions.json"
         if not self.caption_path.exists():
-            log(f"drawing {count} pictures")
+            log(f"drawing {count} images")
             pixels = np.lib.format.open_memmap(self.path, "w+", np.uint8, (count, SIZE, SIZE, 3))
             captions = []
             for index in range(count):
@@ -55,7 +55,7 @@ class Pictures:
         self.pixels = np.load(self.path, mmap_mode="r")
         self.captions: list[str] = json.loads(self.caption_path.read_text())
         if len(self.captions) != count:
-            raise ValueError(f"{folder} holds {len(self.captions)} pictures, --pictures asks for {count}: delete it")
+            raise ValueError(f"{folder} holds {len(self.captions)} images, --images asks for {count}: delete it")
 
     def batch(self, indices: Tensor) -> Tensor:
         """(b, 3, SIZE, SIZE), in [−1, 1]."""
@@ -141,14 +141,14 @@ def reconstruction_loss(x: Tensor, y: Tensor) -> Tensor:
     return (x - y).abs().mean() + edges + 0.5 * F.mse_loss(y, x)
 
 
-def train_vae(args: argparse.Namespace, pictures: Pictures) -> AutoencoderKL:
+def train_vae(args: argparse.Namespace, images: Images) -> AutoencoderKL:
     vae = channels_last(start(models.build_vae(), args, "vae"), args.device)
 
     def loss_of(indices: Tensor, generator: torch.Generator) -> Tensor:
         top, left = (
             4 * torch.randint(9, (2,), generator=generator)
         ).tolist()  # one crop of 32×32, a quarter of the work
-        x = pictures.batch(indices)[:, :, top : top + 32, left : left + 32].to(
+        x = images.batch(indices)[:, :, top : top + 32, left : left + 32].to(
             args.device, memory_format=torch.channels_last
         )
         with torch.autocast(args.device.type, torch.bfloat16):
@@ -157,37 +157,37 @@ def train_vae(args: argparse.Namespace, pictures: Pictures) -> AutoencoderKL:
             y = vae.decode(posterior.mean + posterior.std * noise).sample.float()
         return reconstruction_loss(x, y) + 1e-4 * posterior.kl().mean() / 1024
 
-    Stage("vae", args, vae, args.vae_steps, 2e-3, 32).run(len(pictures.captions), loss_of)
+    Stage("vae", args, vae, args.vae_steps, 2e-3, 32).run(len(images.captions), loss_of)
     return vae
 
 
-def train_clip(args: argparse.Namespace, pictures: Pictures, tokens: Tensor, tokenizer) -> nn.Module:
+def train_clip(args: argparse.Namespace, images: Images, tokens: Tensor, tokenizer) -> nn.Module:
     clip = start(models.build_clip(tokenizer), args, "clip")
 
     def loss_of(indices: Tensor, generator: torch.Generator) -> Tensor:
         with torch.autocast(args.device.type, torch.bfloat16):
             ids = tokens[indices]
             ids = ids[:, : int((ids != tokenizer.eos_token_id).sum(1).max()) + 1]  # nothing attends to what follows
-            out = clip(input_ids=ids.to(args.device), pixel_values=pictures.batch(indices).to(args.device))
+            out = clip(input_ids=ids.to(args.device), pixel_values=images.batch(indices).to(args.device))
         logits = out.logits_per_image.float()
-        # Pictures that share a caption are not told apart.
+        # Images that share a caption are not told apart.
         same = (tokens[indices][:, None] == tokens[indices][None]).all(-1).float().to(args.device)
         target = same / same.sum(1, keepdim=True)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    Stage("clip", args, clip, args.clip_steps, 1e-3, 128).run(len(pictures.captions), loss_of)
+    Stage("clip", args, clip, args.clip_steps, 1e-3, 128).run(len(images.captions), loss_of)
     return clip
 
 
 @torch.no_grad()
-def encode(args: argparse.Namespace, vae: AutoencoderKL, pictures: Pictures) -> Tensor:
-    """Latent means of all pictures, scaled to unit variance: sets the autoencoder's scaling factor."""
+def encode(args: argparse.Namespace, vae: AutoencoderKL, images: Images) -> Tensor:
+    """Latent means of all images, scaled to unit variance: sets the autoencoder's scaling factor."""
     path = args.work_dir / "latents.pt"
     if not path.exists():
-        log("encoding the pictures")
+        log("encoding the images")
         parts = []
-        for indices in torch.arange(len(pictures.captions)).split(256):
-            x = pictures.batch(indices).to(args.device, memory_format=torch.channels_last)
+        for indices in torch.arange(len(images.captions)).split(256):
+            x = images.batch(indices).to(args.device, memory_format=torch.channels_last)
             with torch.autocast(args.device.type, torch.bfloat16):
                 parts.append(vae.encode(x).latent_dist.mean.half().cpu().contiguous())
         torch.save(torch.cat(parts), path)
@@ -196,15 +196,15 @@ def encode(args: argparse.Namespace, vae: AutoencoderKL, pictures: Pictures) -> 
     return latents
 
 
-def train_decoder(args: argparse.Namespace, vae: AutoencoderKL, pictures: Pictures, latents: Tensor) -> None:
-    """The decoder alone, on whole pictures: latents stay as they are, with the small errors that a UNet makes."""
+def train_decoder(args: argparse.Namespace, vae: AutoencoderKL, images: Images, latents: Tensor) -> None:
+    """The decoder alone, on whole images: latents stay as they are, with the small errors that a UNet makes."""
     decoder = nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True).train()
 
     def loss_of(indices: Tensor, generator: torch.Generator) -> Tensor:
         z = latents[indices].float()
         level = 0.15 * torch.rand(len(indices), 1, 1, 1, generator=generator) / vae.config.scaling_factor
         z = (z + level * torch.randn(z.shape, generator=generator)).to(args.device, memory_format=torch.channels_last)
-        x = pictures.batch(indices).to(args.device, memory_format=torch.channels_last)
+        x = images.batch(indices).to(args.device, memory_format=torch.channels_last)
         with torch.autocast(args.device.type, torch.bfloat16):
             y = vae.decode(z).sample.float()
         return reconstruction_loss(x, y)
@@ -261,13 +261,13 @@ def export(args: argparse.Namespace, pipe, clip) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work_dir", type=Path, required=True, help="pictures and checkpoints")
+    parser.add_argument("--work_dir", type=Path, required=True, help="images and checkpoints")
     parser.add_argument("--output_dir", type=Path, help="where the pipeline goes; needed by the stage 'export'")
     parser.add_argument(
         "--stages", nargs="+", choices=STAGES, default=STAGES, help="which to run, with what they need"
     )
     parser.add_argument("--init_dir", type=Path, help="a pipeline folder to start from, instead of from nothing")
-    parser.add_argument("--pictures", type=int, default=80_000)
+    parser.add_argument("--images", type=int, default=80_000)
     parser.add_argument("--vae_steps", type=int, default=3000)
     parser.add_argument("--decoder_steps", type=int, default=800)
     parser.add_argument("--clip_steps", type=int, default=700)
@@ -290,18 +290,18 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     tokenizer = models.build_tokenizer(args.work_dir / "tokenizer")
-    pictures = Pictures(args.work_dir, args.pictures, args.seed)
-    tokens = models.tokenize(tokenizer, pictures.captions)
+    images = Images(args.work_dir, args.images, args.seed)
+    tokens = models.tokenize(tokenizer, images.captions)
     done = [stage for stage in STAGES if stage in args.stages]
     clip = vae = None
     if {"clip", "export"} & set(done):
-        clip = train_clip(args, pictures, tokens, tokenizer)
+        clip = train_clip(args, images, tokens, tokenizer)
     if {"vae", "decoder", "unet", "export"} & set(done):
-        vae = train_vae(args, pictures)
+        vae = train_vae(args, images)
     if {"decoder", "unet", "export"} & set(done):
-        latents = encode(args, vae, pictures)
+        latents = encode(args, vae, images)
     if {"decoder", "export"} & set(done):
-        train_decoder(args, vae, pictures, latents)
+        train_decoder(args, vae, images, latents)
     if {"unet", "export"} & set(done):
         unet, text = train_unet(args, latents, vae.config.scaling_factor, tokens, tokenizer)
         if "export" in done:

@@ -16,7 +16,7 @@ from peft import inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ether_diffusion.adapters.schema import DOCUMENT_FIELDS, ENCODER_FIELDS, Checkpoint, WholeWeights, canonical_path
+from ether_diffusion.adapters.schema import DOCUMENT_FIELDS, ENCODER_FIELDS, AdapterFile, WholeWeights, canonical_path
 from ether_diffusion.control.encoder import CONTROL, ControlEncoder
 from ether_diffusion.control.pipelines import Control
 from ether_diffusion.errors import EtherFileError
@@ -135,7 +135,7 @@ def _width(base: nn.Module, vector: str) -> int | None:
     return getattr(base, "out_features" if out else "in_features", None)
 
 
-def _name_component(checkpoint: Checkpoint, models: Mapping[str, nn.Module]) -> Checkpoint:
+def _name_component(checkpoint: AdapterFile, models: Mapping[str, nn.Module]) -> AdapterFile:
     """Find the component of a checkpoint that does not name it, as the only one that it fits.
 
     Raises:
@@ -153,7 +153,7 @@ def _name_component(checkpoint: Checkpoint, models: Mapping[str, nn.Module]) -> 
         what = f"fits several components ({', '.join(fitting)})" if fitting else "fits no component of this pipeline"
         raise EtherFileError("; ".join([f"{checkpoint.source} {what}", *([] if fitting else reasons)]))
     component = fitting[0]
-    return Checkpoint({component: config}, {component: tensors}, checkpoint.metadata, checkpoint.source)
+    return AdapterFile({component: config}, {component: tensors}, checkpoint.metadata, checkpoint.source)
 
 
 def _encoder_for(pipe: DiffusionPipeline, where: str, whole: WholeWeights) -> ControlEncoder:
@@ -224,7 +224,7 @@ def whole_parameters(where: str, model: nn.Module, modules: Sequence[str]) -> di
     return found
 
 
-def plan(pipe: DiffusionPipeline, checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, dict[str, dict]]]:
+def plan(pipe: DiffusionPipeline, checkpoint: AdapterFile) -> tuple[AdapterFile, dict[str, dict[str, dict]]]:
     """Check a checkpoint against a pipeline without changing it: component -> module path -> vectors.
 
     Raises:
@@ -262,8 +262,8 @@ def free_name(pipe: DiffusionPipeline) -> str:
     return next(name for k in range(len(taken) + 1) if (name := f"default_{k}") not in taken)
 
 
-def put_on(
-    pipe: DiffusionPipeline, checkpoint: Checkpoint, adapter_name: str, *, low_cpu_mem_usage: bool = True
+def attach(
+    pipe: DiffusionPipeline, checkpoint: AdapterFile, adapter_name: str, *, low_cpu_mem_usage: bool = True
 ) -> None:
     """Check everything, then add the adapter to every component it has vectors for, and make it the active one.
 
@@ -306,9 +306,9 @@ def put_on(
         for name, was in controls.items():
             pipe.controls[name].active = was
         for component in set(checkpoint.weights) - set(found) - {CONTROL}:
-            take_off(models[component], adapter_name)
+            detach(models[component], adapter_name)
         for component in found:
-            take_off(models[component], adapter_name)
+            detach(models[component], adapter_name)
             for layer, (names, trained) in active[component].items():
                 layer._active_adapter = names
                 for parameter, requires_grad in trained:
@@ -395,7 +395,7 @@ def _inject(
     _maybe_remove_and_reapply_group_offloading(model)
 
 
-def swap(pipe: DiffusionPipeline, checkpoint: Checkpoint, adapter_name: str) -> None:
+def swap(pipe: DiffusionPipeline, checkpoint: AdapterFile, adapter_name: str) -> None:
     """Check everything, then write the checkpoint's vectors over those of an adapter, in place.
 
     No module, parameter or strength changes, so nothing that is compiled has to be compiled again.
@@ -439,7 +439,7 @@ def swap(pipe: DiffusionPipeline, checkpoint: Checkpoint, adapter_name: str) -> 
         held.said = _said(checkpoint)
 
 
-def _whole_targets(pipe: DiffusionPipeline, checkpoint: Checkpoint, adapter_name: str) -> list[tuple[Tensor, Tensor]]:
+def _whole_targets(pipe: DiffusionPipeline, checkpoint: AdapterFile, adapter_name: str) -> list[tuple[Tensor, Tensor]]:
     """The parameters that a checkpoint's whole weights would be written over, each with its tensor.
 
     Raises:
@@ -462,7 +462,7 @@ def _whole_targets(pipe: DiffusionPipeline, checkpoint: Checkpoint, adapter_name
     return targets
 
 
-def _said(checkpoint: Checkpoint) -> dict[str, Any]:
+def _said(checkpoint: AdapterFile) -> dict[str, Any]:
     """What a file's writer added to it (the prompt), which it says again when it is saved from the pipeline."""
     return {name: value for name, value in checkpoint.metadata.items() if name not in DOCUMENT_FIELDS}
 
@@ -487,7 +487,7 @@ def _execution_device(path: str, base: nn.Module) -> torch.device | None:
     return torch.device(next(device for device in devices if device is not None))
 
 
-def take_off(model: nn.Module, adapter_name: str | None = None) -> None:
+def detach(model: nn.Module, adapter_name: str | None = None) -> None:
     """Remove one ETHER adapter, or all; a layer without any becomes what it wrapped, unmerged.
 
     Where no adapter of any method is left, the model's own attributes are as they were before the first. Weights that
@@ -569,7 +569,7 @@ def whole_of(
 
 def collect(
     pipe: DiffusionPipeline, adapter_name: str, whole_modules: Mapping[str, Sequence[str]] | None = None
-) -> Checkpoint:
+) -> AdapterFile:
     """The named adapter as it is on the pipeline, with what identifies its base model."""
     configs: dict[str | None, EtherConfig] = {}
     tensors: dict[str | None, dict[str, Tensor]] = {}
@@ -595,7 +595,7 @@ def collect(
     for each in held:
         said |= each.said if each and getattr(each, "adapter_name", adapter_name) == adapter_name else {}
     metadata = said | {"base_model": base_model_name(pipe), "base_fingerprint": fingerprints}
-    return Checkpoint(configs, tensors, metadata, weights=whole_of(pipe, adapter_name, whole_modules))
+    return AdapterFile(configs, tensors, metadata, weights=whole_of(pipe, adapter_name, whole_modules))
 
 
 def fingerprint(layers: Mapping[str, EtherLayer], dtypes: Iterable[str] = tuple(FINGERPRINT_DTYPES)) -> dict[str, str]:

@@ -12,9 +12,9 @@ from ether_diffusion.adapters.schema import (
     PEFT_CONFIG_NAME,
     PEFT_WEIGHTS_NAME,
     WEIGHTS_NAME,
-    Checkpoint,
+    AdapterFile,
     is_pickle_by_name,
-    read_checkpoint,
+    read_adapter_file,
     read_peft_folder,
 )
 from ether_diffusion.errors import EtherFileError
@@ -22,7 +22,7 @@ from ether_diffusion.errors import EtherFileError
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def find_checkpoint(
+def find_adapter_file(
     source: str | Path,
     *,
     weight_name: str | None = None,
@@ -32,7 +32,7 @@ def find_checkpoint(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     force_download: bool = False,
-) -> Checkpoint:
+) -> AdapterFile:
     """Read the adapter at `source`: a file or folder on disk, else an id on the Hub.
 
     Raises:
@@ -46,7 +46,7 @@ def find_checkpoint(
             raise ValueError(f"{name}={value!r} leads out of the folder")
     path = Path(source)
     if path.is_file():
-        return read_checkpoint(path)
+        return read_adapter_file(path)
     if path.is_dir():
         return _from_folder(path / subfolder if subfolder else path, weight_name)
     if not HUB_ID.fullmatch(str(source)):
@@ -62,12 +62,12 @@ def find_checkpoint(
     return _from_hub(str(source), weight_name, options)
 
 
-def _from_folder(folder: Path, weight_name: str | None) -> Checkpoint:
+def _from_folder(folder: Path, weight_name: str | None) -> AdapterFile:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     path = folder / (weight_name or WEIGHTS_NAME)
     if path.is_file():
-        return read_checkpoint(path)
+        return read_adapter_file(path)
     if weight_name is None and (folder / PEFT_CONFIG_NAME).is_file() and (folder / PEFT_WEIGHTS_NAME).is_file():
         return read_peft_folder(folder)
     pickles = sorted(p.name for p in folder.iterdir() if is_pickle_by_name(p))
@@ -78,12 +78,12 @@ def _from_folder(folder: Path, weight_name: str | None) -> Checkpoint:
     raise FileNotFoundError(f"{folder} has no {path.name}{hint}")
 
 
-def _from_hub(repo_id: str, weight_name: str | None, options: dict) -> Checkpoint:
+def _from_hub(repo_id: str, weight_name: str | None, options: dict) -> AdapterFile:
     wanted = weight_name or WEIGHTS_NAME
     if is_pickle_by_name(wanted):
         raise EtherFileError(f"{repo_id}: {wanted} is a pickle by its name, and pickles are not read")
     try:
-        return read_checkpoint(Path(hf_hub_download(repo_id, wanted, **options)))
+        return read_adapter_file(Path(hf_hub_download(repo_id, wanted, **options)))
     except LocalEntryNotFoundError as error:
         if weight_name is None and (cached := _cached_peft_folder(repo_id, options)):
             return read_peft_folder(cached)

@@ -15,23 +15,23 @@ from ether_diffusion.adapters import fuse as fusing
 from ether_diffusion.adapters import strength as switching
 from ether_diffusion.adapters.attach import (
     adapters_of,
+    attach,
     collect,
+    detach,
     ether_layers,
     free_name,
     held_whole,
     models_of,
     other_base,
-    put_on,
     swap,
-    take_off,
 )
-from ether_diffusion.adapters.locate import find_checkpoint
+from ether_diffusion.adapters.locate import find_adapter_file
 from ether_diffusion.adapters.schema import (
     DOCUMENT_FIELDS,
     WEIGHTS_NAME,
     from_state_dict,
     is_pickle_by_name,
-    write_checkpoint,
+    write_adapter_file,
 )
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def load_ether_weights(
     if isinstance(pretrained_model_name_or_path_or_dict, Mapping):
         checkpoint = from_state_dict(pretrained_model_name_or_path_or_dict)
     else:
-        checkpoint = find_checkpoint(
+        checkpoint = find_adapter_file(
             pretrained_model_name_or_path_or_dict,
             weight_name=weight_name,
             subfolder=subfolder,
@@ -89,7 +89,7 @@ def load_ether_weights(
         swap(self, checkpoint, name)
     else:
         name = free_name(self) if adapter_name is None else adapter_name
-        put_on(self, checkpoint, name, low_cpu_mem_usage=low_cpu_mem_usage)
+        attach(self, checkpoint, name, low_cpu_mem_usage=low_cpu_mem_usage)
     if differing := other_base(self, name, checkpoint.metadata):
         logger.warning(
             "%s was trained on other base weights than those of %s here (its base model: %s); results will differ",
@@ -165,7 +165,7 @@ def save_ether_weights(
     checkpoint = collect(self, name, whole_modules)
     checkpoint.metadata |= dict(metadata or {})
     path = Path(save_directory) / weight_name
-    write_checkpoint(path, checkpoint)
+    write_adapter_file(path, checkpoint)
     if push_to_hub:
         api = HfApi(token=token)
         repository = api.create_repo(repo_id or path.parent.resolve().name, private=private, exist_ok=True).repo_id
@@ -182,7 +182,7 @@ def unload_ether_weights(self: DiffusionPipeline) -> None:
     """Remove every ETHER adapter, fused or not: modules, weights and attributes are as before the first load."""
     for model in models_of(self).values():
         if any(True for _ in ether_layers(model)) or held_whole(model):
-            take_off(model)
+            detach(model)
 
 
 def delete_adapters(self: DiffusionPipeline, adapter_names: Sequence[str] | str) -> None:
@@ -204,7 +204,7 @@ def delete_adapters(self: DiffusionPipeline, adapter_names: Sequence[str] | str)
         switching.delete_adapters(self, others)
     for model in models:
         if (held := held_whole(model)) and held.adapter_name in names:
-            take_off(model, held.adapter_name)
+            detach(model, held.adapter_name)
 
 
 METHODS = (

@@ -74,7 +74,7 @@ class WholeWeights:
 
 
 @dataclass
-class Checkpoint:
+class AdapterFile:
     """One adapter: for each component its config and its vectors, `<module path>.<vector>` -> (n, d/n).
 
     The key of `configs` and `tensors` is the component's name in the pipeline; None where a file does not name it.
@@ -128,7 +128,7 @@ def _config_fields(component: str, config: EtherConfig) -> dict[str, Any]:
     return {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
 
 
-def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+def write_adapter_file(path: Path, checkpoint: AdapterFile) -> None:
     """Write a checkpoint, whole or not at all: the file appears under its name when all of it is on the disk.
 
     Whatever happens before (a full disk, a kill, a power cut), a file of that name stays as it was. What could not be
@@ -482,7 +482,7 @@ def _check_encoder(where: str, values: Any, tensors: Mapping[str, Tensor]) -> No
             )
 
 
-def _interpret(where: str, tensors: Mapping[str, Tensor], text: str) -> Checkpoint:
+def _interpret(where: str, tensors: Mapping[str, Tensor], text: str) -> AdapterFile:
     """The checkpoint that tensors and a document of a pipeline file make up.
 
     Raises:
@@ -514,7 +514,7 @@ def _interpret(where: str, tensors: Mapping[str, Tensor], text: str) -> Checkpoi
         component: _check_weights(f"{where}: {component}", component, about[component], own)
         for component, own in by_component.items()
     }
-    return Checkpoint(built, parts, document, where, weights)
+    return AdapterFile(built, parts, document, where, weights)
 
 
 def _weights_entry(where: str, document: Mapping[str, Any]) -> dict[str, Any]:
@@ -531,7 +531,7 @@ def _weights_entry(where: str, document: Mapping[str, Any]) -> dict[str, Any]:
     return about
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_adapter_file(path: Path) -> AdapterFile:
     """Read and verify an adapter file.
 
     Raises:
@@ -546,7 +546,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return _interpret(str(path), tensors, header["ether"])
 
 
-def read_peft_folder(folder: Path) -> Checkpoint:
+def read_peft_folder(folder: Path) -> AdapterFile:
     """Read what PEFT's `save_pretrained` wrote for one model; the component is not known yet (None).
 
     Raises:
@@ -566,10 +566,10 @@ def read_peft_folder(folder: Path) -> Checkpoint:
     if len(vectors) < len(tensors):
         raise EtherFileError(f"{weights_path} holds a vector twice, with and without 'base_model.model.' before it")
     _check_vectors(str(weights_path), config, vectors)
-    return Checkpoint({None: config}, {None: vectors}, source=str(folder))
+    return AdapterFile({None: config}, {None: vectors}, source=str(folder))
 
 
-def from_state_dict(tensors: Mapping[str, Tensor]) -> Checkpoint:
+def from_state_dict(tensors: Mapping[str, Tensor]) -> AdapterFile:
     """A checkpoint from `<component>.<module path>.<vector>` tensors; method, sides and blocks are read off them.
 
     Raises:
@@ -591,4 +591,4 @@ def from_state_dict(tensors: Mapping[str, Tensor]) -> Checkpoint:
             },
         )
         _check_vectors(where, configs[component], vectors)
-    return Checkpoint(configs, parts)
+    return AdapterFile(configs, parts)

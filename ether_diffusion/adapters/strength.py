@@ -17,7 +17,7 @@ from diffusers.utils.peft_utils import delete_adapter_layers, set_weights_and_ac
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ether_diffusion.adapters.attach import adapters_of, ether_layers, models_of, take_off
+from ether_diffusion.adapters.attach import adapters_of, detach, ether_layers, models_of
 from ether_diffusion.tuner.config import EtherConfig
 
 Weight = float | Mapping[str, Any] | None
@@ -126,7 +126,7 @@ def delete_adapters(self: DiffusionPipeline, adapter_names: Sequence[str] | str)
     for model in models.values():
         for name in (name for name in names if name in model.peft_config):
             if isinstance(model.peft_config[name], EtherConfig):
-                take_off(model, name)
+                detach(model, name)
             else:
                 delete_adapter_layers(model, name)
                 model.peft_config.pop(name, None)

@@ -1,4 +1,4 @@
-"""Pictures of an analysis. Needs matplotlib (the extra `eval`)."""
+"""Images of an analysis. Needs matplotlib (the extra `eval`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def draw_layers(layers: Sequence[Mapping[str, Any]], path: Path, *, title: str) 
 
     Args:
         layers: the rows that `ether-diffusion analyze` writes. Without an angle in any, that panel is left out.
-        path: of the picture.
+        path: of the image.
         title: above it, as plain text.
     """
     sides = [side for side in ("input", "output") if any(_angle(row, side) is not None for row in layers)]

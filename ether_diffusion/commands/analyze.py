@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ether_diffusion.adapters.attach import models_of, plan
-from ether_diffusion.adapters.locate import find_checkpoint
+from ether_diffusion.adapters.locate import find_adapter_file
 from ether_diffusion.adapters.schema import WEIGHTS_NAME, canonical_path
 from ether_diffusion.analysis.weights import (
     adapted_weights,
@@ -122,8 +122,8 @@ def analyze(
     if lora is not None:
         pipe = _with_lora(str(base), lora)
     else:
-        checkpoint = find_checkpoint(file)
-        other = None if against is None else find_checkpoint(against)  # both before the base, which takes longer
+        checkpoint = find_adapter_file(file)
+        other = None if against is None else find_adapter_file(against)  # both before the base, which takes longer
         if not checkpoint.tensors:
             raise InputError(f"{checkpoint.source}: holds no vectors of ETHER, needs an adapter that has some")
         pipe = open_base(str(base), checkpoint)

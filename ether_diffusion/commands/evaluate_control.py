@@ -1,15 +1,15 @@
-"""Measure control: paint one picture for each control picture, and let a judge say whether it is what was asked for.
+"""Measure control: generate one image for each control image, and let a judge say whether it is what was asked for.
 
   ether-diffusion evaluate-control --miniature 200 --adapter out/control --output_dir out/control-evaluation
   ether-diffusion evaluate-control --base stable-diffusion-v1-5/stable-diffusion-v1-5 --adapter out/control \\
       --data_dir ade20k/validation --reduce_labels --output_dir out/control-evaluation
 
---data_dir is a folder with metadata.jsonl: a line for each picture with file_name, conditioning_image, text and, if
-there is one, labels: a picture whose grey values are indices of classes (255 is not counted). Without labels, what
-the judge sees in the real picture is taken for the truth.
+--data_dir is a folder with metadata.jsonl: a line for each image with file_name, conditioning_image, text and, if
+there is one, labels: an image whose grey values are indices of classes (255 is not counted). Without labels, what
+the judge sees in the real image is taken for the truth.
 
-Writes report.json and sheet.png (control picture, real picture, painted with control, painted without; a column each).
-The report's scores of the real pictures are the judge's own ceiling, those without control the floor.
+Writes report.json and sheet.png (control image, real image, generated with control, generated without; a column each).
+The report's scores of the real images are the judge's own ceiling, those without control the floor.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from ether_diffusion.control.pipelines import EtherControlPipeline, EtherControl
 from ether_diffusion.errors import InputError
 from ether_diffusion.files import checksum
 from ether_diffusion.images import DAMAGE, read_image
-from ether_diffusion.miniature.control_data import HELD_OUT, draw_pair, read_label_picture
+from ether_diffusion.miniature.control_data import HELD_OUT, draw_pair, read_label_image
 from ether_diffusion.miniature.render import SIZE
 from ether_diffusion.miniature.segmenter import MiniatureSegmenter
 from ether_diffusion.training.methods.configs import INDEX_NAME, LORA_NAME
 from ether_diffusion.training.seeds import generator
 
-HELP = "measure how well pictures follow their control pictures"
+HELP = "measure how well images follow their control images"
 COLUMNS = ("file_name", "conditioning_image", "text")
 IGNORED = 255
 JUDGES = ("miniature", "edges")
@@ -74,8 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_inference_steps", type=_positive, default=25, help="Default: 25.")
     parser.add_argument("--guidance_scale", type=float, default=7.5, help="Default: 7.5.")
     parser.add_argument("--controlnet_conditioning_scale", type=float, default=1.0, help="Default: 1.0.")
-    parser.add_argument("--seed", type=int, default=0, help="Of the noise that pictures start from. Default: 0.")
-    parser.add_argument("--batch_size", type=_positive, default=4, help="Pictures at once. Default: 4.")
+    parser.add_argument("--seed", type=int, default=0, help="Of the noise that images start from. Default: 0.")
+    parser.add_argument("--batch_size", type=_positive, default=4, help="Images at once. Default: 4.")
     parser.add_argument(
         "--judge",
         help="miniature: trained here in a few minutes; edges: F1 of Sobel edges, for edge maps; or a UperNet, a "
@@ -106,7 +106,7 @@ def _positive(text: str) -> int:
 
 @dataclass(frozen=True)
 class Sample:
-    """A control picture, the real picture it was made from, its caption; labels (h, w) int64 where they are known."""
+    """A control image, the real image it was made from, its caption; labels (h, w) int64 where they are known."""
 
     control: Image.Image
     real: Image.Image
@@ -135,7 +135,7 @@ def _show(score: float | None) -> str:
 
 
 def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Image.Image]:
-    """Paint, judge: the report, as values of JSON, and the sheet.
+    """Generate, judge: the report, as values of JSON, and the sheet.
 
     Raises:
         InputError: data that cannot be used, or a package that is missing.
@@ -151,12 +151,12 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Image.Image]:
     _check_features(features, len(samples))
     controlled, options = _controlled(pipe, args)
     judge = _judge(args, device)
-    painted = _paint(controlled.to(device), samples, args, "with control", options)
+    generated = _generate(controlled.to(device), samples, args, "with control", options)
     del pipe, controlled  # the adapter stays in their models, so the base is opened anew
-    without = _paint(_open(base).to(device), samples, args, "without control")
+    without = _generate(_open(base).to(device), samples, args, "without control")
 
     real = [sample.real for sample in samples]
-    rows = {"real": real, "with_control": painted, "without_control": without}
+    rows = {"real": real, "with_control": generated, "without_control": without}
     truth = judge.truth(samples)
     scores = {name: judge.scores(images, truth) for name, images in rows.items()}
     if features != "none":
@@ -188,13 +188,13 @@ def _open(base: str) -> DiffusionPipeline:
     if getattr(pipe, "unet", None) is None:
         raise InputError(f"--base {base}: {type(pipe).__name__} has no UNet, which control needs")
     if getattr(pipe, "safety_checker", None) is not None:
-        pipe.safety_checker = None  # a picture that it blackens would be judged
+        pipe.safety_checker = None  # an image that it blackens would be judged
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def _check_features(features: str, count: int) -> None:
-    """Find out before painting what would keep the Fréchet distance from being computed."""
+    """Find out before generating what would keep the Fréchet distance from being computed."""
     if features == "none":
         return
     for package in ("torchmetrics", "torch_fidelity")[: 1 + (features == "inception")]:
@@ -204,7 +204,7 @@ def _check_features(features: str, count: int) -> None:
                 '"ether-diffusion[eval]", or --fid_features none'
             )
     if count < 2:
-        raise InputError(f"--fid_features {features}: got {count} picture, needs two; none leaves it out")
+        raise InputError(f"--fid_features {features}: got {count} image, needs two; none leaves it out")
 
 
 # Data -----------------------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def _check_features(features: str, count: int) -> None:
 def _held_out(count: int, side: int) -> list[Sample]:
     if side != SIZE:
         raise InputError(
-            f"--miniature: its pictures have {SIZE} pixels a side, and those of --base {side}; use --data_dir"
+            f"--miniature: its images have {SIZE} pixels a side, and those of --base {side}; use --data_dir"
         )
     pairs = [draw_pair(HELD_OUT, k) for k in range(count)]
     return [
@@ -223,15 +223,15 @@ def _held_out(count: int, side: int) -> list[Sample]:
 
 
 def read_samples(args: argparse.Namespace, side: int) -> list[Sample]:
-    """The pictures that --data_dir names, cut to a square at their centre and brought to `side` pixels.
+    """The images that --data_dir names, cut to a square at their centre and brought to `side` pixels.
 
     Raises:
-        InputError: no metadata.jsonl, a line that lacks a column, a picture that cannot be read, or labels in some
+        InputError: no metadata.jsonl, a line that lacks a column, an image that cannot be read, or labels in some
             lines only.
     """
     index = args.data_dir / "metadata.jsonl"
     if not index.is_file():
-        raise InputError(f"--data_dir {args.data_dir}: has no metadata.jsonl; it names the pictures, a line for each")
+        raise InputError(f"--data_dir {args.data_dir}: has no metadata.jsonl; it names the images, a line for each")
     lines = [line for line in index.read_text("utf-8").splitlines() if line.strip()][: args.max_samples]
     if not lines:
         raise InputError(f"--data_dir {args.data_dir}: its metadata.jsonl has no lines")
@@ -248,12 +248,12 @@ def read_samples(args: argparse.Namespace, side: int) -> list[Sample]:
         real, control = (read_image(args.data_dir / row[name], row[name]) for name in COLUMNS[:2])
         labels = None
         if not isinstance(row.get("labels", ""), str | None):
-            raise InputError(f"{where}: got labels={row['labels']!r}, needs the path of a picture")
+            raise InputError(f"{where}: got labels={row['labels']!r}, needs the path of an image")
         if row.get("labels"):
             labels = _read_labels(args.data_dir / row["labels"], side, args.reduce_labels)
         elif args.judge == "miniature":
             try:
-                labels = torch.from_numpy(np.asarray(_fit(read_label_picture(control), side)).astype(np.int64))
+                labels = torch.from_numpy(np.asarray(_fit(read_label_image(control), side)).astype(np.int64))
             except ValueError as error:
                 raise InputError(f"{where}: {row['conditioning_image']}: {error}") from error
         samples.append(Sample(_fit(control, side), _fit(real, side, Image.Resampling.LANCZOS), row["text"], labels))
@@ -274,7 +274,7 @@ def _read_labels(path: Path, side: int, reduce: bool) -> Tensor:
         with Image.open(path) as image:
             mode, indices = image.mode, np.asarray(image)  # of a palette the indices are the classes, not its colours
     except DAMAGE as error:
-        raise InputError(f"{path}: cannot be read as a picture ({error})") from error
+        raise InputError(f"{path}: cannot be read as an image ({error})") from error
     if mode not in ("L", "P", "I", "I;16"):
         raise InputError(f"{path}: is {mode}, needs one grey value for each pixel: the index of its class")
     values = Image.fromarray(indices.astype(np.int32))
@@ -282,13 +282,13 @@ def _read_labels(path: Path, side: int, reduce: bool) -> Tensor:
     return torch.where((labels == 0) | (labels == IGNORED), IGNORED, labels - 1) if reduce else labels
 
 
-# Painting -------------------------------------------------------------------------------------------------------
+# Generating -------------------------------------------------------------------------------------------------------
 
 
 def _controlled(
     pipe: DiffusionPipeline, args: argparse.Namespace
 ) -> tuple[DiffusionPipeline, Callable[[list[Image.Image]], dict[str, Any]]]:
-    """The pipeline under control, and what its calls take besides for a list of control pictures."""
+    """The pipeline under control, and what its calls take besides for a list of control images."""
     scale, folder = args.controlnet_conditioning_scale, Path(args.adapter)
     large = isinstance(pipe, StableDiffusionXLPipeline)
     net = next((each for each in (folder, folder / "controlnet") if _is_controlnet(each)), None)
@@ -306,7 +306,7 @@ def _controlled(
         controlled.load_ether_weights(args.adapter)
     controlled.set_progress_bar_config(disable=True)
     if not controlled.controls:
-        raise InputError(f"--adapter {args.adapter}: holds no control encoder, so pictures would ignore their maps")
+        raise InputError(f"--adapter {args.adapter}: holds no control encoder, so images would ignore their maps")
     return controlled, lambda maps: {"control_image": maps, "controlnet_conditioning_scale": scale}
 
 
@@ -327,14 +327,14 @@ def _is_controlnet(folder: Path) -> bool:
     return config.is_file() and json.loads(config.read_text("utf-8")).get("_class_name") == ControlNetModel.__name__
 
 
-def _paint(
+def _generate(
     pipe: DiffusionPipeline,
     samples: Sequence[Sample],
     args: argparse.Namespace,
     name: str,
     options: Callable[[list[Image.Image]], dict[str, Any]] = lambda maps: {},
 ) -> list[Image.Image]:
-    """One picture for each sample. Sample k starts from the same noise in any batch, with control and without."""
+    """One image for each sample. Sample k starts from the same noise in any batch, with control and without."""
     images: list[Image.Image] = []
     for start in tqdm(range(0, len(samples), args.batch_size), desc=name, mininterval=5):
         part = samples[start : start + args.batch_size]
@@ -352,14 +352,14 @@ def _paint(
 
 
 class SegmentationScores:
-    """Judge by segmentation: mean IoU and pixel accuracy against labels, or against what is seen in real pictures."""
+    """Judge by segmentation: mean IoU and pixel accuracy against labels, or against what is seen in real images."""
 
     def __init__(self, segmenter: metrics.Segmenter, record: dict[str, Any], batch_size: int):
         self.segmenter, self.record, self.batch_size = segmenter, record, batch_size
 
     def truth(self, samples: Sequence[Sample]) -> list[Tensor]:
         known = samples[0].labels is not None
-        self.record["truth"] = "labels" if known else "the judge on the real pictures"
+        self.record["truth"] = "labels" if known else "the judge on the real images"
         if known:
             return [sample.labels for sample in samples]
         return list(self._segment([sample.real for sample in samples]))
@@ -374,10 +374,10 @@ class SegmentationScores:
 
 
 class EdgeScores:
-    """Judge by edges: the mean F1 between a picture's edges and its control picture's."""
+    """Judge by edges: the mean F1 between an image's edges and its control image's."""
 
     def __init__(self) -> None:
-        self.record = {"name": "edges", "threshold": metrics.EDGE_THRESHOLD, "truth": "control pictures"}
+        self.record = {"name": "edges", "threshold": metrics.EDGE_THRESHOLD, "truth": "control images"}
 
     def truth(self, samples: Sequence[Sample]) -> list[Image.Image]:
         return [sample.control for sample in samples]
@@ -401,7 +401,7 @@ def _judge(args: argparse.Namespace, device: torch.device) -> SegmentationScores
 
 
 def draw_sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """Rows of pictures, the first SHEET_COLUMNS of each, at most SHEET_SIDE pixels a side."""
+    """Rows of images, the first SHEET_COLUMNS of each, at most SHEET_SIDE pixels a side."""
     side = min(SHEET_SIDE, rows[0][0].width)
     columns = min(SHEET_COLUMNS, len(rows[0]))
     sheet = Image.new("RGB", (columns * (side + 2), len(rows) * (side + 2)), "white")

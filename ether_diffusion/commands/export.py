@@ -13,7 +13,7 @@ import argparse
 
 from diffusers import DiffusionPipeline
 
-from ether_diffusion.adapters.locate import find_checkpoint
+from ether_diffusion.adapters.locate import find_adapter_file
 from ether_diffusion.control.encoder import CONTROL
 from ether_diffusion.errors import InputError
 from ether_diffusion.export.changes import DTYPES, export_lora, open_adapted
@@ -52,7 +52,7 @@ def open_inputs(args: argparse.Namespace, result: str) -> tuple[DiffusionPipelin
         InputError: an adapter of control training, whose encoder or modules would be lost; says what to do instead.
     """
     for adapter in args.adapter:
-        whole = find_checkpoint(adapter).weights
+        whole = find_adapter_file(adapter).weights
         if CONTROL in whole:
             raise InputError(
                 f"--adapter {adapter}: holds a control encoder, which {result} has no place for; load it with "

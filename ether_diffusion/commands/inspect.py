@@ -35,9 +35,9 @@ from diffusers import (
 )
 from torch import Tensor
 
-from ether_diffusion.adapters.attach import collect, plan, put_on
-from ether_diffusion.adapters.locate import find_checkpoint
-from ether_diffusion.adapters.schema import PEFT_WEIGHTS_NAME, Checkpoint, WholeWeights, canonical_path
+from ether_diffusion.adapters.attach import attach, collect, plan
+from ether_diffusion.adapters.locate import find_adapter_file
+from ether_diffusion.adapters.schema import PEFT_WEIGHTS_NAME, AdapterFile, WholeWeights, canonical_path
 from ether_diffusion.analysis.weights import angles_from_start, conflict, transform_distance, transform_of
 from ether_diffusion.control.encoder import CONTROL, ControlEncoder
 from ether_diffusion.control.pipelines import EtherControlPipeline, EtherControlXLPipeline
@@ -84,8 +84,8 @@ def describe(file: str | Path, *, base: str | None = None, against: str | Path |
         ValueError: an adapter that does not name its component (a folder of PEFT) against one that does.
         OSError: nothing there, or the Hub cannot be reached.
     """
-    checkpoint = find_checkpoint(file)
-    other = None if against is None else find_checkpoint(against)
+    checkpoint = find_adapter_file(file)
+    other = None if against is None else find_adapter_file(against)
     fit = None
     if base is not None:
         pipe = open_base(base, checkpoint)
@@ -111,12 +111,12 @@ def describe(file: str | Path, *, base: str | None = None, against: str | Path |
     }
 
 
-def _file_of(checkpoint: Checkpoint) -> Path:
+def _file_of(checkpoint: AdapterFile) -> Path:
     path = Path(checkpoint.source)
     return path / PEFT_WEIGHTS_NAME if path.is_dir() else path
 
 
-def transforms_of(checkpoint: Checkpoint) -> dict[Side, Transform]:
+def transforms_of(checkpoint: AdapterFile) -> dict[Side, Transform]:
     """The transform of every side of every layer."""
     raws: dict[Side, dict[str, Any]] = {}
     for component, vectors in checkpoint.tensors.items():
@@ -127,7 +127,7 @@ def transforms_of(checkpoint: Checkpoint) -> dict[Side, Transform]:
     return {side: transform_of(**raw) for side, raw in raws.items()}
 
 
-def _describe_component(checkpoint: Checkpoint, component: str | None) -> dict[str, Any]:
+def _describe_component(checkpoint: AdapterFile, component: str | None) -> dict[str, Any]:
     config, vectors = checkpoint.configs[component], checkpoint.tensors[component]
     return {
         "component": component,
@@ -167,7 +167,7 @@ def _name_side(side: Side) -> dict[str, Any]:
     return dict(zip(("component", "path", "side"), side, strict=True))
 
 
-def open_base(base: str, checkpoint: Checkpoint) -> DiffusionPipeline:
+def open_base(base: str, checkpoint: AdapterFile) -> DiffusionPipeline:
     """The base, as the pipeline that an adapter with a control encoder, or one for a ControlNet, is loaded onto.
 
     The ControlNet is what training starts from, a copy of the UNet. For other adapters, and of other classes, the base
@@ -184,7 +184,7 @@ def open_base(base: str, checkpoint: Checkpoint) -> DiffusionPipeline:
     return pipe
 
 
-def check_fit(pipe: DiffusionPipeline, checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, str | None]]:
+def check_fit(pipe: DiffusionPipeline, checkpoint: AdapterFile) -> tuple[AdapterFile, dict[str, str | None]]:
     """Whether an adapter fits a pipeline, and whether its weights are those that it was trained on.
 
     Puts the adapter on where it fits. Returns the checkpoint, its component named, and the verdict with the error.
@@ -193,7 +193,7 @@ def check_fit(pipe: DiffusionPipeline, checkpoint: Checkpoint) -> tuple[Checkpoi
         checkpoint, _ = plan(pipe, checkpoint)
     except EtherFileError as error:
         return checkpoint, {"verdict": "does not fit", "error": str(error)}
-    put_on(pipe, checkpoint, "inspected")
+    attach(pipe, checkpoint, "inspected")
     now = collect(pipe, "inspected").metadata["base_fingerprint"]
     same = same_weights(checkpoint.metadata.get("base_fingerprint", {}), now)
     verdicts = {True: "fits, same weights", False: "fits, other weights", None: "fits, weights cannot be compared"}
@@ -214,7 +214,7 @@ def same_weights(then: Mapping[str, Mapping[str, str]], now: Mapping[str, Mappin
     return False if False in agreements else None if None in agreements or not agreements else True
 
 
-def compare(checkpoint: Checkpoint, other: Checkpoint) -> dict[str, Any]:
+def compare(checkpoint: AdapterFile, other: AdapterFile) -> dict[str, Any]:
     """The conflicts between two adapters, strongest first, on the sides of layers that both have.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Light control: a picture (a label map, edges, a pose) steers the UNet through one small encoder.
+"""Light control: an image (a label map, edges, a pose) steers the UNet through one small encoder.
 
 The encoder's features are added once, right after the UNet's first convolution. The UNet itself is frozen; what it
 does with them, reflections learn. Source: ETHER, arXiv:2405.20271, after OFT, arXiv:2306.07280.
@@ -29,13 +29,13 @@ class ControlEncoder(ModelMixin, ConfigMixin):
     """From a control image to what is added after a UNet's first convolution.
 
     (b, 3, h, w) in [0, 1] -> (b, out_channels, h / f, w / f), f = 2 to the power of len(block_out_channels) − 1.
-    The last convolution starts at zero: an encoder that nothing was taught changes no picture.
+    The last convolution starts at zero: an encoder that nothing was taught changes no image.
 
     Args:
         out_channels: of the UNet's first convolution.
         conditioning_channels: of the control image.
         block_out_channels: widths on the way down; between two of them the size halves.
-        interpolation: how a control image is brought to the size of the picture. "nearest" keeps label maps free of
+        interpolation: how a control image is brought to the size of the image. "nearest" keeps label maps free of
             classes that are not there, "lanczos" keeps photographs and soft edges smooth.
 
     Raises:
@@ -87,7 +87,7 @@ class ControlEncoder(ModelMixin, ConfigMixin):
 
     @property
     def factor(self) -> int:
-        """How much smaller a side of the features is than the picture's."""
+        """How much smaller a side of the features is than the image's."""
         return 2 ** (len(self.config.block_out_channels) - 1)
 
     def forward(self, control_image: Tensor) -> Tensor:

@@ -12,27 +12,27 @@ from torch import Tensor
 from ether_diffusion.images import INTERPOLATIONS, to_rgb
 
 Picture = Image.Image | np.ndarray | Tensor
-Pictures = Picture | Sequence[Picture]
+Images = Picture | Sequence[Picture]
 
 
 def control_tensor(
-    pictures: Pictures, *, height: int, width: int, interpolation: str = "nearest", channels: int = 3
+    pictures: Images, *, height: int, width: int, interpolation: str = "nearest", channels: int = 3
 ) -> Tensor:
     """Control images as an encoder takes them: (b, channels, height, width), float32, in [0, 1].
 
     Args:
-        pictures: PIL pictures of any mode; numpy arrays (h, w), (h, w, c) or (b, h, w, c), or tensors (c, h, w) or
+        images: PIL images of any mode; numpy arrays (h, w), (h, w, c) or (b, h, w, c), or tensors (c, h, w) or
             (b, c, h, w), with values in [0, 1]; or a list of such.
         height, width: in pixels.
         interpolation: what brings other sizes to this one.
-        channels: of the encoder; PIL pictures have 3.
+        channels: of the encoder; PIL images have 3.
 
     Raises:
         ValueError: another type or shape, values outside [0, 1], or nothing at all.
     """
     each = list(pictures) if isinstance(pictures, list | tuple) else [pictures]
     if not each:
-        raise ValueError("control_image is an empty list: one picture, or one for each prompt, fits")
+        raise ValueError("control_image is an empty list: one image, or one for each prompt, fits")
     arrays = [array for picture in each for array in _arrays(picture, channels)]
     sized = [
         np.stack([_resize(array[..., c], height, width, interpolation) for c in range(channels)]) for array in arrays
@@ -41,7 +41,7 @@ def control_tensor(
 
 
 def _arrays(picture: Picture, channels: int) -> list[np.ndarray]:
-    """The pictures in one entry, each (h, w, channels), float32.
+    """The images in one entry, each (h, w, channels), float32.
 
     Raises:
         ValueError: see `control_tensor`.
@@ -55,7 +55,7 @@ def _arrays(picture: Picture, channels: int) -> list[np.ndarray]:
         values = (values.float() if values.is_floating_point() else values).numpy()
     else:
         raise ValueError(
-            f"control_image is a {type(picture).__name__}: a PIL picture, a numpy array, a tensor, or a list of those "
+            f"control_image is a {type(picture).__name__}: a PIL image, a numpy array, a tensor, or a list of those "
             "fits"
         )
     given = f"control_image is a {type(picture).__name__} of shape {tuple(np.shape(picture))}"
@@ -67,7 +67,7 @@ def _arrays(picture: Picture, channels: int) -> list[np.ndarray]:
         raise ValueError(f"{given} with values from {values.min()} to {values.max()}: 0 to 1 fits")
     if channels == 3 and values.shape[-1] == 1:
         values = values.repeat(3, axis=-1)
-    if channels == 3 and values.shape[-1] == 4:  # on white, as for pictures
+    if channels == 3 and values.shape[-1] == 4:  # on white, as for images
         values = values[..., :3] * values[..., 3:] + (1 - values[..., 3:])
     if values.shape[-1] != channels:
         raise ValueError(f"{given}: {channels} channels fit")

@@ -21,7 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ether_diffusion.control.encoder import CONTROL, ControlEncoder, first_convolution, inject
-from ether_diffusion.control.images import Pictures, control_tensor
+from ether_diffusion.control.images import Images, control_tensor
 
 
 @dataclass
@@ -200,14 +200,14 @@ class ControlMixin:
                 self.controls[name].encoder.to(device)
         return None
 
-    # Pictures
+    # Images
 
     @torch.no_grad()
     def __call__(
         self,
         prompt: str | list[str] | None = None,
         *,
-        control_image: Pictures | Mapping[str, Pictures] | None = None,
+        control_image: Images | Mapping[str, Images] | None = None,
         image: Any = None,
         strength: float | None = None,
         controlnet_conditioning_scale: float | Mapping[str, float] = 1.0,
@@ -215,13 +215,13 @@ class ControlMixin:
         control_guidance_end: float = 1.0,
         **kwargs,
     ) -> Any:
-        """Paint from text, or from text and a picture, under the control of other pictures.
+        """Generate from text, or from text and an image, under the control of other images.
 
         Args:
             prompt: one, or several.
-            control_image: one picture for all prompts, or a list of one for each: PIL of any mode, or arrays and
+            control_image: one image for all prompts, or a list of one for each: PIL of any mode, or arrays and
                 tensors in [0, 1]; of any size. With several active encoders, adapter name -> such. None: no control.
-            image: start from this picture (image-to-image).
+            image: start from this image (image-to-image).
             strength: how far from it, up to 1; default 0.8.
             controlnet_conditioning_scale: multiplies the features, for all encoders or by adapter name; on top of
                 the adapter's own weight (`set_adapters`).
@@ -299,7 +299,7 @@ class ControlMixin:
                 raise ValueError(f"controlnet_conditioning_scale={scale!r}: finite numbers fit")
         return {n: by_name.get(n, 1.0) * c.weight for n, c in self.controls.items() if c.active}
 
-    def _chosen_controls(self, control_image: Any, scales: Mapping[str, float]) -> dict[str, Pictures]:
+    def _chosen_controls(self, control_image: Any, scales: Mapping[str, float]) -> dict[str, Images]:
         """Adapter name -> its control image, for the encoders that act in a call."""
         if control_image is None:
             return {}
@@ -320,30 +320,30 @@ class ControlMixin:
                 )
             chosen = dict(control_image)
         elif len(scales) > 1:
-            raise ValueError(f"several control encoders are active ({active}): pass control_image as name -> picture")
+            raise ValueError(f"several control encoders are active ({active}): pass control_image as name -> image")
         else:
             chosen = dict.fromkeys(scales, control_image)
         acting = [name for name, scale in scales.items() if scale]
         if missing := [name for name in acting if chosen.get(name) is None]:
             raise ValueError(
-                f"control_image: {', '.join(missing)} is active, but has no picture; active are {active}: pass one, "
+                f"control_image: {', '.join(missing)} is active, but has no image; active are {active}: pass one, "
                 "or set_adapters without it"
             )
         return {name: chosen[name] for name in acting} if not self.__dict__.get("_controls_rest") else {}
 
     def _control_features(
         self,
-        chosen: Mapping[str, Pictures],
+        chosen: Mapping[str, Images],
         scales: Mapping[str, float],
         prompt: str | list[str] | None,
         image: Any,
         painter: DiffusionPipeline,
         options: Mapping[str, Any],
     ) -> Tensor | None:
-        """The sum of all encoders' features: one for all pictures, or one for each in the order of the latents."""
+        """The sum of all encoders' features: one for all images, or one for each in the order of the latents."""
         if not chosen:
             return None
-        height, width = self._picture_size(painter, image, options)
+        height, width = self._image_size(painter, image, options)
         prompts = len(prompt) if isinstance(prompt, list) else 1
         if prompt is None and options.get("prompt_embeds") is not None:
             prompts = len(options["prompt_embeds"])
@@ -360,7 +360,7 @@ class ControlMixin:
             )
             if len(hint) not in (1, prompts):
                 raise ValueError(
-                    f"control_image: got {len(hint)} pictures for {prompts} prompts; one, or one for each prompt, fits"
+                    f"control_image: got {len(hint)} images for {prompts} prompts; one, or one for each prompt, fits"
                 )
             home = encoder.device
             try:  # an offloaded pipeline computes elsewhere than it waits
@@ -371,8 +371,8 @@ class ControlMixin:
         copies = options.get("num_images_per_prompt") or 1
         return total if len(total) == 1 else total.repeat_interleave(copies, dim=0)
 
-    def _picture_size(self, painter: DiffusionPipeline, image: Any, options: Mapping[str, Any]) -> tuple[int, int]:
-        """Height and width of what the call will paint, in pixels."""
+    def _image_size(self, painter: DiffusionPipeline, image: Any, options: Mapping[str, Any]) -> tuple[int, int]:
+        """Height and width of what the call will generate, in pixels."""
         factor, latents = self.vae_scale_factor, options.get("latents")
         if image is not None:
             start = painter.image_processor.preprocess(image)

@@ -1,4 +1,4 @@
-"""The tab that paints under the control of a map, with a light-control adapter."""
+"""The tab that generates under the control of a map, with a light-control adapter."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from ether_diffusion.demo.settings import (
     LONGEST_PROMPT,
     MOST_STEPS,
     Settings,
-    read_picture,
+    read_image,
 )
-from ether_diffusion.demo.widgets import picture_boxes, size_sliders
+from ether_diffusion.demo.widgets import image_boxes, size_sliders
 from ether_diffusion.demo.words import STRENGTH_NOTE, note, problem, status
 from ether_diffusion.demo.worker import Worker
 from ether_diffusion.errors import InputError
@@ -30,7 +30,7 @@ MOST_BRUSHES = 12
 
 
 def control_tab(worker: Worker, results: Results) -> gr.Dropdown:
-    """Build the tab; its list of adapters. It starts with what the first adapter's picture was painted from."""
+    """Build the tab; its list of adapters. It starts with what the first adapter's image was generated from."""
     offered = choices(worker, control=True)
     if not offered:
         gr.Markdown(
@@ -39,7 +39,7 @@ def control_tab(worker: Worker, results: Results) -> gr.Dropdown:
         )
     gr.Markdown("Draw a map, or upload one: it says where things are, and the prompt says what they are.")
     first, drawing = (_sample(worker, offered[0]) if offered else None) or (
-        Settings(prompt="a picture", width=worker.side, height=worker.side),
+        Settings(prompt="an image", width=worker.side, height=worker.side),
         None,
     )
     side = 8 * worker.side if worker.side <= 64 else worker.side
@@ -73,10 +73,10 @@ def control_tab(worker: Worker, results: Results) -> gr.Dropdown:
                 sides = size_sliders(worker, first.width, first.height)
         with gr.Column(scale=3, min_width=300):
             said = gr.HTML(status("Ready."), elem_id="control-status")
-            preview, gallery = picture_boxes("Pictures: base and controlled, from the same seed", "map-gallery")
-            with gr.Accordion("Use the settings and the map of a picture", open=False):
+            preview, gallery = image_boxes("Images: base and controlled, from the same seed", "map-gallery")
+            with gr.Accordion("Use the settings and the map of an image", open=False):
                 dropped = gr.File(
-                    label="Drop a PNG that was painted under a map", file_types=[".png"], elem_id="map-settings"
+                    label="Drop a PNG that was generated under a map", file_types=[".png"], elem_id="map-settings"
                 )
 
     inputs = [chosen, prompt, drawn, strength, seed, steps, guidance, *sides]
@@ -117,7 +117,7 @@ def control_tab(worker: Worker, results: Results) -> gr.Dropdown:
         found = _sample(worker, str(name or ""))
         if found is None:
             return [*[gr.skip()] * len(inputs), problem(f"{name or 'This adapter'} comes with no sample map")]
-        return [gr.skip(), *_values(*found)[1:], status("This is the map of the adapter's picture.")]
+        return [gr.skip(), *_values(*found)[1:], status("This is the map of the adapter's image.")]
 
     again.click(start, chosen, [*inputs, said], api_name="sample_map", show_progress="hidden")
 
@@ -137,23 +137,23 @@ def control_tab(worker: Worker, results: Results) -> gr.Dropdown:
 
 
 def _sample(worker: Worker, name: str) -> tuple[Settings, Image.Image] | None:
-    """What an adapter's picture was painted from, where it was downloaded from this page."""
+    """What an adapter's image was generated from, where it was downloaded from this page."""
     try:
-        picture = worker.library.get(name).picture
+        picture = worker.library.get(name).image
         return None if picture is None else _read(picture)
     except InputError:
         return None
 
 
 def _read(path: str | Path) -> tuple[Settings, Image.Image]:
-    """Settings and map of a picture from this tab.
+    """Settings and map of an image from this tab.
 
     Raises:
         InputError: it is none.
     """
-    settings, control = read_picture(path)
+    settings, control = read_image(path)
     if control is None or len(settings.adapters) != 1:
-        raise InputError(f"{Path(path).name}: was painted without a map; drop it in the tab Generate")
+        raise InputError(f"{Path(path).name}: was generated without a map; drop it in the tab Generate")
     return settings, control
 
 
@@ -171,14 +171,14 @@ def _colours(control: Image.Image) -> list[str]:
 
 
 def _map_of(drawn: dict[str, Any] | None) -> Image.Image:
-    """The picture that was drawn or uploaded.
+    """The image that was drawn or uploaded.
 
     Raises:
         InputError: nothing was, or it is too large.
     """
     image = None if drawn is None else drawn.get("composite") or drawn.get("background")
     if image is None or not np.asarray(image.convert("RGBA"))[..., 3].any():
-        raise InputError("Map: is empty; draw one, or upload a picture")
+        raise InputError("Map: is empty; draw one, or upload an image")
     if max(image.size) > LARGEST_MAP:
         raise InputError(f"Map: has {image.width}×{image.height} pixels; {LARGEST_MAP} a side at most fit")
     return image

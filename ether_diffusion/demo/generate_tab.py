@@ -1,4 +1,4 @@
-"""The tab that paints: base and adapted model side by side, from the same seed."""
+"""The tab that generates: base and adapted model side by side, from the same seed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from ether_diffusion.demo.jobs import Cancelled, Failed, Painted, Painting
+from ether_diffusion.demo.jobs import Cancelled, Failed, Generated, Generating
 from ether_diffusion.demo.results import Results
 from ether_diffusion.demo.settings import (
     HIGHEST_GUIDANCE,
@@ -18,12 +18,12 @@ from ether_diffusion.demo.settings import (
     HIGHEST_STRENGTH,
     LONGEST_PROMPT,
     MOST_ADAPTERS,
-    MOST_PICTURES,
+    MOST_IMAGES,
     MOST_STEPS,
     Settings,
-    read_picture,
+    read_image,
 )
-from ether_diffusion.demo.widgets import picture_boxes, size_sliders
+from ether_diffusion.demo.widgets import image_boxes, size_sliders
 from ether_diffusion.demo.words import STRENGTH_NOTE, cards, note, problem, progress, status
 from ether_diffusion.demo.worker import Worker
 from ether_diffusion.errors import InputError
@@ -56,7 +56,7 @@ def listing(worker: Worker) -> str:
 def paint(
     worker: Worker, results: Results, settings: Settings, owner: str, control: Image.Image | None = None
 ) -> Iterator[tuple[str, Any, Any]]:
-    """News for the page: a line of text, the preview, the pictures; what does not change is `gr.skip()`.
+    """News for the page: a line of text, the preview, the images; what does not change is `gr.skip()`.
 
     Raises:
         gr.Error: it went wrong, in words; the line of text says the same.
@@ -66,13 +66,13 @@ def paint(
         job = worker.submit(settings, owner, control=control)
         yield status("In line …"), None, None
         for event in job.events():
-            if isinstance(event, Painted):
+            if isinstance(event, Generated):
                 paths = results.keep(event, owner)
-                seeds = f"seed {settings.seed}" if settings.pictures == 1 else f"seeds from {settings.seed} on"
+                seeds = f"seed {settings.seed}" if settings.images == 1 else f"seeds from {settings.seed} on"
                 yield status(f"Done in {event.seconds:.1f} s, {seeds}."), None, paths
-            elif isinstance(event, Painting):
-                done = (event.picture - 1 + event.step / event.steps) / event.pictures
-                text = f"Picture {event.picture} of {event.pictures}, step {event.step} of {event.steps}"
+            elif isinstance(event, Generating):
+                done = (event.image - 1 + event.step / event.steps) / event.images
+                text = f"Image {event.image} of {event.images}, step {event.step} of {event.steps}"
                 yield progress(text, done), event.preview, gr.skip()
             else:
                 ahead = f"{event.place} before yours" if event.place else "yours is next"
@@ -101,7 +101,7 @@ def generate_tab(worker: Worker, results: Results) -> tuple[gr.Dropdown, gr.HTML
                 multiselect=True,
                 max_choices=MOST_ADAPTERS,
                 label="Adapters",
-                info=f"Up to {MOST_ADAPTERS}; they act in this order. None paints with the base model alone.",
+                info=f"Up to {MOST_ADAPTERS}; they act in this order. None generates with the base model alone.",
                 elem_id="adapters",
             )
             strengths = [
@@ -122,7 +122,7 @@ def generate_tab(worker: Worker, results: Results) -> tuple[gr.Dropdown, gr.HTML
             with gr.Row():
                 seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, maximum=HIGHEST_SEED, min_width=120)
                 draw = gr.Checkbox(label="New seed every time", value=False, min_width=120)
-            pictures = gr.Slider(1, MOST_PICTURES, value=1, step=1, label="Number of pictures")
+            images = gr.Slider(1, MOST_IMAGES, value=1, step=1, label="Number of images")
             with gr.Accordion("More settings", open=False):
                 negative = gr.Textbox(label="Negative prompt", max_length=LONGEST_PROMPT)
                 steps = gr.Slider(1, MOST_STEPS, value=25, step=1, label="Steps")
@@ -130,15 +130,15 @@ def generate_tab(worker: Worker, results: Results) -> tuple[gr.Dropdown, gr.HTML
                 sides = size_sliders(worker, worker.side, worker.side)
         with gr.Column(scale=3, min_width=300):
             said = gr.HTML(status("Ready."), elem_id="status")
-            preview, gallery = picture_boxes("Pictures: base and adapted, from the same seed", "gallery")
-            with gr.Accordion("Use the settings of a picture", open=False):
+            preview, gallery = image_boxes("Images: base and adapted, from the same seed", "gallery")
+            with gr.Accordion("Use the settings of an image", open=False):
                 dropped = gr.File(label="Drop a PNG that was downloaded here", file_types=[".png"])
     with gr.Accordion("Adapters on offer", open=True):
         listed = gr.HTML(listing(worker), elem_id="listing")
 
-    inputs = [adapters, *strengths, prompt, negative, steps, guidance, *sides, draw, seed, pictures]
+    inputs = [adapters, *strengths, prompt, negative, steps, guidance, *sides, draw, seed, images]
 
-    def generate(adapters, s1, s2, s3, prompt, negative, steps, guidance, width, height, draw, seed, pictures,
+    def generate(adapters, s1, s2, s3, prompt, negative, steps, guidance, width, height, draw, seed, images,
                  request: gr.Request):  # fmt: skip
         try:
             settings = Settings(
@@ -150,7 +150,7 @@ def generate_tab(worker: Worker, results: Results) -> tuple[gr.Dropdown, gr.HTML
                 width=whole("Width", width),
                 height=whole("Height", height),
                 seed=secrets.randbelow(RANDOM_SEEDS) if draw else whole("Seed", seed),
-                pictures=whole("Number of pictures", pictures),
+                images=whole("Number of images", images),
             )
         except InputError as error:
             yield problem(str(error)), None, gr.skip(), gr.skip()
@@ -185,9 +185,9 @@ def generate_tab(worker: Worker, results: Results) -> tuple[gr.Dropdown, gr.HTML
         if path is None:
             return [gr.skip()] * (len(inputs) + 1)
         try:
-            found, control = read_picture(path)
+            found, control = read_image(path)
             if control is not None:
-                raise InputError(f"{Path(path).name}: was painted under a map; drop it in the tab Control")
+                raise InputError(f"{Path(path).name}: was generated under a map; drop it in the tab Control")
             for name, _ in found.adapters:
                 worker.library.get(name)
         except InputError as error:
@@ -204,7 +204,7 @@ def generate_tab(worker: Worker, results: Results) -> tuple[gr.Dropdown, gr.HTML
             found.height,
             False,
             found.seed,
-            found.pictures,
+            found.images,
             status(f"These are the settings of {Path(path).name}."),
         ]
 

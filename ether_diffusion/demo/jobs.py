@@ -31,30 +31,30 @@ class Waiting:
 
 
 @dataclass(frozen=True)
-class Painting:
-    """At work on picture `picture` of `pictures`, after `step` of `steps`; counted from 1."""
+class Generating:
+    """At work on image `image` of `images`, after `step` of `steps`; counted from 1."""
 
-    picture: int
-    pictures: int
+    image: int
+    images: int
     step: int
     steps: int
     preview: Image.Image | None
 
 
 @dataclass(frozen=True)
-class Painted:
-    """Done: for every picture the base model's and the adapted one (None where no adapter was asked for).
+class Generated:
+    """Done: for every image the base model's and the adapted one (None where no adapter was asked for).
 
     settings, control: as they were asked for.
     """
 
-    pictures: list[tuple[Image.Image, Image.Image | None]]
+    images: list[tuple[Image.Image, Image.Image | None]]
     settings: Settings
     control: Image.Image | None
     seconds: float
 
 
-Event = Waiting | Painting | Painted
+Event = Waiting | Generating | Generated
 
 
 class Job:
@@ -63,7 +63,7 @@ class Job:
     Args:
         settings: what is asked for.
         owner: who asks: `Worker.cancel` takes back all that one owner has in line.
-        control: the control picture, if one of the adapters is a control adapter.
+        control: the control image, if one of the adapters is a control adapter.
     """
 
     def __init__(self, settings: Settings, owner: str, control: Image.Image | None = None):
@@ -75,7 +75,7 @@ class Job:
         self._last_seen = time.monotonic()
 
     def events(self) -> Iterator[Event]:
-        """The news, as they come; the last one is `Painted`. News that nobody fetched in time are left out.
+        """The news, as they come; the last one is `Generated`. News that nobody fetched in time are left out.
 
         Raises:
             Cancelled: the request was taken back.
@@ -93,7 +93,7 @@ class Job:
                     raise self._error
                 seen = self._event
             yield seen
-            if isinstance(seen, Painted):
+            if isinstance(seen, Generated):
                 return
 
     def cancel(self) -> None:

@@ -1,4 +1,4 @@
-"""The adapters on offer: what lies in one folder, each with its picture and what its file says."""
+"""The adapters on offer: what lies in one folder, each with its image and what its file says."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from ether_diffusion.adapters.locate import find_checkpoint
-from ether_diffusion.adapters.schema import WEIGHTS_NAME, Checkpoint
+from ether_diffusion.adapters.locate import find_adapter_file
+from ether_diffusion.adapters.schema import WEIGHTS_NAME, AdapterFile
 from ether_diffusion.control.encoder import CONTROL
 from ether_diffusion.errors import InputError, printable
 
-PICTURE_NAME = "picture.png"
-PICTURE_NAMES = (PICTURE_NAME, "grid.png")
+IMAGE_NAME = "image.png"
+IMAGE_NAMES = (IMAGE_NAME, "picture.png", "grid.png")  # picture.png is what version 0.1 wrote
 NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z_-]{0,39}")
 LONGEST_PROMPT_SHOWN = 200
 
@@ -25,14 +25,14 @@ class Adapter:
 
     name: of its folder, or its file without the ending; what users choose it by.
     path: its file.
-    picture: a file, or None.
+    image: a file, or None.
     problem: why it cannot be used, in words, or None.
     stamp: differs when the file does.
     """
 
     name: str
     path: Path
-    picture: Path | None
+    image: Path | None
     prompt: str
     methods: tuple[str, ...]
     parameters: int
@@ -99,7 +99,7 @@ class Library:
         return adapters[name]
 
     def add(self, name: str, folder: Path) -> str:
-        """Take a trained adapter in, with its picture; the name that it gets, numbered where it is taken."""
+        """Take a trained adapter in, with its image; the name that it gets, numbered where it is taken."""
         with self._lock:
             taken = {self._name(path) for each in self.folders for path in self._files(each)}
             numbered = (name, *(f"{name}-{k}" for k in range(2, 10_000)))
@@ -107,7 +107,7 @@ class Library:
             target = self.folders[-1] / free
             partial = self.folders[-1] / f".{free}"
             partial.mkdir()
-            for file in (WEIGHTS_NAME, PICTURE_NAME):
+            for file in (WEIGHTS_NAME, IMAGE_NAME):
                 if (folder / file).is_file():
                     shutil.copy(folder / file, partial / file)
             partial.rename(target)
@@ -130,19 +130,19 @@ class Library:
         stamp = (status.st_mtime_ns, status.st_size)
         if path in self._known and self._known[path].stamp == stamp:
             return self._known[path]
-        beside = [path.parent / name for name in PICTURE_NAMES] if path.name == WEIGHTS_NAME else []
-        picture = next((each for each in beside if each.is_file() and _within(each, path.parent)), None)
+        beside = [path.parent / name for name in IMAGE_NAMES] if path.name == WEIGHTS_NAME else []
+        image = next((each for each in beside if each.is_file() and _within(each, path.parent)), None)
         try:
-            checkpoint, problem = find_checkpoint(path), None
+            checkpoint, problem = find_adapter_file(path), None
         except (ValueError, OSError) as error:
             # Where the folder lies is nobody's business on the page.
-            checkpoint, problem = Checkpoint({}, {}), str(error).replace(str(path), path.name)
+            checkpoint, problem = AdapterFile({}, {}), str(error).replace(str(path), path.name)
         if problem is None and set(checkpoint.weights) - {CONTROL}:
-            problem = "it replaces weights of the base model, which would show in the pictures of others"
+            problem = "it replaces weights of the base model, which would show in the images of others"
         self._known[path] = Adapter(
             name=self._name(path),
             path=path,
-            picture=picture,
+            image=image,
             prompt=printable(str(checkpoint.metadata.get("prompt") or ""))[:LONGEST_PROMPT_SHOWN],
             methods=tuple(dict.fromkeys(config.method for config in checkpoint.configs.values())),
             parameters=sum(

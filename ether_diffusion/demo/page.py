@@ -28,7 +28,7 @@ MAX_UPLOAD = "20mb"
 MAX_UPLOAD_BYTES = 200_000_000
 """Of all that is sent at once."""
 MAX_PIXELS = 40_000_000
-"""Of a picture; Pillow refuses what has twice as many."""
+"""Of an image; Pillow refuses what has twice as many."""
 MAX_THREADS = 100
 """Everyone in line holds one."""
 CACHE_SECONDS = 24 * 3600
@@ -115,7 +115,7 @@ def build_page(worker: Worker, results: Results) -> gr.Blocks:
 
 def _describe_base(worker: Worker) -> str:
     if worker.base == str(miniature.FOLDER):
-        return "the miniature, a toy that comes with the package and paints 64×64 pixels."
+        return "the miniature, a toy that comes with the package and generates 64×64 pixels."
     return f"`{Path(worker.base).name}`, {worker.side} pixels a side."
 
 

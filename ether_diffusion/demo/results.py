@@ -8,8 +8,8 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from ether_diffusion.demo.jobs import Painted
-from ether_diffusion.demo.settings import save_picture
+from ether_diffusion.demo.jobs import Generated
+from ether_diffusion.demo.settings import save_image
 
 
 class Results:
@@ -28,16 +28,16 @@ class Results:
         mine.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(dir=mine))
 
-    def keep(self, painted: Painted, owner: str) -> list[tuple[str, str]]:
-        """Pictures as PNG files that hold their settings, with a caption each."""
+    def keep(self, generated: Generated, owner: str) -> list[tuple[str, str]]:
+        """Images as PNG files that hold their settings, with a caption each."""
         folder, shown = self.folder(owner), []
-        for k, pair in enumerate(painted.pictures):
-            one = replace(painted.settings, seed=painted.settings.seed + k, pictures=1)
+        for k, pair in enumerate(generated.images):
+            one = replace(generated.settings, seed=generated.settings.seed + k, images=1)
             made = {"base": replace(one, adapters=()), "adapted": one}
             for (kind, settings), image in zip(made.items(), pair, strict=True):
                 if image is not None:
                     path = folder / f"{kind}-{settings.seed}.png"
-                    save_picture(image, path, settings, painted.control if kind == "adapted" else None)
+                    save_image(image, path, settings, generated.control if kind == "adapted" else None)
                     shown.append((str(path), f"{kind}, seed {settings.seed}"))
         return shown
 

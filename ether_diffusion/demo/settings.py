@@ -1,4 +1,4 @@
-"""What one request asks for, checked; and how a picture carries it."""
+"""What one request asks for, checked; and how an image carries it."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ MAP_CHUNK = b"etMp"
 """Of the private PNG chunk that holds the map, as a PNG. Text chunks are read up to one megabyte only."""
 LARGEST_MAP = 2048
 """Pixels a side."""
-LONGEST_PROMPT, MOST_STEPS, MOST_PICTURES, MOST_ADAPTERS = 1000, 150, 4, 3
+LONGEST_PROMPT, MOST_STEPS, MOST_IMAGES, MOST_ADAPTERS = 1000, 150, 4, 3
 HIGHEST_STRENGTH, HIGHEST_GUIDANCE, HIGHEST_SEED = 1.5, 30.0, 2**32 - 1
 LARGEST_TEXT_CHUNK = 20_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """One request: what is painted, with which adapters.
+    """One request: what is generated, with which adapters.
 
     adapters: (name, strength) in the order in which they act.
-    seed: of the first picture; the next have the numbers after it.
+    seed: of the first image; the next have the numbers after it.
     width, height: in pixels; what fits them is the base model's to say.
 
     Raises:
@@ -44,7 +44,7 @@ class Settings:
     width: int = 64
     height: int = 64
     seed: int = 0
-    pictures: int = 1
+    images: int = 1
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
@@ -52,10 +52,10 @@ class Settings:
             if not isinstance(text, str) or len(text) > LONGEST_PROMPT:
                 raise InputError(f"{_said(name)}: needs a text of {LONGEST_PROMPT} characters at most")
         if not self.prompt.strip():
-            raise InputError("Prompt: is empty; say what the picture should show")
+            raise InputError("Prompt: is empty; say what the image should show")
         for name, low, high in (
             ("steps", 1, MOST_STEPS),
-            ("pictures", 1, MOST_PICTURES),
+            ("images", 1, MOST_IMAGES),
             ("seed", 0, HIGHEST_SEED),
             ("width", 1, 1 << 13),
             ("height", 1, 1 << 13),
@@ -80,6 +80,8 @@ class Settings:
         try:
             values = json.loads(text)
             known = {each.name for each in fields(cls)}
+            if isinstance(values, dict) and "pictures" in values:  # as version 0.1 called it
+                values["images"] = values.pop("pictures")
             if not isinstance(values, dict) or not set(values) <= known:
                 raise TypeError("other entries than settings")
             values["adapters"] = tuple((str(name), float(strength)) for name, strength in values.get("adapters", ()))
@@ -87,7 +89,7 @@ class Settings:
         except InputError:
             raise
         except (TypeError, ValueError, RecursionError) as error:
-            raise InputError(f"the settings in the picture cannot be read ({error})") from error
+            raise InputError(f"the settings in the image cannot be read ({error})") from error
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -103,8 +105,8 @@ def _check_number(what: str, value: Any, highest: float) -> None:
         raise InputError(f"{what}: got {value!r}, needs a number from 0 to {highest:g}")
 
 
-def save_picture(image: Image.Image, path: Path, settings: Settings, control: Image.Image | None = None) -> None:
-    """Write a PNG that says how it was made, with the map that it was painted under, if there was one."""
+def save_image(image: Image.Image, path: Path, settings: Settings, control: Image.Image | None = None) -> None:
+    """Write a PNG that says how it was made, with the map that it was generated under, if there was one."""
     info = PngImagePlugin.PngInfo()
     info.add_text(TEXT_KEY, settings.to_json())
     if control is not None:
@@ -114,11 +116,11 @@ def save_picture(image: Image.Image, path: Path, settings: Settings, control: Im
     image.save(path, pnginfo=info)
 
 
-def read_picture(path: str | Path) -> tuple[Settings, Image.Image | None]:
-    """Settings and map of a picture that `save_picture` wrote; None where it was painted without a map.
+def read_image(path: str | Path) -> tuple[Settings, Image.Image | None]:
+    """Settings and map of an image that `save_image` wrote; None where it was generated without a map.
 
     Raises:
-        InputError: not such a picture.
+        InputError: not such an image.
     """
     name = Path(path).name
     try:
@@ -126,9 +128,9 @@ def read_picture(path: str | Path) -> tuple[Settings, Image.Image | None]:
             text = image.info.get(TEXT_KEY)
             maps = [content for kind, content, *_ in image.private_chunks if kind == MAP_CHUNK]
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{name}: is not a PNG picture that can be read") from error
+        raise InputError(f"{name}: is not a PNG image that can be read") from error
     if not isinstance(text, str) or len(text) > LARGEST_TEXT_CHUNK:
-        raise InputError(f"{name}: holds no settings; pictures that were downloaded from this page do")
+        raise InputError(f"{name}: holds no settings; images that were downloaded from this page do")
     return Settings.from_json(text), _read_map(name, maps[0]) if maps else None
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ether_diffusion.demo.library import PICTURE_NAME
+from ether_diffusion.demo.library import IMAGE_NAME
 from ether_diffusion.errors import InputError
 from ether_diffusion.training.data.examples import TrainingImages, find_examples
 from ether_diffusion.training.objectives import DreamBoothObjective
@@ -29,11 +29,11 @@ from ether_diffusion.training.options.groups import (
     ValidationOptions,
     ViewOptions,
 )
-from ether_diffusion.training.preview import paint
+from ether_diffusion.training.preview import generate
 from ether_diffusion.training.run import TrainingRun
 
 PREVIEWS = 4
-"""How often sample pictures are painted in one training, the end included."""
+"""How often sample images are generated in one training, the end included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +82,12 @@ def train(task: dict) -> None:
         say(step=step, loss=losses.mean().item())
 
     objective.register_forward_hook(told)
-    what = f"{len(examples)} pictures"
-    run.finish(run.train(objective, what), prompt=options.data.instance_prompt, pictures=what)
+    what = f"{len(examples)} images"
+    run.finish(run.train(objective, what), prompt=options.data.instance_prompt, images=what)
     one = replace(options.validation, num_validation_images=1)
-    with run.family.at_work(*run.family.modules()):
-        (picture,) = paint(run.family.pipe, options.data.instance_prompt, one, options.run.seed)
-    picture.save(run.output_dir / PICTURE_NAME)
+    with run.family.on_device(*run.family.modules()):
+        (image,) = generate(run.family.pipe, options.data.instance_prompt, one, options.run.seed)
+    image.save(run.output_dir / IMAGE_NAME)
 
 
 def say(**news: object) -> None:

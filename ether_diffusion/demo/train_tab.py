@@ -36,7 +36,7 @@ def train_tab(trainings: Trainings, results: Results) -> Callable[..., Any]:
     """Build the tab; the event that an adapter is new, to be told of by calling it as Gradio's events are."""
     gr.Markdown(
         f"Teach the base model a subject from {FEWEST_PHOTOS} to {MOST_PHOTOS} photos. Everyone who uses this server "
-        f"can then paint with it: say *{TOKEN}* before its word, as in *a photo of {TOKEN} dog on a red background*."
+        f"can then use it: say *{TOKEN}* before its word, as in *a photo of {TOKEN} dog on a red background*."
     )
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
@@ -124,7 +124,7 @@ def train_tab(trainings: Trainings, results: Results) -> Callable[..., Any]:
         try:
             news = trainings.train(photos or [], name=name, word=word, method=method, owner=str(request.session_hash))
             for now in news:
-                yield _words(now), line_chart(now.losses, "Loss", length=now.steps), _picture(now)
+                yield _words(now), line_chart(now.losses, "Loss", length=now.steps), _image(now)
         except Cancelled:
             yield status("Stopped; nothing was kept."), gr.skip(), gr.skip()
         except (InputError, Failed) as error:
@@ -160,12 +160,12 @@ def _words(now: Progress) -> str:
     if now.place:
         return status(f"In line: {now.place} before yours. Stop gives the place up.")
     if now.step == 0:
-        return status("Loading the base model and painting its samples …")
+        return status("Loading the base model and generating its samples …")
     left = "" if now.seconds_left is None else f", about {now.seconds_left:.0f} s left"
     return progress(f"Step {now.step} of {now.steps}{left}", now.step / now.steps)
 
 
-def _picture(now: Progress) -> Any:
+def _image(now: Progress) -> Any:
     if now.picture is None:
         return gr.skip()
     with Image.open(now.picture) as image:

@@ -100,7 +100,7 @@ class Trainings:
         """Wait for a turn, train an adapter, and tell how far it is, about once a second.
 
         Args:
-            photos: 3 to 8 picture files.
+            photos: 3 to 8 image files.
             name: for the library; numbered where it is taken.
             word: what the photographs show: "dog".
             method: "ether_plus" or "ether".
@@ -232,13 +232,13 @@ class _News:
     def now(self) -> Progress:
         step = len(self.losses)
         each = (time.monotonic() - self.began) / (step - 1) if step > 1 else None
-        painted = sorted(self.pictures.glob("step-*.png"))[:-1] if self.process.poll() is None else []
+        generated = sorted(self.pictures.glob("step-*.png"))[:-1] if self.process.poll() is None else []
         return Progress(
             step=step,
             steps=self.steps,
             losses=list(self.losses),
             # The newest may still be written.
-            picture=painted[-1] if painted else None,
+            picture=generated[-1] if generated else None,
             seconds_left=None if each is None else each * (self.steps - step),
         )
 
@@ -257,14 +257,14 @@ def read_photo(path: str | Path, side: int | None = None) -> Image.Image:
     """A photograph as upright RGB, no side longer than `side` if that is given.
 
     Raises:
-        InputError: no picture, a damaged one, or one with too many pixels, which is then not decoded.
+        InputError: no image, a damaged one, or one with too many pixels, which is then not decoded.
     """
     name = Path(path).name
     try:
         with Image.open(path) as image:
             pixels = image.width * image.height
-    except Exception as error:  # decoders raise what they like; whatever it is, this is no picture
-        raise InputError(f"{name}: is not a picture that can be read") from error
+    except Exception as error:  # decoders raise what they like; whatever it is, this is no image
+        raise InputError(f"{name}: is not an image that can be read") from error
     if pixels > MOST_PHOTO_PIXELS:
         raise InputError(f"{name}: has {pixels:,} pixels; {MOST_PHOTO_PIXELS:,} at most fit")
     image = read_image(path, name)
@@ -274,9 +274,9 @@ def read_photo(path: str | Path, side: int | None = None) -> Image.Image:
 
 
 def cut_square(image: Image.Image, size: float = 100, across: float = 50, down: float = 50) -> Image.Image:
-    """A square of a picture; by default the one that training would see, the largest in the middle.
+    """A square of an image; by default the one that training would see, the largest in the middle.
 
-    size: its side, in percent of the picture's shorter side. across, down: where it lies, from 0, at the left or the
+    size: its side, in percent of the image's shorter side. across, down: where it lies, from 0, at the left or the
     top, to 100, at the right or the bottom. Numbers beyond 0 and 100 count as these; a square has one pixel at least.
     """
     size, across, down = (min(max(share, 0), 100) / 100 for share in (size, across, down))

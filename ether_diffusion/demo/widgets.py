@@ -1,4 +1,4 @@
-"""What the tabs that paint have in common on the page."""
+"""What the tabs that generate have in common on the page."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def size_sliders(worker: Worker, width: int, height: int) -> list[gr.Slider]:
     ]
 
 
-def picture_boxes(label: str, elem_id: str) -> tuple[gr.Image, gr.Gallery]:
-    """The preview of the picture that is being painted, and those that are done."""
+def image_boxes(label: str, elem_id: str) -> tuple[gr.Image, gr.Gallery]:
+    """The preview of the image that is being generated, and those that are done."""
     preview = gr.Image(
         label="Preview", height=200, interactive=False, buttons=[], format="png", elem_classes="ether-preview"
     )

@@ -15,7 +15,7 @@ from ether_diffusion.commands.inspect import METHODS
 from ether_diffusion.demo.library import Adapter
 
 THUMBNAIL = 160
-LARGEST_PICTURE = 4_000_000
+LARGEST_IMAGE = 4_000_000
 STRENGTH_NOTE = (
     "0 is the base model, bit for bit; 1 is the adapter as it was trained. In between and beyond, weights are mixed: "
     "only at 0 and 1 do they keep their norms. At 0.5 plain ETHER erases the learned direction; above 1 it overshoots."
@@ -48,9 +48,9 @@ def cards(adapters: Iterable[tuple[Adapter, str]]) -> str:
 
 def _card(adapter: Adapter, fit: str) -> str:
     picture = ""
-    if adapter.picture is not None:
-        stamp = adapter.picture.stat().st_mtime_ns
-        if source := _thumbnail(adapter.picture, stamp):
+    if adapter.image is not None:
+        stamp = adapter.image.stat().st_mtime_ns
+        if source := _thumbnail(adapter.image, stamp):
             picture = f'<img src="{source}" alt="Sample of {escape(adapter.name)}">'
     kind = ", ".join([METHODS[method] for method in adapter.methods] + ["control"] * adapter.is_control)
     return (
@@ -62,9 +62,9 @@ def _card(adapter: Adapter, fit: str) -> str:
 
 @lru_cache(maxsize=256)
 def _thumbnail(path: Path, _stamp: int) -> str:
-    """A small copy as a data address; empty where the file is no picture."""
+    """A small copy as a data address; empty where the file is no image."""
     try:
-        if path.stat().st_size > LARGEST_PICTURE:
+        if path.stat().st_size > LARGEST_IMAGE:
             return ""
         with Image.open(path) as image:
             small = image.convert("RGB")

@@ -1,6 +1,6 @@
-"""The one thread that paints: it owns pipeline and adapters, and takes requests in the order in which they come.
+"""The one thread that generates: it owns pipeline and adapters, and takes requests in the order in which they come.
 
-Which adapters act is part of a request. They are set before its pictures and nobody else paints in between, so no
+Which adapters act is part of a request. They are set before its images and nobody else generates in between, so no
 request ever sees those of another.
 """
 
@@ -23,10 +23,10 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from ether_diffusion.adapters import pipeline as loaders
-from ether_diffusion.adapters.attach import other_base, plan, put_on
-from ether_diffusion.adapters.locate import find_checkpoint
+from ether_diffusion.adapters.attach import attach, other_base, plan
+from ether_diffusion.adapters.locate import find_adapter_file
 from ether_diffusion.control.pipelines import EtherControlPipeline, EtherControlXLPipeline
-from ether_diffusion.demo.jobs import Cancelled, Failed, Job, Painted, Painting, Waiting
+from ether_diffusion.demo.jobs import Cancelled, Failed, Generated, Generating, Job, Waiting
 from ether_diffusion.demo.library import Adapter, Library
 from ether_diffusion.demo.settings import Settings
 from ether_diffusion.errors import EtherFileError, InputError
@@ -37,16 +37,16 @@ logger = logging.getLogger(__name__)
 LOADED_AT_MOST = 32
 LONGEST_LINE, MOST_PER_OWNER = 64, 8
 PREVIEW_SHARE = 0.25
-"""Of the time that a picture takes, what previews may add at most."""
+"""Of the time that an image takes, what previews may add at most."""
 WITH_CONTROL = {
     "StableDiffusionPipeline": EtherControlPipeline,
     "StableDiffusionXLPipeline": EtherControlXLPipeline,
 }
-"""By the class of the base; they paint the same pictures, and take control adapters besides."""
+"""By the class of the base; they generate the same images, and take control adapters besides."""
 
 
 class Worker:
-    """Paints with one pipeline, one request after the other.
+    """Generates with one pipeline, one request after the other.
 
     Args:
         base: a diffusers pipeline: a folder, or an id on the Hub.
@@ -54,7 +54,7 @@ class Worker:
         device: default: a GPU where there is one.
 
     Attributes:
-        side: the base model's own picture size, in pixels.
+        side: the base model's own image size, in pixels.
         unit: what width and height must be a multiple of.
     """
 
@@ -129,7 +129,7 @@ class Worker:
                 self._current.cancel()
 
     def close(self) -> None:
-        """End the thread; what is in line is not painted."""
+        """End the thread; what is in line is not generated."""
         with self._line:
             self._closed = True
             for job in (*self._jobs, self._current):
@@ -157,8 +157,8 @@ class Worker:
                 if job.given_up:
                     raise Cancelled("cancelled")
                 with self._model:
-                    painted = self._paint_all(job)
-                job.tell(painted)
+                    generated = self._generate_all(job)
+                job.tell(generated)
             except (Cancelled, InputError, Failed) as error:
                 job.fail(error)
             except Exception as error:  # whatever it is, the next request is served
@@ -183,22 +183,22 @@ class Worker:
             return Failed(str(error))
         return Failed(f"The model failed ({type(error).__name__}: {error}). The next request starts afresh.")
 
-    # Painting ---------------------------------------------------------------------------------------------------
+    # Generating ---------------------------------------------------------------------------------------------------
 
-    def _paint_all(self, job: Job) -> Painted:
+    def _generate_all(self, job: Job) -> Generated:
         settings, started = job.settings, time.perf_counter()
         passes = 2 if settings.adapters else 1
         pictures = []
         with self._adapters(settings.adapters) as rest:
-            for k in range(settings.pictures):
+            for k in range(settings.images):
                 one = replace(settings, seed=settings.seed + k)
                 with rest():
-                    base = self._paint(job, one, None, k * passes + 1, settings.pictures * passes)
+                    base = self._generate(job, one, None, k * passes + 1, settings.images * passes)
                 adapted = None
                 if settings.adapters:
-                    adapted = self._paint(job, one, job.control, k * passes + 2, settings.pictures * passes)
+                    adapted = self._generate(job, one, job.control, k * passes + 2, settings.images * passes)
                 pictures.append((base, adapted))
-        return Painted(pictures, settings, job.control, time.perf_counter() - started)
+        return Generated(pictures, settings, job.control, time.perf_counter() - started)
 
     @contextmanager
     def _adapters(self, adapters: tuple[tuple[str, float], ...]) -> Iterator[Callable[[], Any]]:
@@ -220,7 +220,9 @@ class Worker:
             self.pipe.set_adapters([_on_pipe(name) for name, _ in adapters], [weight for _, weight in adapters])
         yield resting
 
-    def _paint(self, job: Job, settings: Settings, control: Image.Image | None, number: int, of: int) -> Image.Image:
+    def _generate(
+        self, job: Job, settings: Settings, control: Image.Image | None, number: int, of: int
+    ) -> Image.Image:
         watch = _Watch(job, self, settings.steps, number, of)
         arguments = {
             "height": settings.height,
@@ -264,7 +266,7 @@ class Worker:
         while len(self._loaded) >= LOADED_AT_MOST:
             oldest, _ = self._loaded.popitem(last=False)
             self.pipe.delete_adapters(_on_pipe(oldest))
-        put_on(self.pipe, find_checkpoint(adapter.path), _on_pipe(adapter.name))
+        attach(self.pipe, find_adapter_file(adapter.path), _on_pipe(adapter.name))
         self._loaded[adapter.name] = adapter.stamp
 
     def fit(self, adapter: Adapter) -> str:
@@ -276,7 +278,7 @@ class Worker:
             with self._model:
                 try:
                     self._load(adapter)
-                    differing = other_base(self.pipe, _on_pipe(adapter.name), find_checkpoint(adapter.path).metadata)
+                    differing = other_base(self.pipe, _on_pipe(adapter.name), find_adapter_file(adapter.path).metadata)
                     self._fits[key] = (
                         f"fits, but was trained on other weights of {', '.join(differing)}" if differing else "fits"
                     )
@@ -290,7 +292,7 @@ class Worker:
         Raises:
             EtherFileError: a file that cannot be loaded anywhere.
         """
-        checkpoint = find_checkpoint(path)
+        checkpoint = find_adapter_file(path)
         with self._model:
             try:
                 plan(self.pipe, checkpoint)
@@ -322,12 +324,12 @@ class _Watch:
         if self.job.given_up:
             raise Cancelled("cancelled")
         begun = time.perf_counter()
-        # The first preview of a picture tells what one costs.
+        # The first preview of an image tells what one costs.
         if self.spent + self.cost <= PREVIEW_SHARE * (begun - self.began) and step + 1 < self.steps:
             self.preview = self.worker.decode(values["latents"])
             self.cost = time.perf_counter() - begun
             self.spent += self.cost
-        self.job.tell(Painting(self.number, self.of, min(step + 1, self.steps), self.steps, self.preview))
+        self.job.tell(Generating(self.number, self.of, min(step + 1, self.steps), self.steps, self.preview))
         return {}
 
 

@@ -24,14 +24,14 @@ from torch import Tensor, nn
 
 from ether_diffusion.adapters.attach import (
     adapters_of,
+    attach,
     base_model_name,
     ether_layers,
     fingerprint,
     models_of,
     other_base,
-    put_on,
 )
-from ether_diffusion.adapters.locate import find_checkpoint
+from ether_diffusion.adapters.locate import find_adapter_file
 from ether_diffusion.adapters.schema import WEIGHTS_NAME, canonical_path
 from ether_diffusion.analysis.weights import conflict, transform_of
 from ether_diffusion.export.kohya import Place, kohya_place, whole
@@ -352,11 +352,11 @@ def open_adapted(
     """
     if len(scales) not in (1, len(adapters)):
         raise ValueError(f"{len(adapters)} adapters, but {len(scales)} strengths: one for each, or one for all")
-    checkpoints = [find_checkpoint(adapter) for adapter in adapters]  # before the base, which takes longer
+    checkpoints = [find_adapter_file(adapter) for adapter in adapters]  # before the base, which takes longer
     pipe = DiffusionPipeline.from_pretrained(base, dtype=torch.float32)
     names = [_label(number, adapter) for number, adapter in enumerate(adapters, 1)]
     for name, checkpoint in zip(names, checkpoints, strict=True):
-        put_on(pipe, checkpoint, name)
+        attach(pipe, checkpoint, name)
         if not checkpoint.metadata.get("base_fingerprint"):
             logger.warning("%s does not say which weights it was trained on: not checked", checkpoint.source)
         differing = other_base(pipe, name, checkpoint.metadata)

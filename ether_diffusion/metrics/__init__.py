@@ -1,4 +1,4 @@
-"""Metrics of pictures: their likeness to a subject and to words, their obedience to a control, their realism."""
+"""Metrics of images: their likeness to a subject and to words, their obedience to a control, their realism."""
 
 from ether_diffusion.metrics.edges import EDGE_THRESHOLD, edge_consistency, sobel_edges
 from ether_diffusion.metrics.frechet import FEATURES, MiniatureFeatures, frechet_distance

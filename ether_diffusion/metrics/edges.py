@@ -1,4 +1,4 @@
-"""Edges: does a picture have those of its edge map?"""
+"""Edges: does an image have those of its edge map?"""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def sobel_edges(image: Image.Image, threshold: float = EDGE_THRESHOLD) -> Tensor
     threshold: 4 is the gradient of a straight step from 0 to 1.
 
     Returns:
-        (h, w), bool. An edge is two pixels wide. The picture goes on beyond its border as at its border.
+        (h, w), bool. An edge is two pixels wide. The image goes on beyond its border as at its border.
     """
     channels = torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255)
     channels = channels.permute(2, 0, 1)[:, None]  # (3, 1, h, w)
@@ -33,13 +33,13 @@ def sobel_edges(image: Image.Image, threshold: float = EDGE_THRESHOLD) -> Tensor
 def edge_consistency(
     image: Image.Image, edge_map: Image.Image, threshold: float = EDGE_THRESHOLD, tolerance: int = 1
 ) -> float:
-    """How well the edges of a picture are those of its edge map: F1 = 2PR / (P + R), from 0 to 1.
+    """How well the edges of an image are those of its edge map: F1 = 2PR / (P + R), from 0 to 1.
 
-    P is the share of the picture's edges that lie within `tolerance` pixels (of the larger of both distances) of an
-    edge of the map, R the share of the map's edges that lie so near to one of the picture.
+    P is the share of the image's edges that lie within `tolerance` pixels (of the larger of both distances) of an
+    edge of the map, R the share of the map's edges that lie so near to one of the image.
 
     Args:
-        image: the picture.
+        image: the image.
         edge_map: of the same size, edges white on black; what is brighter than the middle grey is an edge.
         threshold: as for `sobel_edges`.
         tolerance: in pixels.
@@ -51,7 +51,7 @@ def edge_consistency(
         ValueError: the two have different sizes.
     """
     if image.size != edge_map.size:
-        raise ValueError(f"edge_consistency: the picture is {image.size}, its edge map {edge_map.size}; need one size")
+        raise ValueError(f"edge_consistency: the image is {image.size}, its edge map {edge_map.size}; need one size")
     found = sobel_edges(image, threshold)
     wanted = torch.from_numpy(np.asarray(edge_map.convert("L")) > 127)
     if not found.any() or not wanted.any():

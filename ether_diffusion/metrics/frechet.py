@@ -1,4 +1,4 @@
-"""Fréchet distance between sets of pictures: do they look as real ones do?"""
+"""Fréchet distance between sets of images: do they look as real ones do?"""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 FEATURES = ("inception", "miniature")
 FID_BATCH = 50
 
-# Axes: n pictures, h and w pixels, d features.
+# Axes: n images, h and w pixels, d features.
 
 
 class MiniatureFeatures(nn.Module):
@@ -48,11 +48,11 @@ def frechet_distance(
 ) -> float:
     """Fréchet distance between the features of two sets: |μ − ν|² + tr(Σ + Ω − 2(ΣΩ)^½), from sums in float64.
 
-    μ, Σ: mean and covariance of the features of the pictures, ν, Ω: of the references. Computed by torchmetrics. The
+    μ, Σ: mean and covariance of the features of the images, ν, Ω: of the references. Computed by torchmetrics. The
     estimate falls as sets grow, so compare only sets of one size. Source: arXiv:1706.08500, eq. 6.
 
     Args:
-        pictures, references: at least two of each, of any sizes.
+        images, references: at least two of each, of any sizes.
         features: "inception": InceptionV3 as torch-fidelity holds it, that of published FIDs (downloads its weights;
             needs the extra `eval`); "miniature": `MiniatureFeatures`, not comparable with published FIDs; or a module
             that gives (n, d) for (n, 3, h, w), uint8.
@@ -66,7 +66,7 @@ def frechet_distance(
         raise ValueError(f"features: got {features!r}, needs one of {', '.join(FEATURES)}, or a module")
     if min(len(pictures), len(references)) < 2:
         raise ValueError(
-            f"frechet_distance: got {len(pictures)} pictures and {len(references)} references, needs two of each"
+            f"frechet_distance: got {len(pictures)} images and {len(references)} references, needs two of each"
         )
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
@@ -85,6 +85,6 @@ def frechet_distance(
 
 
 def _to_bytes(images: Sequence[Image.Image]) -> Tensor:
-    """(n, 3, h, w), uint8, of pictures of one size."""
+    """(n, 3, h, w), uint8, of images of one size."""
     pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, UperNetForSemanticSegmentation
 
-# Axes: n pictures, h and w pixels, k classes.
+# Axes: n images, h and w pixels, k classes.
 
 
 def confusion(predicted: Tensor, truth: Tensor, classes: int, ignore_index: int | None = None) -> Tensor:
@@ -58,7 +58,7 @@ def mean_iou(counts: Tensor) -> float:
     """Mean of `class_iou` over the classes that the truth or the prediction has, from 0 to 1.
 
     A class that is in neither is left out; one that was only predicted counts as 0. Counts come first and the mean
-    last: it is the mean IoU of the whole set, not the mean over its pictures.
+    last: it is the mean IoU of the whole set, not the mean over its images.
 
     counts: (k, k), summed over the set.
 
@@ -95,7 +95,7 @@ class Segmenter(Protocol):
     classes: int
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
-        """Pictures of one size -> class indices, (n, h, w), int64, at the pictures' size."""
+        """Images of one size -> class indices, (n, h, w), int64, at the images' size."""
         ...
 
 

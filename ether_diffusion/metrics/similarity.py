@@ -1,4 +1,4 @@
-"""Similarity of pictures to a subject, to words, to what the base model painted, and to each other.
+"""Similarity of images to a subject, to words, to what the base model generated, and to each other.
 
 Similarities are cosines of the features that a frozen network gives. Each network has its own scale: numbers of
 different networks are not comparable.
@@ -22,16 +22,16 @@ MINIATURE = "miniature"
 LPIPS_NETS = ("alex", "vgg", "squeeze")
 BATCH = 32
 
-# Axes: n pictures, h and w pixels, d features.
+# Axes: n images, h and w pixels, d features.
 
 # Features -------------------------------------------------------------------------------------------------------
 
 
 class ImageFeatures(Protocol):
-    """Names what a picture shows by a direction."""
+    """Names what an image shows by a direction."""
 
     def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Pictures of any size -> features of length 1, (n, d), float32, on the CPU."""
+        """Images of any size -> features of length 1, (n, d), float32, on the CPU."""
         ...
 
 
@@ -55,7 +55,7 @@ class ClassTokenFeatures:
     Args:
         model_id: as `from_pretrained` takes it; the folder holds the image processor as well.
         device: where it computes.
-        batch_size: pictures at a time.
+        batch_size: images at a time.
     """
 
     def __init__(self, model_id: str = DINO, *, device: torch.device | str = "cpu", batch_size: int = BATCH):
@@ -74,12 +74,12 @@ class ClassTokenFeatures:
 
 
 class ClipFeatures:
-    """Both towers of a CLIP: pictures and prompts in one space.
+    """Both towers of a CLIP: images and prompts in one space.
 
     Args:
         model_id: as `from_pretrained` takes it; the folder holds image processor and tokenizer as well.
         device: where it computes.
-        batch_size: pictures or prompts at a time.
+        batch_size: images or prompts at a time.
     """
 
     def __init__(self, model_id: str = CLIP, *, device: torch.device | str = "cpu", batch_size: int = BATCH):
@@ -90,7 +90,7 @@ class ClipFeatures:
 
     @torch.no_grad()
     def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Pictures of any size -> (n, d), length 1."""
+        """Images of any size -> (n, d), length 1."""
         return in_batches(images, self.batch_size, self._embed_images)
 
     @torch.no_grad()
@@ -122,7 +122,7 @@ def load_features(
     Args:
         model_id: a folder or an id on the Hub; "miniature": the miniature's own CLIP, which knows its world alone.
         device: where it computes.
-        batch_size: pictures at a time.
+        batch_size: images at a time.
     """
     if model_id == MINIATURE:
         from ether_diffusion.miniature import ClipScore
@@ -143,56 +143,56 @@ def image_similarity(
     CLIP-I with the features of CLIP, "DINO" with those of DINO. Source: arXiv:2208.12242, section 4.
 
     Args:
-        pictures: x, n of them.
+        images: x, n of them.
         references: r, m of them, such as the photographs of the subject.
         features: f.
 
     Raises:
-        ValueError: no pictures or no references.
+        ValueError: no images or no references.
     """
     if not len(pictures) or not len(references):
         raise ValueError(
-            f"image_similarity: got {len(pictures)} pictures and {len(references)} references, needs one of each"
+            f"image_similarity: got {len(pictures)} images and {len(references)} references, needs one of each"
         )
     return (features.embed_images(pictures) @ features.embed_images(references).T).mean().item()
 
 
 def text_similarity(pictures: Sequence[Image.Image], prompts: Sequence[str], features: TextImageFeatures) -> float:
-    """Mean cosine of each picture with its own prompt (CLIP-T): 1/n Σ_k f(x_k)·g(p_k), with |f| = |g| = 1.
+    """Mean cosine of each image with its own prompt (CLIP-T): 1/n Σ_k f(x_k)·g(p_k), with |f| = |g| = 1.
 
     Args:
-        pictures: x.
-        prompts: p, one for each picture.
+        images: x.
+        prompts: p, one for each image.
         features: f and g.
 
     Raises:
-        ValueError: no pictures, or another number of prompts.
+        ValueError: no images, or another number of prompts.
     """
     _check_pairs("text_similarity", pictures, prompts, "prompts")
     return (features.embed_images(pictures) * features.embed_texts(prompts)).sum(-1).mean().item()
 
 
-def drift(pictures: Sequence[Image.Image], base_pictures: Sequence[Image.Image], features: ImageFeatures) -> float:
-    """How far pictures have moved from those of the base model: 1/n Σ_k (1 − f(x_k)·f(b_k)), from 0 to 2.
+def drift(pictures: Sequence[Image.Image], base_images: Sequence[Image.Image], features: ImageFeatures) -> float:
+    """How far images have moved from those of the base model: 1/n Σ_k (1 − f(x_k)·f(b_k)), from 0 to 2.
 
     Measured on prompts without the subject, it is what training changed that it should not have; 0 where nothing did.
 
     Args:
-        pictures: x.
-        base_pictures: b, by the base model, for the same prompts and seeds.
+        images: x.
+        base_images: b, by the base model, for the same prompts and seeds.
         features: f, with |f| = 1.
 
     Raises:
-        ValueError: no pictures, or another number of them.
+        ValueError: no images, or another number of them.
     """
-    _check_pairs("drift", pictures, base_pictures, "pictures of the base model")
-    cosines = (features.embed_images(pictures) * features.embed_images(base_pictures)).sum(-1)
+    _check_pairs("drift", pictures, base_images, "images of the base model")
+    cosines = (features.embed_images(pictures) * features.embed_images(base_images)).sum(-1)
     return 1 - cosines.mean().item()
 
 
 def _check_pairs(where: str, pictures: Sequence[object], others: Sequence[object], named: str) -> None:
     if not len(pictures) or len(pictures) != len(others):
-        raise ValueError(f"{where}: got {len(pictures)} pictures and {len(others)} {named}, needs one for each")
+        raise ValueError(f"{where}: got {len(pictures)} images and {len(others)} {named}, needs one for each")
 
 
 class Lpips:
@@ -234,10 +234,10 @@ def diversity(
     device: torch.device | str = "cpu",
     batch_size: int = BATCH,
 ) -> float:
-    """Mean distance of the pictures of one prompt from each other: the mean over groups of mean_{i<j} D(x_i, x_j).
+    """Mean distance of the images of one prompt from each other: the mean over groups of mean_{i<j} D(x_i, x_j).
 
     Args:
-        groups: the pictures of each prompt, at least two of one size.
+        groups: the images of each prompt, at least two of one size.
         distance: D: a net of `Lpips`, or a callable that takes two batches (n, 3, h, w) with values from −1 to 1 and
             gives (n,).
         device: where a net computes.
@@ -245,15 +245,15 @@ def diversity(
 
     Raises:
         ImportError: torchmetrics or torchvision is missing, for a net.
-        ValueError: no groups, a group of fewer than two pictures or of several sizes, or an unknown net.
+        ValueError: no groups, a group of fewer than two images or of several sizes, or an unknown net.
     """
     if not len(groups):
-        raise ValueError("diversity: got no groups, needs the pictures of at least one prompt")
+        raise ValueError("diversity: got no groups, needs the images of at least one prompt")
     for k, group in enumerate(groups):
         if len(group) < 2:
-            raise ValueError(f"diversity: group {k} has {len(group)} pictures, needs two")
+            raise ValueError(f"diversity: group {k} has {len(group)} images, needs two")
         if len(sizes := sorted({picture.size for picture in group})) > 1:
-            raise ValueError(f"diversity: group {k} has pictures of {sizes}, needs one size")
+            raise ValueError(f"diversity: group {k} has images of {sizes}, needs one size")
     measure = Lpips(distance, device=device) if isinstance(distance, str) else distance
     means = []
     for group in groups:

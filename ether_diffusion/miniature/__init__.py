@@ -31,7 +31,7 @@ class ClipScore(ClipFeatures):
 
     Args:
         device: where it computes.
-        batch_size: pictures or prompts at a time.
+        batch_size: images or prompts at a time.
     """
 
     def __init__(self, *, device: torch.device | str = "cpu", batch_size: int = BATCH) -> None:
@@ -40,15 +40,15 @@ class ClipScore(ClipFeatures):
         self.batch_size = batch_size
 
     def _pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """(n, 3, h, w), from −1 to 1: the whole picture, never a part of it, is brought to the tower's size."""
+        """(n, 3, h, w), from −1 to 1: the whole image, never a part of it, is brought to the tower's size."""
         size = (self.model.config.vision_config.image_size,) * 2
         pixels = np.stack([np.asarray(image.convert("RGB").resize(size)) for image in images])
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
     def image_similarity(self, images: Sequence[Image.Image], references: Sequence[Image.Image]) -> float:
-        """Mean cosine similarity over all pairs of a picture and a reference (CLIP-I)."""
+        """Mean cosine similarity over all pairs of an image and a reference (CLIP-I)."""
         return image_similarity(images, references, self)
 
     def text_similarity(self, images: Sequence[Image.Image], texts: Sequence[str]) -> float:
-        """Mean cosine similarity of each picture to its own text (CLIP-T)."""
+        """Mean cosine similarity of each image to its own text (CLIP-T)."""
         return text_similarity(images, texts, self)

@@ -1,8 +1,8 @@
-"""Pairs of a picture and a control picture from the miniature's world, as folders that control training reads.
+"""Pairs of an image and a control image from the miniature's world, as folders that control training reads.
 
     python -m ether_diffusion.miniature.control_data --output_dir out/maps --count 2000
 
-A folder holds `000000.png` and so on, control pictures in `control/`, and `metadata.jsonl`: for each picture a line
+A folder holds `000000.png` and so on, control images in `control/`, and `metadata.jsonl`: for each image a line
 with file_name, conditioning_image and text, and, for scenes, labels: the path of its map of classes.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ether_diffusion.miniature.render import COLOURS, SIZE, SUPERSAMPLING, label_picture
+from ether_diffusion.miniature.render import COLOURS, SIZE, SUPERSAMPLING, label_image
 from ether_diffusion.miniature.shapes import LABELS
 from ether_diffusion.miniature.world import article, draw_scene
 
@@ -51,7 +51,7 @@ def draw_pair(seed: str | int, index: int, kind: str = "scenes") -> ControlPair:
         return _draw_circles(random.Random(f"circles/{seed}/{index}"))
     scene = draw_scene(seed, index)
     image, labels = scene.render()
-    return ControlPair(image, label_picture(labels), scene.caption, labels)
+    return ControlPair(image, label_image(labels), scene.caption, labels)
 
 
 def _draw_circles(rng: random.Random) -> ControlPair:
@@ -73,15 +73,15 @@ def _draw_circles(rng: random.Random) -> ControlPair:
     return ControlPair(image.resize((SIZE, SIZE), Image.Resampling.BOX), mask.convert("RGB"), caption)
 
 
-def read_label_picture(control: Image.Image) -> Image.Image:
-    """The map of classes, mode L, that `label_picture` showed as colours.
+def read_label_image(control: Image.Image) -> Image.Image:
+    """The map of classes, mode L, that `label_image` showed as colours.
 
     Raises:
         ValueError: a colour that stands for no class.
     """
     known = Image.new("L", (len(LABELS), 1))
     known.putdata(range(len(LABELS)))
-    palette = np.asarray(label_picture(known))[0].astype(np.int32) @ (1 << 16, 1 << 8, 1)  # (k,)
+    palette = np.asarray(label_image(known))[0].astype(np.int32) @ (1 << 16, 1 << 8, 1)  # (k,)
     colours = np.asarray(control.convert("RGB")).astype(np.int32) @ (1 << 16, 1 << 8, 1)  # (h, w)
     order = palette.argsort()
     places = order[np.searchsorted(palette, colours, sorter=order).clip(max=len(palette) - 1)]

@@ -1,8 +1,8 @@
-"""Light control on the miniature, from maps to a sheet of pictures and a table of scores, as a user would do it.
+"""Light control on the miniature, from maps to a sheet of images and a table of scores, as a user would do it.
 
     python -m ether_diffusion.miniature.control_quickstart --output_dir out/control
 
-Draws pictures with their semantic maps (where each shape, part and the background is), calls `accelerate launch
+Draws images with their semantic maps (where each shape, part and the background is), calls `accelerate launch
 train_controlnet_ether.py`, and has `ether-diffusion evaluate-control` judge the result on maps that it has not seen.
 """
 
@@ -34,7 +34,7 @@ def train(data: Path, output_dir: Path, extra: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("out/control"))
-    parser.add_argument("--pairs", type=int, default=2000, help="pictures to train on")
+    parser.add_argument("--pairs", type=int, default=2000, help="images to train on")
     parser.add_argument("--held_out", type=int, default=48, help="maps to judge on")
     args, training_flags = parser.parse_known_args()  # everything else goes to the training script
 

@@ -1,9 +1,9 @@
-"""A real fine-tune on the miniature, from photographs to a picture grid, as a user would do it.
+"""A real fine-tune on the miniature, from photographs to an image grid, as a user would do it.
 
     python -m ether_diffusion.miniature.quickstart --output_dir out/quickstart
 
 Draws photographs of a subject that the miniature has never seen, calls `accelerate launch train_dreambooth_ether.py`,
-loads the adapter into a fresh pipeline, and compares pictures of the same seeds before and after.
+loads the adapter into a fresh pipeline, and compares images of the same seeds before and after.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def train(photographs: Path, class_name: str, output_dir: Path, extra: list[str]
     subprocess.run(command, check=True)
 
 
-def paint(pipe: StableDiffusionPipeline, prompts: list[str], seeds: int) -> list[Image.Image]:
-    """For every prompt, `seeds` pictures from the seeds 0, 1, …"""
+def generate(pipe: StableDiffusionPipeline, prompts: list[str], seeds: int) -> list[Image.Image]:
+    """For every prompt, `seeds` images from the seeds 0, 1, …"""
     pictures = []
     for prompt in prompts:
         generators = [Generator().manual_seed(seed) for seed in range(seeds)]
@@ -62,8 +62,8 @@ def paint(pipe: StableDiffusionPipeline, prompts: list[str], seeds: int) -> list
     return pictures
 
 
-def picture_grid(rows: list[tuple[str, list[Image.Image]]]) -> Image.Image:
-    """Titled rows of pictures, enlarged pixel by pixel."""
+def image_grid(rows: list[tuple[str, list[Image.Image]]]) -> Image.Image:
+    """Titled rows of images, enlarged pixel by pixel."""
     columns = max(len(pictures) for _, pictures in rows)
     canvas = Image.new("RGB", (columns * CELL, len(rows) * (CELL + MARGIN)), "white")
     draw = ImageDraw.Draw(canvas)
@@ -80,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("out/quickstart"))
     parser.add_argument("--subject", choices=names, default=names[0], help="which unseen figure to learn")
-    parser.add_argument("--seeds", type=int, default=4, help="pictures per prompt")
+    parser.add_argument("--seeds", type=int, default=4, help="images per prompt")
     args, training_flags = parser.parse_known_args()  # everything else goes to the training script
     subject = next(s for s in subjects() if s.name == args.subject)
 
@@ -92,13 +92,13 @@ def main() -> None:
     others = list(OTHER_PROMPTS)
     pipe, score = load_pipeline(), ClipScore()
     pipe.set_progress_bar_config(disable=True)
-    before = paint(pipe, own_prompts, args.seeds), paint(pipe, others, 1)
+    before = generate(pipe, own_prompts, args.seeds), generate(pipe, others, 1)
     pipe.load_ether_weights(adapter)
-    after = paint(pipe, own_prompts, args.seeds), paint(pipe, others, 1)
+    after = generate(pipe, own_prompts, args.seeds), generate(pipe, others, 1)
 
     grid = args.output_dir / "grid.png"
     shown = slice(None, None, args.seeds)  # the first seed of every prompt
-    picture_grid(
+    image_grid(
         [
             (f"{PHOTOGRAPHS} photographs of the subject", photographs),
             (

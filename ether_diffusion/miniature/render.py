@@ -1,4 +1,4 @@
-"""Scenes to pixels: a picture, and a semantic map with the same geometry."""
+"""Scenes to pixels: an image, and a semantic map with the same geometry."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _second_tone(rgb: tuple[int, int, int]) -> tuple[int, int, int]:
     return tuple(round(c + PATTERN_CONTRAST * (target - c)) for c in rgb)
 
 
-def _paint_pattern(draw: ImageDraw.ImageDraw, pattern: str, rgb: tuple[int, int, int], side: int, phase: float):
+def _generate_pattern(draw: ImageDraw.ImageDraw, pattern: str, rgb: tuple[int, int, int], side: int, phase: float):
     second = _second_tone(rgb)
     period = side / 5
     shift = phase * period
@@ -83,9 +83,9 @@ def _placed(polygon: Polygon, cx: float, cy: float, radius: float, tilt: float, 
 
 
 def render(scene: Scene, size: int = SIZE) -> Rendering:
-    """Paint a scene at `size` × `size` pixels, antialiased, with its semantic map (not antialiased).
+    """Generate a scene at `size` × `size` pixels, antialiased, with its semantic map (not antialiased).
 
-    The colours' jitter and the pattern's phase come from `scene.seed` alone, so a scene has one picture.
+    The colours' jitter and the pattern's phase come from `scene.seed` alone, so a scene has one image.
     """
     rng = random.Random(scene.seed)
     tones = {
@@ -95,7 +95,7 @@ def render(scene: Scene, size: int = SIZE) -> Rendering:
     image = Image.new("RGB", (side, side), tones[scene.background])
     labels = Image.new("L", (side, side), 0)
     draw, mark = ImageDraw.Draw(image), ImageDraw.Draw(labels)
-    _paint_pattern(draw, scene.pattern, tones[scene.background], side, rng.random())
+    _generate_pattern(draw, scene.pattern, tones[scene.background], side, rng.random())
     for thing in scene.things:
         for patch in thing.patches():
             points = _placed(patch.polygon, thing.x, thing.y, thing.radius, thing.tilt, side)
@@ -106,8 +106,8 @@ def render(scene: Scene, size: int = SIZE) -> Rendering:
     )
 
 
-def label_picture(labels: Image.Image) -> Image.Image:
-    """A semantic map as an RGB control picture: one fixed, distinct colour for each class."""
+def label_image(labels: Image.Image) -> Image.Image:
+    """A semantic map as an RGB control image: one fixed, distinct colour for each class."""
     palette = []
     for index in range(len(LABELS)):
         hue, light = (index * 0.618034) % 1.0, 0.35 + 0.15 * (index % 3)

@@ -31,10 +31,10 @@ from ether_diffusion.miniature.shapes import LABELS
 from ether_diffusion.miniature.world import draw_scene
 
 VERSION = 1  # of architecture and training, which the settings do not tell
-GREY_LEVELS = 6.0  # largest standard deviation of the noise in training pictures
+GREY_LEVELS = 6.0  # largest standard deviation of the noise in training images
 BATCH = 50
 
-# Axes: n pictures, c channels, h and w pixels, k classes.
+# Axes: n images, c channels, h and w pixels, k classes.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +43,8 @@ class SegmenterSettings:
 
     seed: of weights, order and augmentation.
     steps, batch_size, learning_rate: of AdamW, with a one-cycle schedule.
-    renders: number of different training pictures, each also mirrored.
-    softened: how many of them are also shown as the miniature's autoencoder gives them back, since painted pictures
+    renders: number of different training images, each also mirrored.
+    softened: how many of them are also shown as the miniature's autoencoder gives them back, since generated images
         come out of it. A quarter of every batch is drawn from those.
     held_out: number of renders that the judge is tested on.
     """
@@ -81,7 +81,7 @@ def _convolve(channels: int, out: int) -> nn.Sequential:
 class SegmentationNet(nn.Module):
     """U-shaped: (n, 3, h, w) in [−1, 1] -> logits (n, k, h, w); h and w are multiples of 16.
 
-    It reasons at a quarter of the picture's sides and below, and finds the borders at a half.
+    It reasons at a quarter of the image's sides and below, and finds the borders at a half.
     """
 
     def __init__(self, classes: int = len(LABELS), widths: tuple[int, int, int] = (80, 128, 128)):
@@ -114,7 +114,7 @@ class SegmentationNet(nn.Module):
 
 
 class MiniatureSegmenter:
-    """The judge, as `metrics.Segmenter`: pictures of SIZE × SIZE -> indices into `shapes.LABELS`.
+    """The judge, as `metrics.Segmenter`: images of SIZE × SIZE -> indices into `shapes.LABELS`.
 
     `record`: its settings, and how well it does on renders and on softened renders that it was not trained on.
     """
@@ -128,7 +128,7 @@ class MiniatureSegmenter:
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
         pixels = to_tensor(list(images))
         if pixels.shape[-2:] != (SIZE, SIZE):
-            raise ValueError(f"the miniature's judge got pictures of {images[0].size}, needs {SIZE} × {SIZE} pixels")
+            raise ValueError(f"the miniature's judge got images of {images[0].size}, needs {SIZE} × {SIZE} pixels")
         return torch.cat([self.net(part).argmax(1) for part in pixels.split(BATCH)])
 
     @classmethod
@@ -165,7 +165,7 @@ def train_segmenter(settings: SegmenterSettings) -> MiniatureSegmenter:
 
 
 def renders(seed: str, count: int) -> tuple[Tensor, Tensor]:
-    """Pictures and truths of the first scenes of a seed: (n, 3, h, w) in [−1, 1], and (n, h, w), uint8."""
+    """Images and truths of the first scenes of a seed: (n, 3, h, w) in [−1, 1], and (n, h, w), uint8."""
     drawn = [draw_scene(seed, k).render() for k in range(count)]
     labels = np.stack([np.asarray(each.labels) for each in drawn])
     return to_tensor([each.image for each in drawn]), torch.from_numpy(labels)
@@ -173,7 +173,7 @@ def renders(seed: str, count: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def soften(pixels: Tensor) -> Tensor:
-    """What the miniature's autoencoder makes of pictures, (n, 3, h, w) in [−1, 1]."""
+    """What the miniature's autoencoder makes of images, (n, 3, h, w) in [−1, 1]."""
     vae = AutoencoderKL.from_pretrained(FOLDER / "vae").eval()
     parts = [vae.decode(vae.encode(part).latent_dist.mode()).sample for part in pixels.split(BATCH)]
     return torch.cat(parts).clamp(-1, 1)

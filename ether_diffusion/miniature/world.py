@@ -1,6 +1,6 @@
-"""The miniature's world: what there is to paint, how it is described, and the subjects that nobody has seen.
+"""The miniature's world: what there is to generate, how it is described, and the subjects that nobody has seen.
 
-Every random choice comes from a `random.Random` seeded with text, so picture `i` of a seed is the same everywhere.
+Every random choice comes from a `random.Random` seeded with text, so image `i` of a seed is the same everywhere.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ VIEWS = 6
 
 @dataclass(frozen=True)
 class Shape:
-    """A plain shape. Position and radius are fractions of the picture's side, tilt is in degrees."""
+    """A plain shape. Position and radius are fractions of the image's side, tilt is in degrees."""
 
     name: str
     colour: str
@@ -61,7 +61,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows; `caption` is one of the ways to say it."""
+    """What an image shows; `caption` is one of the ways to say it."""
 
     things: tuple[Shape | Figure, ...]
     background: str
@@ -75,7 +75,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Subject:
-    """One figure that no training picture shows, to be learned from a few views."""
+    """One figure that no training image shows, to be learned from a few views."""
 
     name: str
     figure: Figure
@@ -111,7 +111,7 @@ def describe_background(colour: str, pattern: str) -> str:
 
 
 def held_out(shape: str, colour: str) -> bool:
-    """Whether this pair of shape and colour is kept out of all training pictures (about one in six)."""
+    """Whether this pair of shape and colour is kept out of all training images (about one in six)."""
     return (2 * list(SHAPES).index(shape) + list(COLOURS).index(colour)) % 6 == 0
 
 
@@ -131,7 +131,7 @@ def _draw_figure(rng: random.Random, name: str, fewest_colours: int = 2) -> Figu
 
 @lru_cache
 def subjects() -> tuple[Subject, ...]:
-    """Nine subjects, three of each class: figures whose colouring never occurs in the training pictures."""
+    """Nine subjects, three of each class: figures whose colouring never occurs in the training images."""
     found = []
     for name in FIGURES:
         for k in range(3):

@@ -1,1 +1,1 @@
-"""What the training scripts are made of: options, data, model families, objective, loop, pictures and card."""
+"""What the training scripts are made of: options, data, model families, objective, loop, images and card."""

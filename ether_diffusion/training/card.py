@@ -35,7 +35,7 @@ def size_of(weights: Path) -> int:
 def figures_of(
     result: TrainingResult,
     *,
-    pictures: str,
+    images: str,
     parameters: int,
     weights: Path,
     learning_rates: Mapping[str, float],
@@ -44,7 +44,7 @@ def figures_of(
 
     Args:
         result: of the training.
-        pictures: number of training pictures, in words.
+        images: number of training images, in words.
         parameters: number of trained parameters.
         weights: file or folder that holds them.
         learning_rates: of the schedule's plateau, by what has it, e.g. {"denoiser": 1e-3, "text encoder": 5e-4}; the
@@ -54,7 +54,7 @@ def figures_of(
     count = min(AVERAGED_STEPS, steps)
     rates = [f"{rate:g}" if len(learning_rates) == 1 else f"{name} {rate:g}" for name, rate in learning_rates.items()]
     return {
-        "pictures": pictures,
+        "images": images,
         "trained parameters": f"{parameters:,}",
         "size of the weights": format_bytes(size_of(weights)),
         "learning rate": ", ".join(rates),
@@ -80,7 +80,7 @@ def write_card(
     prompts: Sequence[str],
     figures: Mapping[str, str],
     command: str,
-    with_pictures: bool,
+    with_images: bool,
     inputs: str = "",
     hub_id: str | None = None,
 ) -> Path:
@@ -96,10 +96,10 @@ def write_card(
             none; what they import first is listed with the rest. `{where}` in them becomes the folder's name or the
             repository's id, in quotes: `pipe.load_ether_weights({where})`.
         weights: file with the result, or the folder where there are several; its name and size are stated.
-        prompt: the instance prompt; `prompts`: those of the sample pictures.
+        prompt: the instance prompt; `prompts`: those of the sample images.
         figures: name -> text, see `figures_of`.
         command: as typed.
-        with_pictures: whether the grid is there.
+        with_images: whether the grid is there.
         inputs: what `pipe` is called with besides the prompt, as code.
         hub_id: the repository that the folder is uploaded to.
     """
@@ -112,7 +112,7 @@ def write_card(
         header["base_model"] = source.path
     reference = "" if paper is None else f" ([arXiv:{paper}](https://arxiv.org/abs/{paper}))"
     samples = ""
-    if with_pictures:
+    if with_images:
         listed = "\n".join(f"- {_span(each)}" for each in prompts)
         samples = f"\n## Samples\n\nBase and tuned model from the same seeds:\n\n{listed}\n\n![samples]({GRID_NAME})\n"
     rows = "\n".join(f"| {_cell(name)} | {_cell(text)} |" for name, text in figures.items())
@@ -163,7 +163,7 @@ def opening(source: ModelSource, kind: type[DiffusionPipeline] = DiffusionPipeli
 
 
 def _usage(source: ModelSource, loading: str, where: str, prompt: str, inputs: str) -> str:
-    """The Python code that paints a first picture."""
+    """The Python code that generates a first image."""
     lines = loading.replace(WHERE, json.dumps(where, ensure_ascii=False)).splitlines()
     if not any(line.startswith("pipe = ") for line in lines):
         lines = [*opening(source).splitlines(), *lines]

@@ -48,7 +48,7 @@ STEADY_SCHEDULES = ("constant", "constant_with_warmup")
 SIZE_FACTOR, OVERHEAD_BYTES = 6, 1 << 20
 """Size of a checkpoint: so many times the vectors (themselves, their average, Prodigy's four states), and a rest."""
 SLACK_BYTES = 64 << 20
-"""Room for the adapter's file, the pictures, the card and the logs."""
+"""Room for the adapter's file, the images, the card and the logs."""
 
 FINGERPRINTED_SUFFIXES = (".json", ".safetensors", ".bin")
 BLOCK_BYTES, BLOCKS = 4096, 64

@@ -1,4 +1,4 @@
-"""Teach a diffusion model to follow control pictures: semantic maps, edges, poses, depth.
+"""Teach a diffusion model to follow control images: semantic maps, edges, poses, depth.
 
     accelerate launch train_controlnet_ether.py \\
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
@@ -39,8 +39,8 @@ from ether_diffusion.training.entry import run_script
 from ether_diffusion.training.families import Blueprint
 from ether_diffusion.training.loop import WEIGHT_DTYPES, TrainingResult
 from ether_diffusion.training.methods.configs import configs_of, loading_code, save_trained
-from ether_diffusion.training.methods.injection import ADAPTER_NAME, Configs, add_adapters, rehearse
-from ether_diffusion.training.objectives import DenoisingObjective, PictureSet
+from ether_diffusion.training.methods.injection import ADAPTER_NAME, Configs, add_adapters, dry_run
+from ether_diffusion.training.objectives import DenoisingObjective, ImageSet
 from ether_diffusion.training.optimizers import parameter_groups
 from ether_diffusion.training.options.control import CONTROL_LEARNING_RATE, NO_METHOD, ControlTrainingOptions
 from ether_diffusion.training.options.control import ControlTrainingOptions as Options
@@ -116,18 +116,18 @@ class ControlRun(TrainingRun[ControlTrainingOptions]):
             self.widths = encoder.config.block_out_channels
             controlnet = None if self.is_light else self._plan_controlnet(unet)
         if controlnet is None:
-            return configs, rehearse(blueprint.models, configs) + count_parameters(encoder)
+            return configs, dry_run(blueprint.models, configs) + count_parameters(encoder)
         configs = {CONTROLNET: configs["unet"]} if "unet" in configs else {}
-        count = rehearse({CONTROLNET: controlnet}, configs)
+        count = dry_run({CONTROLNET: controlnet}, configs)
         if configs.get(CONTROLNET, "none") is None:  # every weight is trained, these as well
             return configs, count
         return configs, count + sum(count_parameters(getattr(controlnet, name)) for name in WHOLE_MODULES)
 
-    def check_pictures(self, images: ControlImages) -> None:
-        """Read the first pair and the validation pictures, so that what is wrong with them shows at once.
+    def check_images(self, images: ControlImages) -> None:
+        """Read the first pair and the validation images, so that what is wrong with them shows at once.
 
         Raises:
-            InputError: a picture that cannot be read, or a pair of two shapes.
+            InputError: an image that cannot be read, or a pair of two shapes.
         """
         first = images.view(0)
         images.pixels(first), images.control(first)
@@ -167,7 +167,7 @@ class ControlRun(TrainingRun[ControlTrainingOptions]):
     def objective(self, images: ControlImages) -> DenoisingObjective:
         """What is minimised."""
         optimization = self.options.optimization
-        pictures = PictureSet(images, self.family, seed=self.options.run.seed, noise_offset=optimization.noise_offset)
+        pictures = ImageSet(images, self.family, seed=self.options.run.seed, noise_offset=optimization.noise_offset)
         if self.is_light:
             return LightControlObjective(
                 self.family, self.control, pictures, trained=list(self.configs), snr_gamma=optimization.snr_gamma
@@ -214,7 +214,7 @@ class ControlRun(TrainingRun[ControlTrainingOptions]):
 
     def loading_code(self) -> str:
         kind = type(self.pipe)
-        shown = "the control picture"
+        shown = "the control image"
         if not self.is_light and self.options.control.conditioning_interpolation == "nearest":
             shown += ", at the size of the result: stock pipelines smooth what they resize (Lanczos)"
         lines = ["from diffusers.utils import load_image", f'control = load_image("map.png")  # {shown}']
@@ -311,7 +311,7 @@ def merged(controlnet: ControlNetModel) -> ControlNetModel:
 
 
 def run(options: Options, command: str) -> TrainingResult:
-    """Train, then save, paint and describe what was learned. Raises InputError before anything heavy is loaded."""
+    """Train, then save, generate and describe what was learned. Raises InputError before anything heavy is loaded."""
     training = ControlRun(options, command)
     images = ControlImages(
         find_pairs(options.data, seed=options.run.seed),
@@ -319,13 +319,13 @@ def run(options: Options, command: str) -> TrainingResult:
         proportion_empty_prompts=options.data.proportion_empty_prompts,
         **training.view_options,
     )
-    training.check_pictures(images)
+    training.check_images(images)
     flag = "train_data_dir" if options.data.dataset_name is None else "dataset_name"
     training.check(epoch_samples=len(images), depends_on={flag: images.fingerprint})
     prompts = [prompt for _, prompt in training.validation_pairs]
     training.load(prompts)
     result = training.train(training.objective(images), images.describe())
-    training.finish(result, prompt=prompts[0], pictures=images.describe())
+    training.finish(result, prompt=prompts[0], images=images.describe())
     return result
 
 

@@ -11,23 +11,23 @@ from torch import Tensor
 from ether_diffusion.control.encoder import CONTROL, ControlEncoder, inject
 from ether_diffusion.training.families import Family
 from ether_diffusion.training.families.base import Conditioning
-from ether_diffusion.training.objectives import DenoisingObjective, PictureSet, Sample
+from ether_diffusion.training.objectives import DenoisingObjective, ImageSet, Sample
 
 ENCODER, CONTROLNET = CONTROL, "controlnet"
 
 
 def stacked_control(drawn: Sequence[Sample]) -> Tensor:
-    """The control pictures of samples, (b, 3, height, width)."""
+    """The control images of samples, (b, 3, height, width)."""
     return torch.stack([sample.control for sample in drawn])
 
 
 class LightControlObjective(DenoisingObjective):
-    """Denoise pictures under their captions, with the features of their control pictures after the UNet's conv_in.
+    """Denoise images under their captions, with the features of their control images after the UNet's conv_in.
 
     Args:
         family: the pipeline's family.
-        encoder: of control pictures; trained.
-        pictures, trained, snr_gamma: as for `DenoisingObjective`.
+        encoder: of control images; trained.
+        images, trained, snr_gamma: as for `DenoisingObjective`.
 
     Source: ETHER, arXiv:2405.20271, section 5.1.2, after OFT, arXiv:2306.07280.
     """
@@ -36,12 +36,12 @@ class LightControlObjective(DenoisingObjective):
         self,
         family: Family,
         encoder: ControlEncoder,
-        pictures: PictureSet,
+        images: ImageSet,
         *,
         trained: Sequence[str],
         snr_gamma: float | None = None,
     ):
-        super().__init__(family, [pictures], trained=trained, snr_gamma=snr_gamma)
+        super().__init__(family, [images], trained=trained, snr_gamma=snr_gamma)
         self.components[ENCODER] = encoder
 
     def _predict(
@@ -53,20 +53,20 @@ class LightControlObjective(DenoisingObjective):
 
 
 class ControlNetObjective(DenoisingObjective):
-    """Denoise pictures under their captions with a frozen UNet, to whose activations a ControlNet adds.
+    """Denoise images under their captions with a frozen UNet, to whose activations a ControlNet adds.
 
     Args:
         family: the pipeline's family.
         controlnet: holds all that is trained.
-        pictures, snr_gamma: as for `DenoisingObjective`.
+        images, snr_gamma: as for `DenoisingObjective`.
 
     Source: ControlNet, arXiv:2302.05543.
     """
 
     def __init__(
-        self, family: Family, controlnet: ControlNetModel, pictures: PictureSet, *, snr_gamma: float | None = None
+        self, family: Family, controlnet: ControlNetModel, images: ImageSet, *, snr_gamma: float | None = None
     ):
-        super().__init__(family, [pictures], trained=(), snr_gamma=snr_gamma)
+        super().__init__(family, [images], trained=(), snr_gamma=snr_gamma)
         self.components[CONTROLNET] = controlnet
 
     def _predict(

@@ -1,4 +1,4 @@
-"""Sample pictures of control training: control picture, base model, and what the control makes of them."""
+"""Sample images of control training: control image, base model, and what the control makes of them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import nn
 from ether_diffusion.training.control_objectives import CONTROLNET
 from ether_diffusion.training.families import Family
 from ether_diffusion.training.options.control import ControlValidationOptions
-from ether_diffusion.training.preview import Preview, paint, side_by_side
+from ether_diffusion.training.preview import Preview, generate, side_by_side
 
 
 class ControlPreview(Preview):
-    """For every pair of control picture and prompt: the control picture, the base model, and the controlled one.
+    """For every pair of control image and prompt: the control image, the base model, and the controlled one.
 
     Args:
-        pairs: (control picture, prompt) of each row.
+        pairs: (control image, prompt) of each row.
         family, options, seed: as for `Preview`.
 
     Attributes:
@@ -37,23 +37,23 @@ class ControlPreview(Preview):
 
     def compare(self) -> Image.Image:
         rows: list[tuple[str, list[Image.Image]]] = []
-        for (control, prompt), before, after in zip(self.pairs, self.base, self._paint(), strict=True):
+        for (control, prompt), before, after in zip(self.pairs, self.base, self._generate(), strict=True):
             rows += [("control", [control]), (f"base: {prompt}", before), (f"controlled: {prompt}", after)]
         return side_by_side(rows)
 
-    def _paint(self) -> list[list[Image.Image]]:
+    def _generate(self) -> list[list[Image.Image]]:
         controlnet = getattr(self.pipe, CONTROLNET, None)
         with (
-            self.family.at_work(*self.family.modules()),
+            self.family.on_device(*self.family.modules()),
             nullcontext() if controlnet is None else computing_in(controlnet, self.precision),
         ):
-            return [self._paint_pair(control, prompt) for control, prompt in self.pairs]
+            return [self._generate_pair(control, prompt) for control, prompt in self.pairs]
 
-    def _paint_pair(self, control: Image.Image, prompt: str) -> list[Image.Image]:
+    def _generate_pair(self, control: Image.Image, prompt: str) -> list[Image.Image]:
         inputs = {"width": control.width, "height": control.height}
         if self.pipe is not None:
             inputs["image" if hasattr(self.pipe, "controlnet") else "control_image"] = control
-        return paint(self.pipe or self.family.pipe, prompt, self.options, self.seed, **inputs)
+        return generate(self.pipe or self.family.pipe, prompt, self.options, self.seed, **inputs)
 
 
 @contextmanager

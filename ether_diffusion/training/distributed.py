@@ -6,7 +6,7 @@ Three layouts, chosen by the configuration of `accelerate launch`:
 - sharded: each process of a machine holds a part of the frozen denoiser (FSDP2), and all of what is trained;
 - partitioned: each process holds a part of the optimiser's state and of the gradients (ZeRO-2), and all weights.
 
-What is trained is whole everywhere in all three, so saving, averaging and painting need no gathering. For the last
+What is trained is whole everywhere in all three, so saving, averaging and generating need no gathering. For the last
 two Accelerate is told of processes and precision alone. Its own FSDP would shard trained vectors of a few hundred
 numbers each, and gather them again for every step and checkpoint; and it takes neither mode on the CPU, where this
 module runs, and is tested, as on GPUs.

@@ -7,7 +7,7 @@
 
 Without --pretrained_model_name_or_path it trains the miniature that comes with the package. Everything that can be
 wrong is checked before the weights are loaded. A run that was stopped goes on with --resume_from_checkpoint latest.
-Written to --output_dir: the adapter, a grid of sample pictures of base and tuned model, and a model card.
+Written to --output_dir: the adapter, a grid of sample images of base and tuned model, and a model card.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ether_diffusion.errors import InputError
-from ether_diffusion.training.class_images import ClassPictures, paint_class_pictures
+from ether_diffusion.training.class_images import ClassImages, generate_class_images
 from ether_diffusion.training.data.examples import TrainingImages, examples_of, find_examples
 from ether_diffusion.training.entry import run_script
 from ether_diffusion.training.loop import TrainingResult
@@ -37,12 +37,12 @@ class Options(TrainingOptions):
 
 
 def run(options: Options, command: str) -> TrainingResult:
-    """Train, then save, paint and describe what was learned. Raises InputError before anything heavy is loaded."""
+    """Train, then save, generate and describe what was learned. Raises InputError before anything heavy is loaded."""
     data, prior = options.data, options.prior
     training = TrainingRun(options, command)
     examples = find_examples(data)
     if prior.with_prior_preservation:
-        ClassPictures.look(prior)
+        ClassImages.look(prior)
     images = TrainingImages(examples, repeats=data.repeats, **training.view_options)
     flag = "instance_data_dir" if data.dataset_name is None else "dataset_name"
     training.check(
@@ -53,7 +53,7 @@ def run(options: Options, command: str) -> TrainingResult:
 
     class_images = None
     if prior.with_prior_preservation:
-        paths = paint_class_pictures(
+        paths = generate_class_images(
             training.source,
             training.family_class,
             prior,
@@ -74,9 +74,9 @@ def run(options: Options, command: str) -> TrainingResult:
         snr_gamma=options.optimization.snr_gamma,
         noise_offset=options.optimization.noise_offset,
     )
-    what = f"{len(examples):,} pictures" + (f" and {len(class_images)} of the class" if class_images else "")
+    what = f"{len(examples):,} images" + (f" and {len(class_images)} of the class" if class_images else "")
     result = training.train(objective, what)
-    training.finish(result, prompt=data.instance_prompt, pictures=what)
+    training.finish(result, prompt=data.instance_prompt, images=what)
     return result
 
 

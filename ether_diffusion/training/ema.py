@@ -1,4 +1,4 @@
-"""The running average of what is trained, which paints more steadily than the last step."""
+"""The running average of what is trained, which generates more steadily than the last step."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

@@ -87,7 +87,7 @@ def make_accelerator(run: RunOptions, performance: PerformanceOptions, accumulat
             gradient_accumulation_steps=accumulation,
             log_with=tracker_names(run.report_to) or None,
             project_dir=str(logging_dir),
-            # The others wait in a collective while the first process paints.
+            # The others wait in a collective while the first process generates.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
         )
     except ValueError as error:
@@ -224,7 +224,7 @@ def _rate_name(group: str) -> str:
 
 @contextmanager
 def _set_aside(wrapped: nn.Module, average: RunningAverage | None) -> Iterator[None]:
-    """Everything as it is for painting; on leaving, as it was."""
+    """Everything as it is for generating; on leaving, as it was."""
     found = random_state()
     wrapped.eval()
     try:

@@ -1,4 +1,4 @@
-"""The denoising objective: what is trained on, and what is measured on pictures that were held out.
+"""The denoising objective: what is trained on, and what is measured on images that were held out.
 
 Axes: b samples, (c, h, w) latents.
 """
@@ -39,7 +39,7 @@ def sample_losses(prediction: Tensor, target: Tensor) -> Tensor:
 class Sample:
     """What one prediction is asked about: latents and noise (c, h, w), and what goes with them.
 
-    control: the control picture (3, height, width), from 0 to 1, or None.
+    control: the control image (3, height, width), from 0 to 1, or None.
     """
 
     latents: Tensor
@@ -50,8 +50,8 @@ class Sample:
     control: Tensor | None = None
 
 
-class PictureSet:
-    """Pictures as the objective draws samples from them.
+class ImageSet:
+    """Images as the objective draws samples from them.
 
     Args:
         images: the views.
@@ -86,14 +86,14 @@ class PictureSet:
 
     @torch.no_grad()
     def _encode(self, view: View) -> Tensor:
-        """The autoencoder's answer for a view, kept: with few pictures and crops most views come back.
+        """The autoencoder's answer for a view, kept: with few images and crops most views come back.
 
         Views are encoded one by one, so that the result does not depend on the batch.
         """
         if view not in self._moments:
             if len(self._moments) >= self._kept_views:
                 del self._moments[next(iter(self._moments))]
-            with self.family.at_work("vae"):
+            with self.family.on_device("vae"):
                 self._moments[view] = self.family.encode_pixels(self.images.pixels(view))
         return self._moments[view]
 
@@ -101,26 +101,26 @@ class PictureSet:
         """Encode every view that can come; needs images with fixed or central crops. They are kept on the CPU."""
         views = list(self.images.all_views())
         self._kept_views = len(views)
-        with self.family.at_work("vae"):
+        with self.family.on_device("vae"):
             for view in views:
                 self._moments[view] = self._encode(view).cpu()
 
 
 class DenoisingObjective(nn.Module):
-    """Denoise pictures under their prompts: weight(t) · |target − prediction|², mean over the latent's elements.
+    """Denoise images under their prompts: weight(t) · |target − prediction|², mean over the latent's elements.
 
     A module, so that one wrapper (precision, data parallel) holds all that is trained. `forward` takes the global
     indices of the samples; each draws its crop, mirroring, latents, noise and timestep from (seed, index) alone.
 
     Args:
         family: the pipeline's family; its components are on their device.
-        pictures: what samples are drawn from; the first set gives the loss unless a subclass says otherwise.
+        images: what samples are drawn from; the first set gives the loss unless a subclass says otherwise.
         trained: names of the components that are trained.
         snr_gamma: γ of `Family.min_snr_weights`; None weighs all timesteps alike.
     """
 
     def __init__(
-        self, family: Family, pictures: Sequence[PictureSet], *, trained: Sequence[str], snr_gamma: float | None = None
+        self, family: Family, pictures: Sequence[ImageSet], *, trained: Sequence[str], snr_gamma: float | None = None
     ):
         super().__init__()
         self.family = family
@@ -139,17 +139,17 @@ class DenoisingObjective(nn.Module):
         return self._losses([self.pictures[0].draw(sample) for sample in samples])
 
     def prepare(self, options: PerformanceOptions) -> None:
-        """Encode pictures and prompts now, where asked to, and take off the device what is not needed any more."""
+        """Encode images and prompts now, where asked to, and take off the device what is not needed any more."""
         if options.cache_latents:
             for each in self.pictures:
                 each.encode_all()
-            self.family.park("vae")
+            self.family.offload("vae")
         if options.pre_compute_text_embeddings:
-            with self.family.at_work(*self.family.text_encoders):
+            with self.family.on_device(*self.family.text_encoders):
                 prompts = list(dict.fromkeys(prompt for each in self.pictures for prompt in each.images.prompts))
                 self._kept_prompts = len(prompts)
                 self._condition(prompts)
-            self.family.park(*self.family.text_encoders)
+            self.family.offload(*self.family.text_encoders)
 
     def _losses(self, drawn: Sequence[Sample]) -> Tensor:
         """The loss of each of these samples: (b,); one prediction for all that have one shape."""
@@ -185,7 +185,7 @@ class DenoisingObjective(nn.Module):
             return self.family.encode_prompts(prompts)
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._fixed_conditioning]
         if new:
-            with torch.no_grad(), self.family.at_work(*self.family.text_encoders):
+            with torch.no_grad(), self.family.on_device(*self.family.text_encoders):
                 encoded = {prompt: self.family.encode_prompts([prompt]) for prompt in new}
             self._fixed_conditioning |= encoded
         rows = [self._fixed_conditioning[prompt] for prompt in prompts]
@@ -197,14 +197,14 @@ class DenoisingObjective(nn.Module):
 class DreamBoothObjective(DenoisingObjective):
     """Denoise views of the subject under their prompts, and views of its class under the class prompt.
 
-    The loss of a sample is that of a view of the subject plus `prior_loss_weight` times that of a class picture.
+    The loss of a sample is that of a view of the subject plus `prior_loss_weight` times that of a class image.
 
     Args:
         family: the pipeline's family; its components are on their device.
-        images: the subject's pictures.
+        images: the subject's images.
         trained: names of the components that are trained.
         seed: of the run.
-        class_images: pictures of the class, for prior preservation.
+        class_images: images of the class, for prior preservation.
         prior_loss_weight: of their loss.
         snr_gamma: as for `DenoisingObjective`.
         noise_offset: size of a random shift of each channel's noise.
@@ -224,10 +224,10 @@ class DreamBoothObjective(DenoisingObjective):
         snr_gamma: float | None = None,
         noise_offset: float = 0.0,
     ):
-        pictures = [PictureSet(images, family, seed=seed, noise_offset=noise_offset)]
+        pictures = [ImageSet(images, family, seed=seed, noise_offset=noise_offset)]
         if class_images is not None:
             seed = derive(seed, "class pictures")
-            pictures.append(PictureSet(class_images, family, seed=seed, noise_offset=noise_offset))
+            pictures.append(ImageSet(class_images, family, seed=seed, noise_offset=noise_offset))
         super().__init__(family, pictures, trained=trained, snr_gamma=snr_gamma)
         self.prior_loss_weight = prior_loss_weight
 
@@ -259,7 +259,7 @@ def denoising_loss(
     seed: int = 0,
     batch_size: int = 8,
 ) -> float:
-    """How well the pipeline denoises one picture under a prompt: the training loss over a fixed grid.
+    """How well the pipeline denoises one image under a prompt: the training loss over a fixed grid.
 
     The mean over `timesteps` x `noises` of |target − prediction|² (mean over the latent's elements): timesteps at the
     middles of equal parts of the schedule, noises drawn from (seed, number of the noise), the latents the mean of the
@@ -268,7 +268,7 @@ def denoising_loss(
     Args:
         pipe: a pipeline that a family covers, adapters active or not.
         image: any size; its central square is used.
-        prompt: what the picture shows.
+        prompt: what the image shows.
         resolution: side in pixels of the square. Default: the model's native size.
         timesteps: number of timesteps.
         noises: number of noises at each timestep.

@@ -1,4 +1,4 @@
-"""Sample pictures: base and tuned model side by side, from the same seeds."""
+"""Sample images: base and tuned model side by side, from the same seeds."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ether_diffusion.training.families import Family
 from ether_diffusion.training.options.groups import ValidationOptions
-from ether_diffusion.training.trackers import log_pictures
+from ether_diffusion.training.trackers import log_images
 
-SMALLEST_CELL = 128  # pixels; smaller pictures are enlarged, so that a person can see them
+SMALLEST_CELL = 128  # pixels; smaller images are enlarged, so that a person can see them
 GAP, FONT_SIZE = 8, 16
 
 
 @torch.no_grad()
-def paint(
+def generate(
     pipe: DiffusionPipeline, prompt: str, options: ValidationOptions, seed: int, **inputs: Any
 ) -> list[Image.Image]:
-    """`num_validation_images` pictures of a prompt, from the seeds `seed`, `seed + 1`, …
+    """`num_validation_images` images of a prompt, from the seeds `seed`, `seed + 1`, …
 
     inputs: more that the pipeline is called with.
     """
     quiet = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(disable=True)
     try:
-        # One at a time: large pictures side by side need more memory than the training did.
+        # One at a time: large images side by side need more memory than the training did.
         return [
             pipe(
                 prompt,
@@ -46,7 +46,7 @@ def paint(
 
 
 def side_by_side(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
-    """Titled rows of equal pictures as one picture."""
+    """Titled rows of equal images as one image."""
     width, height = rows[0][1][0].size
     factor = -(-SMALLEST_CELL // min(width, height)) if min(width, height) < SMALLEST_CELL else 1
     cell = (width * factor, height * factor)
@@ -57,9 +57,9 @@ def side_by_side(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Ima
     draw = ImageDraw.Draw(canvas)
     for k, (title, pictures) in enumerate(rows):
         draw.text((GAP, k * row_height + GAP), _shortened(title, canvas.width - 2 * GAP, font), "black", font)
-        for j, picture in enumerate(pictures):
+        for j, image in enumerate(pictures):
             place = (GAP + j * (cell[0] + GAP), k * row_height + FONT_SIZE + 2 * GAP)
-            canvas.paste(picture.resize(cell, Image.Resampling.NEAREST), place)
+            canvas.paste(image.resize(cell, Image.Resampling.NEAREST), place)
     return canvas
 
 
@@ -72,25 +72,25 @@ def _shortened(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.I
 
 
 class Preview:
-    """Pictures of base and tuned model from the same seeds: for every prompt a row of the one above one of the other.
+    """Images of base and tuned model from the same seeds: for every prompt a row of the one above one of the other.
 
-    The base is painted when this is made, so make it before anything is added to the pipeline.
+    The base is generated when this is made, so make it before anything is added to the pipeline.
 
     Args:
         family: the pipeline's family.
         prompts: one pair of rows each.
-        options: pictures per prompt, steps, guidance.
-        seed: of the first picture of each row.
+        options: images per prompt, steps, guidance.
+        seed: of the first image of each row.
     """
 
     def __init__(self, family: Family, prompts: Sequence[str], options: ValidationOptions, seed: int):
         self.family, self.prompts, self.options, self.seed = family, list(prompts), options, seed
-        self.base = self._paint()
+        self.base = self._generate()
 
     def compare(self) -> Image.Image:
         """The grid, with the model as it is now."""
         rows: list[tuple[str, list[Image.Image]]] = []
-        for prompt, before, after in zip(self.prompts, self.base, self._paint(), strict=True):
+        for prompt, before, after in zip(self.prompts, self.base, self._generate(), strict=True):
             rows += [(f"base: {prompt}", before), (f"tuned: {prompt}", after)]
         return side_by_side(rows)
 
@@ -99,22 +99,22 @@ class Preview:
         grid = self.compare()
         path.parent.mkdir(parents=True, exist_ok=True)
         grid.save(path)
-        log_pictures(accelerator, "validation", [grid], step)
+        log_images(accelerator, "validation", [grid], step)
 
-    def _paint(self) -> list[list[Image.Image]]:
-        """The pictures of every prompt, by the model as it is."""
-        with self.family.at_work(*self.family.modules()):
-            return [paint(self.family.pipe, prompt, self.options, self.seed) for prompt in self.prompts]
+    def _generate(self) -> list[list[Image.Image]]:
+        """The images of every prompt, by the model as it is."""
+        with self.family.on_device(*self.family.modules()):
+            return [generate(self.family.pipe, prompt, self.options, self.seed) for prompt in self.prompts]
 
 
 def is_due(options: ValidationOptions, *, epoch_samples: int, step_samples: int, steps: int) -> Callable[[int], bool]:
-    """Whether to paint after a step of the training, by --validation_steps or --validation_epochs.
+    """Whether to generate after a step of the training, by --validation_steps or --validation_epochs.
 
     Args:
         options: how often.
-        epoch_samples: pictures in an epoch.
-        step_samples: pictures that one step sees.
-        steps: in all; the last one is painted in any case, when the training is over.
+        epoch_samples: images in an epoch.
+        step_samples: images that one step sees.
+        steps: in all; the last one is generated in any case, when the training is over.
     """
     if options.validation_steps is not None:
         period, unit = options.validation_steps, 1

@@ -20,7 +20,7 @@ from ether_diffusion.training.families import Blueprint, Family, ModelSource, fa
 from ether_diffusion.training.hub import check_hub, log_patterns, upload
 from ether_diffusion.training.loop import WEIGHT_DTYPES, TrainingResult, check_output_dir, make_accelerator, train
 from ether_diffusion.training.methods.configs import configs_of, loading_code, read_method, save_trained
-from ether_diffusion.training.methods.injection import Configs, add_adapters, rehearse
+from ether_diffusion.training.methods.injection import Configs, add_adapters, dry_run
 from ether_diffusion.training.optimizers import check_optimizer, check_schedule, parameter_groups
 from ether_diffusion.training.options.command_line import binding, flatten
 from ether_diffusion.training.options.groups import TrainingOptions
@@ -43,7 +43,7 @@ class TrainingRun(Generic[Options]):
         source, family_class: the base model.
         method, configs: what is trained; component -> its config.
         parameter_count: of what is trained.
-        targets: (height, width) that training pictures can have.
+        targets: (height, width) that training images can have.
         output_dir: where everything goes; not made yet.
         accelerator: devices and processes.
         layout: what each process holds.
@@ -92,7 +92,7 @@ class TrainingRun(Generic[Options]):
             InputError: layers that are not there, or cannot be adapted so.
         """
         configs = configs_of(self.method, self.family_class, self.options.adapter)
-        return configs, rehearse(blueprint.models, configs)
+        return configs, dry_run(blueprint.models, configs)
 
     @property
     def deep(self) -> Collection[str]:
@@ -111,7 +111,7 @@ class TrainingRun(Generic[Options]):
 
     @property
     def view_options(self) -> dict[str, Any]:
-        """How pictures are cut, as `TrainingImages` takes it."""
+        """How images are cut, as `TrainingImages` takes it."""
         return {
             "targets": self.targets,
             "center_crop": self.options.views.center_crop,
@@ -125,7 +125,7 @@ class TrainingRun(Generic[Options]):
         """The rest of what can fail, which needs to know the data.
 
         Args:
-            epoch_samples: pictures in one epoch.
+            epoch_samples: images in one epoch.
             depends_on: more that the result depends on: flag that named it -> fingerprint.
             later: flags whose fingerprints `checkpoints.bind` will add, once they are known.
 
@@ -151,7 +151,7 @@ class TrainingRun(Generic[Options]):
         self.hub_id = on_main_process(self.accelerator, lambda: check_hub(self.options.run))
 
     def load(self, prompts: Sequence[str]) -> Family:
-        """The model with its adapter, when it has painted what it makes of these prompts without one."""
+        """The model with its adapter, when it has generated what it makes of these prompts without one."""
         self.output_dir.mkdir(parents=True, exist_ok=True)
         performance = self.options.performance
         # Weights that are all trained are kept in float32; those beside adapters stay as they are, in half precision.
@@ -160,9 +160,9 @@ class TrainingRun(Generic[Options]):
         if self.layout == "sharded":
             shard_frozen(self.family.component(self.family.denoiser), self.accelerator)
         idle = self.family.modules().keys() - {self.family.denoiser, *self.configs}
-        self.family.freeze(self.accelerator.device, parked=sorted(idle) if performance.offload else ())
+        self.family.freeze(self.accelerator.device, offloaded=sorted(idle) if performance.offload else ())
         self.preview = None
-        if self.options.validation.num_validation_images and self._paints:
+        if self.options.validation.num_validation_images and self._generates:
             self.preview = self.make_preview(prompts)
         self.models = self.adapt()
         others = [model for name, model in self.models.items() if name in self.deep and name != self.family.denoiser]
@@ -170,12 +170,12 @@ class TrainingRun(Generic[Options]):
         return self.family
 
     @property
-    def _paints(self) -> bool:
-        """Whether this process takes part in painting: a sharded denoiser runs on all processes or on none."""
+    def _generates(self) -> bool:
+        """Whether this process takes part in generating: a sharded denoiser runs on all processes or on none."""
         return self.accelerator.is_main_process or self.layout == "sharded"
 
     def make_preview(self, prompts: Sequence[str]) -> Preview:
-        """What paints; it paints the base model now."""
+        """What generates; it generates the base model now."""
         return Preview(self.family, prompts, self.options.validation, self.options.run.seed)
 
     def adapt(self) -> dict[str, nn.Module]:
@@ -222,27 +222,27 @@ class TrainingRun(Generic[Options]):
             ),
         )
 
-    def finish(self, result: TrainingResult, *, prompt: str, pictures: str) -> None:
-        """Leave the weights, a grid of pictures and a model card in the output folder, and upload them if asked to.
+    def finish(self, result: TrainingResult, *, prompt: str, images: str) -> None:
+        """Leave the weights, a grid of images and a model card in the output folder, and upload them if asked to.
 
         Args:
             result: of the training.
             prompt: that names what was learned.
-            pictures: how many were trained on, in words.
+            images: how many were trained on, in words.
 
         Raises:
             OSError: the disk is full, or the upload failed.
         """
-        # The weights first: whatever happens to the pictures, they are there.
+        # The weights first: whatever happens to the images, they are there.
         with gathered(self.family.component(self.family.denoiser), self.accelerator):
             if self.accelerator.is_main_process:
                 weights = self.save(prompt)
                 narrate("weights: %s", weights)
         if self.preview is not None:
             self._report(self.output_dir / GRID_NAME, len(result.losses))
-            narrate("pictures: %s", self.output_dir / GRID_NAME)
+            narrate("images: %s", self.output_dir / GRID_NAME)
         if self.accelerator.is_main_process:
-            self._write_card(result, weights, prompt, pictures)
+            self._write_card(result, weights, prompt, images)
             if self.hub_id is not None:
                 narrate("uploaded: %s", upload(self.output_dir, self.hub_id, ignore=log_patterns(self.options.run)))
         self.accelerator.end_training()
@@ -259,9 +259,9 @@ class TrainingRun(Generic[Options]):
         if self.accelerator.is_main_process:
             self.preview.report(self.accelerator, path, step)
         else:
-            self.preview.compare()  # takes part in the painting, writes nothing
+            self.preview.compare()  # takes part in the generating, writes nothing
 
-    def _write_card(self, result: TrainingResult, weights: Path, prompt: str, pictures: str) -> None:
+    def _write_card(self, result: TrainingResult, weights: Path, prompt: str, images: str) -> None:
         write_card(
             self.output_dir,
             source=self.source,
@@ -274,13 +274,13 @@ class TrainingRun(Generic[Options]):
             prompts=() if self.preview is None else self.preview.prompts,
             figures=figures_of(
                 result,
-                pictures=pictures,
+                images=images,
                 parameters=self.parameter_count,
                 weights=weights,
                 learning_rates={group["name"]: group["lr"] for group in self.parameter_groups()},
             ),
             command=self.command,
-            with_pictures=self.preview is not None,
+            with_images=self.preview is not None,
             inputs=self.inputs_code,
             hub_id=self.hub_id,
         )

@@ -74,16 +74,16 @@ def init_kwargs(logging_dir: str | Path) -> dict[str, dict[str, Any]]:
     return {"wandb": {"dir": str(logging_dir)}}
 
 
-def log_pictures(accelerator: Accelerator, title: str, pictures: Sequence[Image.Image], step: int) -> None:
-    """Log pictures of one size to every tracker of the run; without trackers this does nothing.
+def log_images(accelerator: Accelerator, title: str, images: Sequence[Image.Image], step: int) -> None:
+    """Log images of one size to every tracker of the run; without trackers this does nothing.
 
     Args:
         accelerator: its trackers are initialised.
         title: what they are shown under, e.g. the prompt.
-        pictures: at least one.
+        images: at least one.
         step: optimiser steps done; W&B drops what is older than what it has.
     """
-    batch = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])  # (n, h, w, 3), uint8
+    batch = np.stack([np.asarray(image.convert("RGB")) for image in images])  # (n, h, w, 3), uint8
     for tracker in accelerator.trackers:
         options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         tracker.log_images({title: batch}, step=step, **options)

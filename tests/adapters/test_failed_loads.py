@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from helpers.pipelines import TwinPipeline, adapt, assert_unchanged, open_pipeline, paint, snapshot
+from helpers.pipelines import TwinPipeline, adapt, assert_unchanged, generate, open_pipeline, snapshot
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -80,12 +80,12 @@ def test_a_bad_file_changes_nothing(tiny_pipeline, tmp_path, content):
     assert_unchanged(tiny_pipeline, before)
 
 
-def test_a_failed_second_load_leaves_the_first_adapter_painting(trained):
-    picture = paint(trained)
+def test_a_failed_second_load_leaves_the_first_adapter_generating(trained):
+    image = generate(trained)
     vectors = {key.replace("to_q", "to_query"): vector for key, vector in trained.ether_state_dict().items()}
     with pytest.raises(EtherFileError, match="to_query does not exist"):
         trained.load_ether_weights(vectors, "second")
-    assert np.array_equal(paint(trained), picture)
+    assert np.array_equal(generate(trained), image)
     assert trained.get_list_adapters() == {"unet": ["default"], "text_encoder": ["default"]}
 
 
@@ -94,7 +94,7 @@ def test_an_injection_that_fails_midway_is_undone(trained, component):
     vectors = trained.ether_state_dict()
     trained.load_ether_weights(vectors, "second")
     trained.set_adapters(["second", "default"], [0.5, 1.0])
-    picture, before = paint(trained), snapshot(trained)
+    image, before = generate(trained), snapshot(trained)
     wanted = [p.requires_grad for p in trained.unet.parameters()]
     model = getattr(trained, component)
     model.extra = nn.Linear(4, 4, device="meta")  # fits by shape, but there is no weight to reflect
@@ -107,7 +107,7 @@ def test_an_injection_that_fails_midway_is_undone(trained, component):
     assert trained.get_active_adapters() == ["second", "default"]
     assert trained.get_list_adapters() == {"unet": ["default", "second"], "text_encoder": ["default", "second"]}
     assert [p.requires_grad for p in trained.unet.parameters()] == wanted
-    assert np.array_equal(paint(trained), picture)
+    assert np.array_equal(generate(trained), image)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ether_diffusion import EtherConfig
-from ether_diffusion.adapters.locate import find_checkpoint
+from ether_diffusion.adapters.locate import find_adapter_file
 from ether_diffusion.adapters.schema import (
     FORMAT_VERSION,
     MAX_DOCUMENT_BYTES,
@@ -29,20 +29,20 @@ from ether_diffusion.adapters.schema import (
     MAX_VECTORS,
     MAX_WIDTH,
     WEIGHTS_NAME,
-    Checkpoint,
+    AdapterFile,
     canonical_path,
     digest,
     expected_vectors,
     from_state_dict,
-    read_checkpoint,
-    write_checkpoint,
+    read_adapter_file,
+    write_adapter_file,
 )
 from ether_diffusion.errors import EtherFileError
 from ether_diffusion.files import ABANDONED_AFTER
 from ether_diffusion.tuner.transforms import SMALLEST_LENGTH
 
 
-def make_checkpoint(config: EtherConfig, component: str = "unet", layers: int = 2, seed: int = 0) -> Checkpoint:
+def make_checkpoint(config: EtherConfig, component: str = "unet", layers: int = 2, seed: int = 0) -> AdapterFile:
     generator = torch.Generator().manual_seed(seed)
     n = config.num_blocks
     tensors = {
@@ -50,13 +50,13 @@ def make_checkpoint(config: EtherConfig, component: str = "unet", layers: int = 
         for k in range(layers)
         for name in expected_vectors(config)
     }
-    return Checkpoint({component: config}, {component: tensors}, {"prompt": "a photo of sks dog"})
+    return AdapterFile({component: config}, {component: tensors}, {"prompt": "a photo of sks dog"})
 
 
 @pytest.fixture
 def file(tmp_path) -> Path:
     path = tmp_path / WEIGHTS_NAME
-    write_checkpoint(path, make_checkpoint(EtherConfig(target_modules=["to_q"])))
+    write_adapter_file(path, make_checkpoint(EtherConfig(target_modules=["to_q"])))
     return path
 
 
@@ -81,8 +81,8 @@ def rewrite(path: Path, change) -> None:
 def test_what_is_written_comes_back_bit_for_bit(tmp_path, method, blocks, component, layers, seed):
     config = EtherConfig(method=method, num_blocks=blocks, target_modules=["to_q"])
     written = make_checkpoint(config, component, layers, seed)
-    write_checkpoint(tmp_path / WEIGHTS_NAME, written)
-    read = read_checkpoint(tmp_path / WEIGHTS_NAME)
+    write_adapter_file(tmp_path / WEIGHTS_NAME, written)
+    read = read_adapter_file(tmp_path / WEIGHTS_NAME)
     assert read.tensors.keys() == written.tensors.keys()
     for key, tensor in written.tensors[component].items():
         assert torch.equal(read.tensors[component][key], tensor)
@@ -96,31 +96,31 @@ def test_what_is_written_comes_back_bit_for_bit(tmp_path, method, blocks, compon
 @given(data=st.data())
 def test_a_flipped_bit_anywhere_never_loads(tmp_path, data):
     path = tmp_path / WEIGHTS_NAME
-    write_checkpoint(path, make_checkpoint(EtherConfig(target_modules=["to_q"]), layers=1))
+    write_adapter_file(path, make_checkpoint(EtherConfig(target_modules=["to_q"]), layers=1))
     content = bytearray(path.read_bytes())
     where = data.draw(st.integers(0, len(content) - 1))
     content[where] ^= 1 << data.draw(st.integers(0, 7))
     path.write_bytes(content)
     with pytest.raises(EtherFileError, match="ether"):
-        read_checkpoint(path)
+        read_adapter_file(path)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(share=st.floats(0, 0.999))
 def test_a_truncated_file_is_named(tmp_path, share):
     path = tmp_path / WEIGHTS_NAME
-    write_checkpoint(path, make_checkpoint(EtherConfig(target_modules=["to_q"]), layers=1))
+    write_adapter_file(path, make_checkpoint(EtherConfig(target_modules=["to_q"]), layers=1))
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
     with pytest.raises(EtherFileError, match=f"{WEIGHTS_NAME} is not a whole safetensors file"):
-        read_checkpoint(path)
+        read_adapter_file(path)
 
 
 @pytest.mark.parametrize("name", ["adapter.bin", "adapter.pt", "adapter.ckpt", "adapter.pkl", "ADAPTER.PTH"])
 def test_a_pickle_is_refused_by_its_name(tmp_path, name):
     (tmp_path / name).write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(EtherFileError, match=f"{name} is a pickle by its name"):
-        find_checkpoint(tmp_path / name)
+        find_adapter_file(tmp_path / name)
 
 
 def test_a_pickle_that_calls_itself_safetensors_is_refused_and_not_run(tmp_path):
@@ -131,29 +131,29 @@ def test_a_pickle_that_calls_itself_safetensors_is_refused_and_not_run(tmp_path)
     path = tmp_path / WEIGHTS_NAME
     path.write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(EtherFileError, match="holds a pickle, whatever its name says"):
-        read_checkpoint(path)
+        read_adapter_file(path)
     torch.save({"weight": torch.zeros(2)}, path)
     with pytest.raises(EtherFileError, match="holds a pickle, whatever its name says"):
-        read_checkpoint(path)
+        read_adapter_file(path)
     assert not (tmp_path / "exploded").exists()
 
 
 def test_a_folder_with_a_pickle_alone_says_so(tmp_path):
     (tmp_path / "pytorch_ether_weights.bin").write_bytes(b"\x80\x04")
     with pytest.raises(EtherFileError, match="pytorch_ether_weights.bin: pickles are not read"):
-        find_checkpoint(tmp_path)
+        find_adapter_file(tmp_path)
 
 
 def test_another_safetensors_file_is_not_taken_for_an_adapter(tmp_path):
     save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
     with pytest.raises(EtherFileError, match="holds no ETHER adapter"):
-        find_checkpoint(tmp_path / "model.safetensors")
+        find_adapter_file(tmp_path / "model.safetensors")
 
 
 def test_a_newer_format_asks_for_an_upgrade(file):
     rewrite(file, lambda document, tensors: document.update(format_version=FORMAT_VERSION + 1))
     with pytest.raises(EtherFileError, match="newer release .* upgrade ether-diffusion"):
-        read_checkpoint(file)
+        read_adapter_file(file)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_a_newer_format_asks_for_an_upgrade(file):
 def test_a_document_that_makes_no_sense_is_refused(file, change, message):
     rewrite(file, change)
     with pytest.raises(EtherFileError, match=f"{WEIGHTS_NAME}.*{message}"):
-        read_checkpoint(file)
+        read_adapter_file(file)
 
 
 KEY = "unet.mid.0.to_q.ether_u"
@@ -217,26 +217,26 @@ KEY = "unet.mid.0.to_q.ether_u"
 def test_a_vector_that_cannot_be_one_is_refused_by_file_and_key(file, vectors, message):
     rewrite(file, lambda document, tensors: tensors.update(vectors))
     with pytest.raises(EtherFileError, match=f"{WEIGHTS_NAME}.*{message}"):
-        read_checkpoint(file)
+        read_adapter_file(file)
 
 
 def test_the_block_without_a_direction_is_named(tmp_path):
     path = tmp_path / WEIGHTS_NAME
-    write_checkpoint(path, make_checkpoint(EtherConfig(num_blocks=3, target_modules=["to_q"])))
+    write_adapter_file(path, make_checkpoint(EtherConfig(num_blocks=3, target_modules=["to_q"])))
     rewrite(path, lambda document, tensors: tensors["unet.mid.1.to_q.ether_u"][2].zero_())
     with pytest.raises(EtherFileError, match="mid.1.to_q.ether_u has no direction in block 2 of 3"):
-        read_checkpoint(path)
+        read_adapter_file(path)
 
 
 def test_a_missing_vector_is_named_and_so_are_two_that_do_not_match(tmp_path):
     path = tmp_path / WEIGHTS_NAME
-    write_checkpoint(path, make_checkpoint(EtherConfig(method="ether_plus", target_modules=["to_q"])))
+    write_adapter_file(path, make_checkpoint(EtherConfig(method="ether_plus", target_modules=["to_q"])))
     rewrite(path, lambda document, tensors: tensors.update({"unet.mid.1.to_q.ether_v_out": torch.ones(1, 5)}))
     with pytest.raises(EtherFileError, match=r"ether_v_out has shape \(1, 5\), but ether_u_out has \(1, 4\)"):
-        read_checkpoint(path)
+        read_adapter_file(path)
     rewrite(path, lambda document, tensors: tensors.pop("unet.mid.1.to_q.ether_v_out"))
     with pytest.raises(EtherFileError, match="unet: mid.1.to_q lacks ether_v_out"):
-        read_checkpoint(path)
+        read_adapter_file(path)
 
 
 @pytest.mark.parametrize(
@@ -251,19 +251,19 @@ def test_a_header_longer_than_the_file_or_than_any_adapters_is_not_read(file, le
     filler = b" " * (MAX_HEADER_BYTES + 1 if length == MAX_HEADER_BYTES + 1 else 0)
     file.write_bytes(length.to_bytes(8, "little") + file.read_bytes()[8:] + filler)
     with pytest.raises(EtherFileError, match=f"{WEIGHTS_NAME} .*{message}"):
-        read_checkpoint(file)
+        read_adapter_file(file)
 
 
 def test_a_pipe_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / WEIGHTS_NAME)
     with pytest.raises(EtherFileError, match="is not a file"):
-        read_checkpoint(tmp_path / WEIGHTS_NAME)
+        read_adapter_file(tmp_path / WEIGHTS_NAME)
 
 
 def test_what_a_file_says_reaches_the_terminal_escaped_and_cut_short(file):
     rewrite(file, lambda document, tensors: document.update(format_version="\x1b[2J" + "x" * 100_000))
     with pytest.raises(EtherFileError) as caught:
-        read_checkpoint(file)
+        read_adapter_file(file)
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 3000
 
@@ -273,7 +273,7 @@ def test_metadata_that_is_no_json_object_is_refused(file, text):
     vectors = {"unet.mid.to_q.ether_u": torch.ones(1, 4)}
     save_file(vectors, file, {"format": "pt", "ether": text, "sha256": digest(vectors, text)})
     with pytest.raises(EtherFileError, match="the metadata is (not JSON|a JSON)"):
-        read_checkpoint(file)
+        read_adapter_file(file)
 
 
 def write_peft_folder(folder: Path, config: str, tensors: dict) -> None:
@@ -303,13 +303,13 @@ def write_peft_folder(folder: Path, config: str, tensors: dict) -> None:
 def test_a_bad_folder_of_peft_is_explained(tmp_path, config, tensors, message):
     write_peft_folder(tmp_path, config, tensors)
     with pytest.raises(EtherFileError, match=message):
-        find_checkpoint(tmp_path)
+        find_adapter_file(tmp_path)
 
 
 @pytest.mark.parametrize("field", [{"bias": "all"}, {"modules_to_save": ["conv_out"]}])
 def test_a_config_that_trains_the_model_itself_is_not_written(tmp_path, field):
     with pytest.raises(ValueError, match=next(iter(field))):
-        write_checkpoint(tmp_path / WEIGHTS_NAME, make_checkpoint(EtherConfig(target_modules=["to_q"], **field)))
+        write_adapter_file(tmp_path / WEIGHTS_NAME, make_checkpoint(EtherConfig(target_modules=["to_q"], **field)))
     assert not list(tmp_path.iterdir())
 
 
@@ -319,7 +319,7 @@ def test_a_broken_vector_is_not_written_over_a_good_file(file, number, message):
     broken = make_checkpoint(EtherConfig(target_modules=["to_q"]))
     next(iter(broken.tensors["unet"].values())).fill_(number)
     with pytest.raises(ValueError, match=f"{WEIGHTS_NAME} was not saved: unet: mid.0.to_q.ether_u .*{message}"):
-        write_checkpoint(file, broken)
+        write_adapter_file(file, broken)
     assert file.read_bytes() == before
     assert [p.name for p in file.parent.iterdir()] == [WEIGHTS_NAME]
 
@@ -330,7 +330,7 @@ def test_the_temporary_of_a_killed_save_is_removed_by_a_later_one_and_that_of_a_
         left.write_bytes(b"half a file")
     for left in (old, other):
         os.utime(left, (0, time.time() - ABANDONED_AFTER - 1))
-    write_checkpoint(file, make_checkpoint(EtherConfig(target_modules=["to_q"])))
+    write_adapter_file(file, make_checkpoint(EtherConfig(target_modules=["to_q"])))
     assert sorted(file.parent.iterdir()) == sorted([file, young, other])
 
 
@@ -349,12 +349,12 @@ def full_disk(room: int) -> Iterator[None]:
 def test_a_full_disk_is_named_and_leaves_the_old_file_alone(file, room):
     before = file.read_bytes()
     with full_disk(room), pytest.raises(OSError, match=f"nothing was saved: .*{WEIGHTS_NAME}"):
-        write_checkpoint(file, make_checkpoint(EtherConfig(target_modules=["to_q"]), layers=50))
+        write_adapter_file(file, make_checkpoint(EtherConfig(target_modules=["to_q"]), layers=50))
     assert file.read_bytes() == before
     assert list(file.parent.iterdir()) == [file]
 
 
-def save_until_killed(path: Path, checkpoints: list[Checkpoint]) -> int:
+def save_until_killed(path: Path, checkpoints: list[AdapterFile]) -> int:
     """A process that saves one checkpoint after the other under one name, slowly, and never ends; its id."""
     child = os.fork()
     if child == 0:
@@ -362,7 +362,7 @@ def save_until_killed(path: Path, checkpoints: list[Checkpoint]) -> int:
             sync = os.fsync
             os.fsync = lambda handle: (time.sleep(0.01), sync(handle))
             for checkpoint in itertools.cycle(checkpoints):
-                write_checkpoint(path, checkpoint)
+                write_adapter_file(path, checkpoint)
         finally:
             os._exit(1)
     return child
@@ -378,10 +378,10 @@ def kill_saves(path: Path, kills: int) -> tuple[set[int], int]:
         layers: {f"mid.{k}.to_q.ether_u": torch.full((1, 1 << 14), float(layers)) for k in range(layers)}
         for layers in (20, 60)
     }
-    checkpoints = [Checkpoint({"unet": config}, {"unet": vectors}) for vectors in wanted.values()]
-    write_checkpoint(path, checkpoints[0])
+    checkpoints = [AdapterFile({"unet": config}, {"unet": vectors}) for vectors in wanted.values()]
+    write_adapter_file(path, checkpoints[0])
     started = time.perf_counter()
-    write_checkpoint(path, checkpoints[1])
+    write_adapter_file(path, checkpoints[1])
     duration = min(time.perf_counter() - started, 0.1)
     for _ in range(kills):
         child = save_until_killed(path, checkpoints)
@@ -389,7 +389,7 @@ def kill_saves(path: Path, kills: int) -> tuple[set[int], int]:
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status)  # it was at work until then, and did not end by an error of its own
-        vectors = read_checkpoint(path).tensors["unet"]
+        vectors = read_adapter_file(path).tensors["unet"]
         assert vectors.keys() == wanted[len(vectors)].keys()
         assert all(torch.equal(vectors[key], vector) for key, vector in wanted[len(vectors)].items())
         found.add(len(vectors))
@@ -410,16 +410,16 @@ def test_two_hundred_killed_saves_leave_a_whole_file_each(tmp_path):
 @pytest.mark.parametrize("where", ["../outside", "/etc"])
 def test_names_that_lead_out_of_the_folder_are_refused(tmp_path, where):
     with pytest.raises(ValueError, match="leads out of the folder"):
-        find_checkpoint(tmp_path, subfolder=where)
+        find_adapter_file(tmp_path, subfolder=where)
     with pytest.raises(ValueError, match="leads out of the folder"):
-        find_checkpoint(tmp_path, weight_name=where)
+        find_adapter_file(tmp_path, weight_name=where)
 
 
 def test_a_missing_source_says_what_was_looked_for(tmp_path, file):
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
-        find_checkpoint("no/such/place/at all")
+        find_adapter_file("no/such/place/at all")
     with pytest.raises(FileNotFoundError, match=f"has no other.safetensors; it holds {WEIGHTS_NAME}"):
-        find_checkpoint(tmp_path, weight_name="other.safetensors")
+        find_adapter_file(tmp_path, weight_name="other.safetensors")
 
 
 def make_cached_repository(cache: Path, name: str) -> Path:
@@ -435,17 +435,17 @@ def make_cached_repository(cache: Path, name: str) -> Path:
 def test_a_folder_of_peft_in_the_hub_cache_loads_offline(tmp_path):
     snapshot = make_cached_repository(tmp_path, "dog")
     write_peft_folder(snapshot, '{"peft_type": "ETHER"}', {"base_model.model.mid.to_q.ether_u": torch.ones(1, 4)})
-    found = find_checkpoint("someone/dog", cache_dir=tmp_path, local_files_only=True)
+    found = find_adapter_file("someone/dog", cache_dir=tmp_path, local_files_only=True)
     assert list(found.tensors[None]) == ["mid.to_q.ether_u"]
 
 
 def test_an_adapter_in_the_hub_cache_loads_offline_and_a_missing_one_says_what_is_missing(tmp_path, file):
     snapshot = make_cached_repository(tmp_path / "cache", "dog")
     (snapshot / WEIGHTS_NAME).write_bytes(file.read_bytes())
-    found = find_checkpoint("someone/dog", cache_dir=tmp_path / "cache", local_files_only=True)
-    assert set(found.tensors["unet"]) == set(read_checkpoint(file).tensors["unet"])
+    found = find_adapter_file("someone/dog", cache_dir=tmp_path / "cache", local_files_only=True)
+    assert set(found.tensors["unet"]) == set(read_adapter_file(file).tensors["unet"])
     with pytest.raises(OSError, match=f"someone/cat: {WEIGHTS_NAME} is not in the local cache"):
-        find_checkpoint("someone/cat", cache_dir=tmp_path / "cache", local_files_only=True)
+        find_adapter_file("someone/cat", cache_dir=tmp_path / "cache", local_files_only=True)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from helpers.pipelines import ONE_GREY_LEVEL, adapt, assert_unchanged, open_pipeline, paint, snapshot
+from helpers.pipelines import ONE_GREY_LEVEL, adapt, assert_unchanged, generate, open_pipeline, snapshot
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
@@ -73,7 +73,7 @@ def test_a_file_that_changed_while_fused_is_refused(vectors, tiny_pipeline, tmp_
     pipe = open_pipeline(tmp_path)
     pipe.load_ether_weights(vectors)
     pipe.fuse_ether(keep_original="disk")
-    fused = paint(pipe)
+    fused = generate(pipe)
     (file,) = (tmp_path / "unet").glob("*.safetensors")
     content = file.read_bytes()
     file.rename(tmp_path / "aside")  # diffusers keeps files mapped: one that is written over changes the model
@@ -81,7 +81,7 @@ def test_a_file_that_changed_while_fused_is_refused(vectors, tiny_pipeline, tmp_
     file.write_bytes(content[:data] + bytes(len(content) - data))
     with pytest.raises(ValueError, match="has changed since it was fused"):
         pipe.unfuse_ether()
-    assert np.array_equal(paint(pipe), fused)
+    assert np.array_equal(generate(pipe), fused)
     file.unlink()
     with pytest.raises(ValueError, match="needed to unfuse, cannot be read"):
         pipe.unfuse_ether()
@@ -90,13 +90,13 @@ def test_a_file_that_changed_while_fused_is_refused(vectors, tiny_pipeline, tmp_
     assert not any(layer.merged for layer in layers(pipe))
 
 
-def test_a_base_model_over_fused_weights_from_disk_paints_as_the_base(vectors, tiny_pipeline_folder):
+def test_a_base_model_over_fused_weights_from_disk_generates_as_the_base(vectors, tiny_pipeline_folder):
     pipe = open_pipeline(tiny_pipeline_folder)
-    base = paint(pipe)
+    base = generate(pipe)
     pipe.load_ether_weights(vectors)
     pipe.fuse_ether(keep_original="disk")
     pipe.disable_ether()
-    assert np.array_equal(paint(pipe), base)
+    assert np.array_equal(generate(pipe), base)
 
 
 # Beside LoRA --------------------------------------------------------------------------------------------------
@@ -140,11 +140,11 @@ def test_the_order_of_loading_is_the_order_of_composition(vectors, lora, tiny_pi
 
 
 @pytest.mark.parametrize("ether_first", [True, False])
-def test_fusing_both_in_the_order_of_loading_keeps_the_picture_and_comes_undone(
+def test_fusing_both_in_the_order_of_loading_keeps_the_image_and_comes_undone(
     vectors, lora, tiny_pipeline_folder, ether_first
 ):
     pipe = both(tiny_pipeline_folder, vectors, lora, ether_first=ether_first)
-    picture, weights = paint(pipe), weights_of(pipe)
+    image, weights = generate(pipe), weights_of(pipe)
     calls = [
         (pipe.fuse_ether, pipe.unfuse_ether),
         (lambda: pipe.fuse_lora(adapter_names=["lora"]), pipe.unfuse_lora),
@@ -154,9 +154,9 @@ def test_fusing_both_in_the_order_of_loading_keeps_the_picture_and_comes_undone(
         fuse_second()
     assert all(torch.equal(layer.get_base_layer().weight, weight) for layer, weight in weights.items())
     fuse_first()
-    assert np.abs(paint(pipe) - picture).max() <= ONE_GREY_LEVEL
+    assert np.abs(generate(pipe) - image).max() <= ONE_GREY_LEVEL
     fuse_second()
-    assert np.abs(paint(pipe) - picture).max() <= ONE_GREY_LEVEL
+    assert np.abs(generate(pipe) - image).max() <= ONE_GREY_LEVEL
     if ether_first:
         with pytest.raises(ValueError, match="LORA .lora. lies above ETHER and is fused: call unfuse_lora first"):
             unfuse_first()
@@ -165,20 +165,20 @@ def test_fusing_both_in_the_order_of_loading_keeps_the_picture_and_comes_undone(
         unfuse_first()
     elif not ether_first:
         unfuse_first()
-    assert np.abs(paint(pipe) - picture).max() <= ONE_GREY_LEVEL
+    assert np.abs(generate(pipe) - image).max() <= ONE_GREY_LEVEL
     for layer, weight in weights.items():
         torch.testing.assert_close(layer.get_base_layer().weight, weight, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("ether_first", [True, False])
-def test_one_stock_fuse_of_everything_keeps_the_picture(vectors, lora, tiny_pipeline_folder, ether_first):
+def test_one_stock_fuse_of_everything_keeps_the_image(vectors, lora, tiny_pipeline_folder, ether_first):
     pipe = both(tiny_pipeline_folder, vectors, lora, ether_first=ether_first)
-    picture = paint(pipe)
+    image = generate(pipe)
     pipe.fuse_lora(components=["unet", "text_encoder"])
     assert all(layer.merged for layer in layers(pipe))
-    assert np.abs(paint(pipe) - picture).max() <= ONE_GREY_LEVEL
+    assert np.abs(generate(pipe) - image).max() <= ONE_GREY_LEVEL
     pipe.unfuse_lora()
-    assert np.abs(paint(pipe) - picture).max() <= ONE_GREY_LEVEL
+    assert np.abs(generate(pipe) - image).max() <= ONE_GREY_LEVEL
 
 
 def test_a_lora_below_fused_ether_is_neither_fused_nor_silently_dropped(vectors, lora, tiny_pipeline_folder):
@@ -204,20 +204,20 @@ def test_a_lora_that_comes_to_life_below_fused_ether_is_an_error(vectors, lora, 
         if hasattr(module, "lora_A"):
             module.unmerge() if not isinstance(module, EtherLayer) else None
     with pytest.raises(ValueError, match="lora, loaded before the ETHER adapter that is fused, has become active"):
-        paint(pipe)
+        generate(pipe)
 
 
 def test_unloading_lora_leaves_fused_ether_fused_and_exact(vectors, lora, tiny_pipeline_folder):
     pipe = open_pipeline(tiny_pipeline_folder)
     before = snapshot(pipe)
     pipe.load_ether_weights(vectors, "ether")
-    picture = paint(pipe)
+    image = generate(pipe)
     pipe.load_lora_weights(lora, "lora")
     pipe.set_adapters("ether")
     pipe.fuse_ether()
     pipe.unload_lora_weights()
     assert pipe.get_list_adapters() == {"unet": ["ether"], "text_encoder": ["ether"]}
-    assert np.abs(paint(pipe) - picture).max() <= ONE_GREY_LEVEL
+    assert np.abs(generate(pipe) - image).max() <= ONE_GREY_LEVEL
     pipe.unload_ether_weights()
     assert_unchanged(pipe, before)
 

@@ -1,4 +1,4 @@
-"""The pipeline's methods: what they paint, and what they leave behind."""
+"""The pipeline's methods: what they generate, and what they leave behind."""
 
 import copy
 import gc
@@ -11,63 +11,63 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from helpers.pipelines import ONE_GREY_LEVEL, TwinPipeline, open_pipeline, paint
+from helpers.pipelines import ONE_GREY_LEVEL, TwinPipeline, generate, open_pipeline
 from peft import LoraConfig, get_peft_model
 
 from ether_diffusion import EtherConfig, EtherLayer
-from ether_diffusion.adapters.schema import read_checkpoint
+from ether_diffusion.adapters.schema import read_adapter_file
 
 
-def test_a_saved_adapter_paints_the_same_picture_on_a_fresh_pipeline(trained, tiny_pipeline_folder, tmp_path):
-    base = paint(open_pipeline(tiny_pipeline_folder))
-    picture = paint(trained)
-    assert np.abs(picture - base).max() > 10 * ONE_GREY_LEVEL
+def test_a_saved_adapter_generates_the_same_image_on_a_fresh_pipeline(trained, tiny_pipeline_folder, tmp_path):
+    base = generate(open_pipeline(tiny_pipeline_folder))
+    image = generate(trained)
+    assert np.abs(image - base).max() > 10 * ONE_GREY_LEVEL
     trained.save_ether_weights(tmp_path)
     fresh = open_pipeline(tiny_pipeline_folder)
     fresh.load_ether_weights(tmp_path)
-    assert np.abs(paint(fresh) - picture).max() <= ONE_GREY_LEVEL
+    assert np.abs(generate(fresh) - image).max() <= ONE_GREY_LEVEL
 
 
-def test_a_saved_adapter_paints_the_same_picture_in_a_new_process(trained, tiny_pipeline_folder, tmp_path):
+def test_a_saved_adapter_generates_the_same_image_in_a_new_process(trained, tiny_pipeline_folder, tmp_path):
     trained.save_ether_weights(tmp_path)
-    np.save(tmp_path / "here.npy", paint(trained))
+    np.save(tmp_path / "here.npy", generate(trained))
     code = f"""
 import numpy as np, torch, ether_diffusion
 from diffusers import StableDiffusionPipeline
 pipe = StableDiffusionPipeline.from_pretrained({str(tiny_pipeline_folder)!r})
 pipe.load_ether_weights({str(tmp_path)!r})
-picture = pipe("a dog", num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="np").images[0]
-print(np.abs(picture - np.load({str(tmp_path / "here.npy")!r})).max())
+image = pipe("a dog", num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="np").images[0]
+print(np.abs(image - np.load({str(tmp_path / "here.npy")!r})).max())
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(result.stdout.split()[-1]) <= ONE_GREY_LEVEL
 
 
-def test_a_fused_pipeline_paints_the_same_picture_and_unfusing_restores_every_bit(trained):
-    picture = paint(trained)
+def test_a_fused_pipeline_generates_the_same_image_and_unfusing_restores_every_bit(trained):
+    image = generate(trained)
     weights = {k: v.clone() for k, v in trained.unet.state_dict().items()}
     trained.fuse_ether(safe_fusing=True)
     assert any(not torch.equal(v, weights[k]) for k, v in trained.unet.state_dict().items())
-    assert np.abs(paint(trained) - picture).max() <= ONE_GREY_LEVEL
+    assert np.abs(generate(trained) - image).max() <= ONE_GREY_LEVEL
     trained.unfuse_ether()
     assert all(torch.equal(v, weights[k]) for k, v in trained.unet.state_dict().items())
-    assert np.array_equal(paint(trained), picture)
+    assert np.array_equal(generate(trained), image)
 
 
 def test_fusing_at_a_scale_is_fusing_at_that_strength(trained):
     trained.set_adapters(["default"], [0.4])
-    picture = paint(trained)
+    image = generate(trained)
     trained.set_adapters(["default"], [0.8])
     trained.fuse_ether(ether_scale=0.5)
-    assert np.abs(paint(trained) - picture).max() <= ONE_GREY_LEVEL
+    assert np.abs(generate(trained) - image).max() <= ONE_GREY_LEVEL
 
 
 def test_fusing_one_component_leaves_the_others(trained):
-    picture = paint(trained)
+    image = generate(trained)
     trained.fuse_ether(components=["text_encoder"])
     assert not any(m.merged for m in trained.unet.modules() if isinstance(m, EtherLayer))
     assert all(m.merged for m in trained.text_encoder.modules() if isinstance(m, EtherLayer))
-    assert np.abs(paint(trained) - picture).max() <= ONE_GREY_LEVEL
+    assert np.abs(generate(trained) - image).max() <= ONE_GREY_LEVEL
 
 
 def test_a_broken_adapter_is_not_fused_and_nothing_stays_fused(trained):
@@ -105,47 +105,47 @@ def test_an_unloaded_pipeline_is_the_base_pipeline_again(trained, tiny_pipeline_
         assert model.state_dict().keys() == original.state_dict().keys()
         assert all(torch.equal(v, original.state_dict()[k]) for k, v in model.state_dict().items())
         assert model.__dict__.keys() == original.__dict__.keys()
-    assert np.array_equal(paint(trained), paint(fresh))
+    assert np.array_equal(generate(trained), generate(fresh))
 
 
 def test_weights_of_set_adapters_are_strengths(trained, tiny_pipeline_folder):
-    base, full = paint(open_pipeline(tiny_pipeline_folder)), paint(trained)
+    base, full = generate(open_pipeline(tiny_pipeline_folder)), generate(trained)
     trained.set_adapters(["default"], [0.0])
-    assert np.array_equal(paint(trained), base)
+    assert np.array_equal(generate(trained), base)
     trained.set_adapters(["default"], [0.5])
-    half = paint(trained)
+    half = generate(trained)
     assert not np.array_equal(half, base) and not np.array_equal(half, full)
     trained.set_adapters(["default"], [1.0])
-    assert np.array_equal(paint(trained), full)
+    assert np.array_equal(generate(trained), full)
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.3, 1.0])
 def test_the_scale_of_one_call_leaves_the_strength_as_it_was(trained, scale):
     trained.set_adapters(["default"], [0.7])
-    before = paint(trained)
-    scaled = paint(trained, cross_attention_kwargs={"scale": scale})
+    before = generate(trained)
+    scaled = generate(trained, cross_attention_kwargs={"scale": scale})
     assert np.array_equal(scaled, before) == (scale == 1.0)
-    assert np.array_equal(paint(trained), before)
+    assert np.array_equal(generate(trained), before)
 
 
-def test_a_call_with_scale_zero_paints_with_the_base_model(trained, tiny_pipeline_folder):
-    base = paint(open_pipeline(tiny_pipeline_folder))
-    assert np.array_equal(paint(trained, cross_attention_kwargs={"scale": 0.0}), base)
+def test_a_call_with_scale_zero_generates_with_the_base_model(trained, tiny_pipeline_folder):
+    base = generate(open_pipeline(tiny_pipeline_folder))
+    assert np.array_equal(generate(trained, cross_attention_kwargs={"scale": 0.0}), base)
 
 
 def test_several_adapters_are_listed_combined_and_deleted(trained, tmp_path):
-    alone = paint(trained)
+    alone = generate(trained)
     trained.load_ether_weights(trained.ether_state_dict(), "second")
     assert trained.get_active_adapters() == ["second"]
     assert trained.get_list_adapters() == {"unet": ["default", "second"], "text_encoder": ["default", "second"]}
     trained.set_adapters(["default", "second"], [1.0, 0.5])
-    assert not np.array_equal(paint(trained), alone)
+    assert not np.array_equal(generate(trained), alone)
     with pytest.raises(ValueError, match="pass adapter_name, one of default, second"):
         trained.save_ether_weights(tmp_path)
     trained.save_ether_weights(tmp_path, "second")
     trained.delete_adapters("second")
     trained.set_adapters(["default"])
-    assert np.array_equal(paint(trained), alone)
+    assert np.array_equal(generate(trained), alone)
 
 
 def test_default_names_are_the_next_free_ones(trained):
@@ -187,7 +187,7 @@ def test_a_text_encoder_adapter_of_an_older_transformers_loads(trained, tiny_pip
     first, second = open_pipeline(tiny_pipeline_folder), open_pipeline(tiny_pipeline_folder)
     first.load_ether_weights(vectors)
     second.load_ether_weights(bare)
-    assert np.array_equal(paint(first), paint(second))
+    assert np.array_equal(generate(first), generate(second))
 
 
 def test_another_base_model_is_a_warning(trained, tiny_pipeline_folder, tmp_path, caplog):
@@ -233,11 +233,11 @@ def test_vectors_of_any_precision_load_as_float32(trained, tiny_pipeline_folder,
 
 
 def test_an_offloaded_component_is_adapted_as_one_in_memory(trained, tiny_pipeline_folder, tmp_path):
-    fresh, picture = open_pipeline(tiny_pipeline_folder), paint(trained)
+    fresh, image = open_pipeline(tiny_pipeline_folder), generate(trained)
     accelerate.cpu_offload(fresh.unet, execution_device=torch.device("cpu"))
     assert fresh.unet.mid_block.attentions[0].proj_in.weight.device.type == "meta"
     fresh.load_ether_weights(trained.ether_state_dict())
-    assert np.abs(paint(fresh) - picture).max() <= ONE_GREY_LEVEL
+    assert np.abs(generate(fresh) - image).max() <= ONE_GREY_LEVEL
     fresh.save_ether_weights(tmp_path)
     fresh.unload_ether_weights()
     assert not any(isinstance(m, EtherLayer) for m in fresh.unet.modules())
@@ -257,26 +257,26 @@ def test_adapters_below_and_above_a_lora_are_unloaded_without_it(trained, tiny_p
     trained.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "lora")
     trained.load_ether_weights(vectors, "second")
     trained.set_adapters(["default", "lora", "second"])
-    paint(trained)
+    generate(trained)
     trained.unload_ether_weights()
     assert not any(isinstance(m, EtherLayer) for m in trained.unet.modules())
     assert trained.get_list_adapters() == {"unet": ["lora"]}
     trained.unload_lora_weights()
-    assert np.array_equal(paint(trained), paint(open_pipeline(tiny_pipeline_folder)))
+    assert np.array_equal(generate(trained), generate(open_pipeline(tiny_pipeline_folder)))
 
 
 def test_stock_lora_calls_work_beside_ether(trained, tmp_path):
     trained.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "lora")
     trained.set_adapters(["default", "lora"], [1.0, 0.5])
-    paint(trained)
+    generate(trained)
     trained.set_lora_device(["default", "lora"], "cpu")
     trained.disable_lora()
     trained.enable_lora()
     trained.set_adapters("default")
-    alone = paint(trained)
+    alone = generate(trained)
     trained.unload_lora_weights()
     assert trained.get_list_adapters() == {"unet": ["default"], "text_encoder": ["default"]}
-    assert np.array_equal(paint(trained), alone)
+    assert np.array_equal(generate(trained), alone)
 
 
 def test_what_a_file_says_of_itself_is_there_when_it_is_saved_again(trained, tiny_pipeline_folder, tmp_path):
@@ -284,11 +284,11 @@ def test_what_a_file_says_of_itself_is_there_when_it_is_saved_again(trained, tin
     pipe = open_pipeline(tiny_pipeline_folder)
     pipe.load_ether_weights(tmp_path / "first", "dog")
     path = pipe.save_ether_weights(tmp_path / "second")
-    assert read_checkpoint(path).metadata["prompt"] == "a photo of sks dog"
+    assert read_adapter_file(path).metadata["prompt"] == "a photo of sks dog"
     trained.save_ether_weights(tmp_path / "third", metadata={"prompt": "a cat"})
     pipe.load_ether_weights(tmp_path / "third", "dog", hotswap=True)
     path = pipe.save_ether_weights(tmp_path / "second", metadata={"seed": "1"})
-    metadata = read_checkpoint(path).metadata
+    metadata = read_adapter_file(path).metadata
     assert (metadata["prompt"], metadata["seed"]) == ("a cat", "1")
 
 
@@ -302,13 +302,13 @@ def test_nothing_of_an_unloaded_adapter_stays_in_memory(trained):
 
 
 def test_a_component_that_is_offloaded_as_a_whole_takes_and_gives_back_an_adapter(trained, tiny_pipeline_folder):
-    picture, pipe = paint(trained), open_pipeline(tiny_pipeline_folder)
-    base = paint(pipe)
+    image, pipe = generate(trained), open_pipeline(tiny_pipeline_folder)
+    base = generate(pipe)
     hooks = [accelerate.cpu_offload_with_hook(m, torch.device("cpu"))[1] for m in (pipe.text_encoder, pipe.unet)]
     pipe.load_ether_weights(trained.ether_state_dict())
-    assert np.array_equal(paint(pipe), picture)
+    assert np.array_equal(generate(pipe), image)
     for hook in hooks:
         hook.offload()
-    assert np.array_equal(paint(pipe), picture)
+    assert np.array_equal(generate(pipe), image)
     pipe.unload_ether_weights()
-    assert np.array_equal(paint(pipe), base)
+    assert np.array_equal(generate(pipe), base)

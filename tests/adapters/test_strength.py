@@ -10,14 +10,14 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
 )
 from diffusers.hooks import apply_group_offloading
-from helpers.pipelines import ONE_GREY_LEVEL, TwinPipeline, assert_unchanged, open_pipeline, paint, snapshot
+from helpers.pipelines import ONE_GREY_LEVEL, TwinPipeline, assert_unchanged, generate, open_pipeline, snapshot
 from helpers.zoo import adapt_components, controlnet, ether_layers_of, flux, sdxl
 from peft import LoraConfig
 from PIL import Image
 
 from ether_diffusion import EtherLayer
 
-PICTURE = Image.effect_noise((16, 16), 90).convert("RGB")
+IMAGE = Image.effect_noise((16, 16), 90).convert("RGB")
 
 
 @pytest.fixture
@@ -67,10 +67,10 @@ def test_a_unet_takes_weights_by_block(two):
 )
 def test_what_does_not_fit_is_an_error_and_changes_nothing(two, names, weights, message):
     two.set_adapters(["second"], [0.3])
-    picture = paint(two)
+    picture = generate(two)
     with pytest.raises(ValueError, match=message):
         two.set_adapters(names, weights)
-    assert np.array_equal(paint(two), picture)
+    assert np.array_equal(generate(two), picture)
 
 
 def test_a_pipeline_without_ether_is_left_to_diffusers(tiny_pipeline):
@@ -92,12 +92,12 @@ def test_disabled_ether_rests_beside_a_lora_that_acts(trained, tiny_pipeline_fol
         torch.manual_seed(5)
         pipe.unet.add_adapter(lora, "lora")
     trained.set_adapters(["default", "lora"], [0.7, 1.0])
-    together = paint(trained)
+    together = generate(trained)
     requires_grad = [p.requires_grad for p in trained.unet.parameters()]
     trained.disable_ether()
-    assert np.abs(paint(trained) - paint(other)).max() <= ONE_GREY_LEVEL
+    assert np.abs(generate(trained) - generate(other)).max() <= ONE_GREY_LEVEL
     trained.enable_ether()
-    assert np.array_equal(paint(trained), together)
+    assert np.array_equal(generate(trained), together)
     assert [p.requires_grad for p in trained.unet.parameters()] == requires_grad
     other.unload_lora_weights()
     with pytest.raises(ValueError, match="holds no ETHER adapter"):
@@ -137,7 +137,7 @@ def test_a_controlnet_is_a_component_like_the_others(tiny_pipeline, tmp_path):
     pipe = controlnet(tiny_pipeline)
 
     def answer() -> np.ndarray:
-        return paint(pipe, image=PICTURE)
+        return generate(pipe, image=IMAGE)
 
     base = answer()
     adapt_components(pipe, "controlnet", "unet", method="ether_plus")
@@ -168,7 +168,7 @@ def test_pipelines_of_other_families_load_scale_fuse_and_unload(build, tiny_pipe
     scale = "joint_attention_kwargs" if build is flux else "cross_attention_kwargs"
 
     def answer(**options) -> np.ndarray:
-        return paint(pipe, height=16, width=16, **options)
+        return generate(pipe, height=16, width=16, **options)
 
     for component in components:  # as an adapter leaves them: PyTorch has another product for weights that train
         getattr(pipe, component).requires_grad_(False)
@@ -197,14 +197,14 @@ def test_pipelines_of_other_families_load_scale_fuse_and_unload(build, tiny_pipe
 def test_an_adapter_of_text_to_image_loads_onto_other_tasks(kind, trained, tiny_pipeline_folder):
     pipe = kind.from_pretrained(tiny_pipeline_folder)
     pipe.set_progress_bar_config(disable=True)
-    options = {"image": PICTURE, "strength": 1.0}
+    options = {"image": IMAGE, "strength": 1.0}
     if kind is StableDiffusionInpaintPipeline:
         options |= {"mask_image": Image.new("L", (16, 16), 255), "height": 16, "width": 16}
-    base = paint(pipe, **options)
+    base = generate(pipe, **options)
     pipe.load_ether_weights(trained.ether_state_dict())
-    assert not np.array_equal(paint(pipe, **options), base)
+    assert not np.array_equal(generate(pipe, **options), base)
     pipe.unload_ether_weights()
-    assert np.array_equal(paint(pipe, **options), base)
+    assert np.array_equal(generate(pipe, **options), base)
 
 
 def test_pipelines_without_lora_methods_switch_too(tiny_pipeline):
@@ -221,18 +221,18 @@ def test_pipelines_without_lora_methods_switch_too(tiny_pipeline):
 # Hot swapping -------------------------------------------------------------------------------------------------
 
 
-def test_hotswap_changes_the_picture_and_nothing_else(trained, tiny_pipeline_folder):
+def test_hotswap_changes_the_image_and_nothing_else(trained, tiny_pipeline_folder):
     vectors = trained.ether_state_dict()
     other = {key: tensor.flip(-1) for key, tensor in vectors.items()}
     fresh = open_pipeline(tiny_pipeline_folder)
     fresh.load_ether_weights(other)
-    expected = paint(fresh)
+    expected = generate(fresh)
     parameters = [id(p) for p in trained.unet.parameters()]
     trained.set_adapters("default", 0.5)
     trained.load_ether_weights(other, hotswap=True)
     assert strengths(trained, "unet", "default") == {0.5}
     trained.set_adapters("default")
-    assert np.array_equal(paint(trained), expected)
+    assert np.array_equal(generate(trained), expected)
     assert [id(p) for p in trained.unet.parameters()] == parameters
 
 
@@ -255,7 +255,7 @@ def test_a_compiled_unet_is_not_compiled_again(trained, tiny_pipeline_folder):
 
 
 def test_a_hotswap_that_does_not_fit_changes_nothing(trained, tiny_pipeline_folder):
-    vectors, picture = trained.ether_state_dict(), paint(trained)
+    vectors, picture = trained.ether_state_dict(), generate(trained)
     fewer = {key: tensor for key, tensor in vectors.items() if "mid_block" not in key}
     other_blocks = {key: tensor.reshape(1, -1) for key, tensor in vectors.items()}
     with pytest.raises(ValueError, match="hotswap: .* do not have the same layers, e.g. unet: mid_block"):
@@ -268,7 +268,7 @@ def test_a_hotswap_that_does_not_fit_changes_nothing(trained, tiny_pipeline_fold
     with pytest.raises(ValueError, match="hotswap: .* is fused or offloaded"):
         trained.load_ether_weights(vectors, "default", hotswap=True)
     trained.unfuse_ether()
-    assert np.array_equal(paint(trained), picture)
+    assert np.array_equal(generate(trained), picture)
 
 
 # With what else pipelines do ----------------------------------------------------------------------------------
@@ -276,14 +276,14 @@ def test_a_hotswap_that_does_not_fit_changes_nothing(trained, tiny_pipeline_fold
 
 @pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
 def test_a_group_offloaded_denoiser_takes_and_gives_back_an_adapter(kind, trained, tiny_pipeline_folder):
-    picture, pipe = paint(trained), open_pipeline(tiny_pipeline_folder)
-    base = paint(pipe)
+    picture, pipe = generate(trained), open_pipeline(tiny_pipeline_folder)
+    base = generate(pipe)
     cpu = torch.device("cpu")
     apply_group_offloading(pipe.unet, onload_device=cpu, offload_device=cpu, offload_type=kind, num_blocks_per_group=1)
     pipe.load_ether_weights(trained.ether_state_dict())
-    assert np.abs(paint(pipe) - picture).max() <= ONE_GREY_LEVEL
+    assert np.abs(generate(pipe) - picture).max() <= ONE_GREY_LEVEL
     pipe.unload_ether_weights()
-    assert np.array_equal(paint(pipe), base)
+    assert np.array_equal(generate(pipe), base)
 
 
 def test_textual_inversion_and_ether_share_a_text_encoder(trained, tiny_pipeline_folder):
@@ -292,23 +292,23 @@ def test_textual_inversion_and_ether_share_a_text_encoder(trained, tiny_pipeline
     fresh.load_ether_weights(trained.ether_state_dict())
     fresh.load_textual_inversion({"<sks>": torch.ones(16)}, token="<sks>")
 
-    def paint_it() -> np.ndarray:
+    def generate_it() -> np.ndarray:
         generator = torch.Generator().manual_seed(0)
         return fresh("a <sks>", num_inference_steps=3, generator=generator, output_type="np").images[0]
 
-    adapted = paint_it()
+    adapted = generate_it()
     fresh.unload_textual_inversion("<sks>")
-    assert not np.array_equal(paint_it(), adapted)
-    assert np.array_equal(paint(fresh), paint(trained))
+    assert not np.array_equal(generate_it(), adapted)
+    assert np.array_equal(generate(fresh), generate(trained))
     fresh.unload_ether_weights()
     assert snapshot(fresh)["unet"][0] == before[0]
 
 
 def test_the_strength_survives_a_call_with_scale_zero_on_every_component(trained):
     trained.set_adapters("default", {"unet": 0.6, "text_encoder": 0.3})
-    before = paint(trained)
-    paint(trained, cross_attention_kwargs={"scale": 0.0})
-    assert np.array_equal(paint(trained), before)
+    before = generate(trained)
+    generate(trained, cross_attention_kwargs={"scale": 0.0})
+    assert np.array_equal(generate(trained), before)
 
 
 def test_a_saved_folder_goes_to_the_hub(trained, tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ from ether_diffusion.adapters.schema import (
     WEIGHTS_NAME,
     canonical_path,
     digest,
-    read_checkpoint,
+    read_adapter_file,
 )
 from ether_diffusion.errors import EtherFileError
 
@@ -482,7 +482,7 @@ def test_a_document_that_lies_about_whole_weights_is_refused(tiny_pipeline_folde
     good_whole.write_bytes(sign(tensors, json.dumps(document)))
     size = good_whole.stat().st_size
     with within_bounds(size), pytest.raises(EtherFileError, match=message):
-        read_checkpoint(good_whole)
+        read_adapter_file(good_whole)
 
 
 def make_whole(name: str, tensor: torch.Tensor) -> bytes:
@@ -506,14 +506,14 @@ def test_a_whole_tensor_that_no_module_has_is_refused(tmp_path, tensor, message)
     path = tmp_path / WEIGHTS_NAME
     path.write_bytes(make_whole("unet.conv_out.weight", tensor))
     with within_bounds(path.stat().st_size), pytest.raises(EtherFileError, match=message):
-        read_checkpoint(path)
+        read_adapter_file(path)
 
 
 def test_a_whole_tensor_at_the_limit_is_read_in_twice_its_size(tmp_path):
     path = tmp_path / WEIGHTS_NAME
     path.write_bytes(make_whole("unet.conv_out.weight", torch.zeros(MAX_WEIGHT, dtype=torch.float16)))
     with within_bounds(path.stat().st_size):
-        read_checkpoint(path)
+        read_adapter_file(path)
 
 
 @pytest.mark.slow
@@ -553,7 +553,7 @@ def test_a_file_at_the_limits_is_read_in_twice_its_size(tmp_path, content, tenso
     path = tmp_path / WEIGHTS_NAME
     path.write_bytes(content())
     with within_bounds(path.stat().st_size, tensors):
-        read_checkpoint(path)
+        read_adapter_file(path)
 
 
 @pytest.mark.parametrize(
@@ -578,4 +578,4 @@ def test_a_file_that_would_take_more_memory_is_refused_in_twice_its_size(tmp_pat
     path = tmp_path / WEIGHTS_NAME
     path.write_bytes(content())
     with within_bounds(path.stat().st_size, tensors), pytest.raises(EtherFileError, match=WEIGHTS_NAME):
-        read_checkpoint(path)
+        read_adapter_file(path)

@@ -43,7 +43,7 @@ class TestWindow:
         assert (found.low, found.high) == (1e-3, 1e-1) and found.decades == pytest.approx(2)
         assert not found.open_low and not found.open_high
 
-    def test_a_rate_that_paints_nothing_but_the_subject_is_outside(self):
+    def test_a_rate_that_generates_nothing_but_the_subject_is_outside(self):
         from lr_robustness import window
 
         figures = {1e-3: (0.5, 0.8), 1e-2: (0.9, 0.3)}

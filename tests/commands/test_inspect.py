@@ -18,7 +18,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
 from ether_diffusion import ControlEncoder, EtherConfig
-from ether_diffusion.adapters.schema import WEIGHTS_NAME, Checkpoint, read_checkpoint, write_checkpoint
+from ether_diffusion.adapters.schema import WEIGHTS_NAME, AdapterFile, read_adapter_file, write_adapter_file
 from ether_diffusion.analysis.weights import angles_from_start, conflict, transform_distance, transform_of
 from ether_diffusion.commands import export, merge
 from ether_diffusion.commands import inspect as command
@@ -189,25 +189,25 @@ def test_a_base_of_another_architecture_is_explained(file, wider_pipeline_folder
 
 
 def test_weights_that_the_file_does_not_know_are_not_called_the_same(file, tiny_pipeline_folder, tmp_path, capsys):
-    checkpoint = read_checkpoint(file)
+    checkpoint = read_adapter_file(file)
     del checkpoint.metadata["base_fingerprint"]["unet"]
-    write_checkpoint(tmp_path / "partly.safetensors", checkpoint)
+    write_adapter_file(tmp_path / "partly.safetensors", checkpoint)
     fit = inspect_json(capsys, tmp_path / "partly.safetensors", "--base", tiny_pipeline_folder)["fit"]
     assert fit["verdict"] == "fits, weights cannot be compared"
 
 
 def test_a_conflict_is_shown_on_every_layer_that_both_adapters_have(tiny_pipeline_folder, tmp_path, capsys):
     ours = adapt(open_pipeline(tiny_pipeline_folder), "ether", seed=1, num_blocks=2).save_ether_weights(tmp_path / "a")
-    theirs = read_checkpoint(
+    theirs = read_adapter_file(
         adapt(open_pipeline(tiny_pipeline_folder), "ether_plus", seed=2, num_blocks=4).save_ether_weights(
             tmp_path / "b"
         )
     )
     del theirs.configs["text_encoder"], theirs.tensors["text_encoder"]
     path = next(key.removesuffix(".ether_u") for key in theirs.tensors["unet"] if key.endswith(".ether_u"))
-    mine = read_checkpoint(ours).tensors["unet"][f"{path}.ether_u"]
+    mine = read_adapter_file(ours).tensors["unet"][f"{path}.ether_u"]
     theirs.tensors["unet"][f"{path}.ether_u"] = mine.reshape(4, -1).clone()  # the same vector, cut in halves
-    write_checkpoint(tmp_path / "c.safetensors", theirs)
+    write_adapter_file(tmp_path / "c.safetensors", theirs)
     report = inspect_json(capsys, ours, "--against", tmp_path / "c.safetensors")
     against, layers = report["against"], [row for row in report["layers"] if row["component"] == "unet"]
     assert against["file"] == str(tmp_path / "c.safetensors")
@@ -257,8 +257,8 @@ def test_a_folder_of_peft_gets_its_component_from_the_base(file, tiny_pipeline_f
 
 def test_a_prompt_cannot_write_to_the_terminal(tmp_path, capsys):
     vectors = {"unet": {"a.ether_u": torch.ones(1, 4)}}
-    checkpoint = Checkpoint({"unet": EtherConfig()}, vectors, {"prompt": "\x1b[2J\n" + "x" * 5000})
-    write_checkpoint(tmp_path / WEIGHTS_NAME, checkpoint)
+    checkpoint = AdapterFile({"unet": EtherConfig()}, vectors, {"prompt": "\x1b[2J\n" + "x" * 5000})
+    write_adapter_file(tmp_path / WEIGHTS_NAME, checkpoint)
     lines = inspect(capsys, tmp_path).splitlines()
     assert all(line.isprintable() and len(line) < 400 for line in lines)
     assert any(line.startswith(r"prompt      \x1b[2J\nxxx") for line in lines)
@@ -313,7 +313,7 @@ def test_weights_that_were_trained_as_a_whole_are_shown(
     )
     (entry,) = report["weights"]
     count = sum(tensor.numel() for tensor in whole.values())
-    assert entry | read_checkpoint(path).weights[component].about == entry
+    assert entry | read_adapter_file(path).weights[component].about == entry
     assert (entry["component"], entry["tensors"], entry["parameters"]) == (component, len(whole), count)
     assert (entry["bytes"], entry["dtypes"]) == (4 * count, ["float32"])
     text = inspect(capsys, path)

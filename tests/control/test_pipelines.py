@@ -1,4 +1,4 @@
-"""Light control: the encoder, what it adds to a UNet, the pipelines that paint with it, and the file it is kept in."""
+"""Light control: the encoder, what it adds to a UNet, the pipelines that use it, and the file it is kept in."""
 
 import json
 
@@ -12,7 +12,7 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from helpers import zoo
-from helpers.pipelines import adapt, assert_unchanged, paint, snapshot
+from helpers.pipelines import adapt, assert_unchanged, generate, snapshot
 from peft import LoraConfig
 from PIL import Image
 from safetensors import safe_open
@@ -25,11 +25,11 @@ from ether_diffusion import (
     EtherFileError,
     inject,
 )
-from ether_diffusion.adapters.schema import WEIGHTS_NAME, read_checkpoint, write_checkpoint
+from ether_diffusion.adapters.schema import WEIGHTS_NAME, read_adapter_file, write_adapter_file
 from ether_diffusion.control.images import control_tensor
 
 WHOLE = ["controlnet_cond_embedding", "controlnet_down_blocks", "controlnet_mid_block"]
-PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
 OTHER = Image.fromarray(np.random.default_rng(1).integers(0, 256, (16, 16, 3), dtype=np.uint8))
 
 
@@ -84,7 +84,7 @@ def call_unet(unet, batch=2):
 
 
 @pytest.mark.parametrize("factor", [1, 2, 4, 8, 16])
-def test_an_encoder_reduces_a_picture_as_the_autoencoder_does(plain, factor):
+def test_an_encoder_reduces_a_image_as_the_autoencoder_does(plain, factor):
     encoder = ControlEncoder.for_unet(plain.unet, factor=factor)
     assert encoder.factor == factor
     assert encoder(torch.rand(2, 3, 32, 48)).shape == (2, 16, 32 // factor, 48 // factor)
@@ -212,7 +212,7 @@ def test_a_unet_compiled_region_by_region_gets_them_and_a_whole_one_is_refused(p
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "LA", "CMYK", "I;16"])
-def test_pictures_of_every_mode_become_rgb(mode):
+def test_images_of_every_mode_become_rgb(mode):
     grey = Image.fromarray(np.array([[0, 255], [255, 0]], dtype=np.uint8))
     if mode == "I;16":
         image = Image.fromarray(np.array([[0, 65535], [65535, 0]], dtype=np.uint16))
@@ -230,10 +230,10 @@ def test_nearest_invents_no_class_and_lanczos_stays_in_range():
     assert len(smooth.unique()) > 20 and smooth.min() >= 0 and smooth.max() <= 1
 
 
-def test_one_picture_is_the_same_as_pil_numpy_and_tensor():
-    array = np.asarray(PICTURE, dtype=np.float32) / 255
+def test_one_image_is_the_same_as_pil_numpy_and_tensor():
+    array = np.asarray(IMAGE, dtype=np.float32) / 255
     tensor = torch.from_numpy(array).permute(2, 0, 1)
-    wanted = control_tensor(PICTURE, height=8, width=8, interpolation="lanczos")
+    wanted = control_tensor(IMAGE, height=8, width=8, interpolation="lanczos")
     for picture in (array, array[None], tensor, tensor[None], [tensor]):
         assert torch.equal(control_tensor(picture, height=8, width=8, interpolation="lanczos"), wanted)
 
@@ -241,7 +241,7 @@ def test_one_picture_is_the_same_as_pil_numpy_and_tensor():
 @pytest.mark.parametrize(
     ("picture", "message"),
     [
-        ("map.png", "is a str: a PIL picture"),
+        ("map.png", "is a str: a PIL image"),
         ([], "empty list"),
         (np.zeros((4, 4, 3), dtype=np.uint8), r"\(4, 4, 3\) and uint8.*divide bytes by 255"),
         (torch.full((3, 4, 4), 1.5), "from 1.5 to 1.5: 0 to 1 fits"),
@@ -252,47 +252,47 @@ def test_one_picture_is_the_same_as_pil_numpy_and_tensor():
 )
 def test_a_control_image_that_cannot_be_used_is_one_sentence(pipe, picture, message):
     with pytest.raises(ValueError, match=message):
-        paint(pipe, control_image=picture)
+        generate(pipe, control_image=picture)
 
 
-# Painting -----------------------------------------------------------------------------------------------------
+# Generating -----------------------------------------------------------------------------------------------------
 
 
 def test_an_untrained_encoder_changes_nothing_and_a_trained_one_does(pipe, tiny_pipeline):
-    stock = paint(adapt(tiny_pipeline, num_blocks=2))
-    assert same(paint(pipe), stock)
-    assert same(paint(pipe, control_image=PICTURE, controlnet_conditioning_scale=0.0), stock)
-    controlled = paint(pipe, control_image=PICTURE)
+    stock = generate(adapt(tiny_pipeline, num_blocks=2))
+    assert same(generate(pipe), stock)
+    assert same(generate(pipe, control_image=IMAGE, controlnet_conditioning_scale=0.0), stock)
+    controlled = generate(pipe, control_image=IMAGE)
     assert not np.allclose(controlled, stock, atol=1e-3)
-    assert not np.allclose(controlled, paint(pipe, control_image=OTHER), atol=1e-3)
-    assert same(paint(pipe), stock)
+    assert not np.allclose(controlled, generate(pipe, control_image=OTHER), atol=1e-3)
+    assert same(generate(pipe), stock)
     pipe.controls["default"].encoder = make_encoder(pipe, seed=None)
-    assert same(paint(pipe, control_image=PICTURE), stock)
+    assert same(generate(pipe, control_image=IMAGE), stock)
 
 
-def test_a_picture_of_another_size_paints_as_the_resized_one(pipe):
-    large = PICTURE.resize((32, 48), Image.NEAREST)
-    assert same(paint(pipe, control_image=large), paint(pipe, control_image=PICTURE))
-    assert paint(pipe, control_image=PICTURE, height=24, width=8).shape == (24, 8, 3)
+def test_a_image_of_another_size_generates_as_the_resized_one(pipe):
+    large = IMAGE.resize((32, 48), Image.NEAREST)
+    assert same(generate(pipe, control_image=large), generate(pipe, control_image=IMAGE))
+    assert generate(pipe, control_image=IMAGE, height=24, width=8).shape == (24, 8, 3)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 7.5])
-def test_prompts_and_copies_each_follow_their_own_picture(pipe, encoder_calls, guidance):
+def test_prompts_and_copies_each_follow_their_own_image(pipe, encoder_calls, guidance):
     latents = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     options = {"num_inference_steps": 2, "guidance_scale": guidance, "output_type": "np"}
     together = pipe(
-        ["a dog", "a cat"], control_image=[PICTURE, OTHER], num_images_per_prompt=2, latents=latents, **options
+        ["a dog", "a cat"], control_image=[IMAGE, OTHER], num_images_per_prompt=2, latents=latents, **options
     ).images
     assert encoder_calls == [(2, 3, 16, 16)]
-    for k, (prompt, picture) in enumerate([("a dog", PICTURE)] * 2 + [("a cat", OTHER)] * 2):
+    for k, (prompt, picture) in enumerate([("a dog", IMAGE)] * 2 + [("a cat", OTHER)] * 2):
         alone = pipe(prompt, control_image=picture, latents=latents[k : k + 1], **options).images[0]
         assert np.allclose(together[k], alone, atol=1e-4)
 
 
 @pytest.mark.parametrize(("start", "end"), [(0.0, 1.0), (0.0, 0.5), (0.3, 0.8)])
-@pytest.mark.parametrize("from_picture", [False, True])
+@pytest.mark.parametrize("from_image", [False, True])
 def test_the_control_acts_in_the_same_steps_as_a_controlnet(
-    pipe, tiny_pipeline, encoder_calls, monkeypatch, start, end, from_picture
+    pipe, tiny_pipeline, encoder_calls, monkeypatch, start, end, from_image
 ):
     ours, theirs = [], []
 
@@ -306,75 +306,75 @@ def test_the_control_acts_in_the_same_steps_as_a_controlnet(
     stock.controlnet.register_forward_pre_hook(
         lambda m, a, k: theirs.append(k["conditioning_scale"] != 0), with_kwargs=True
     )
-    if from_picture:
-        pictures = {"image": PICTURE, "control_image": PICTURE}
+    if from_image:
+        pictures = {"image": IMAGE, "control_image": IMAGE}
         stock = zoo.quiet(StableDiffusionControlNetImg2ImgPipeline(**stock.components, requires_safety_checker=False))
         stock(**pictures, strength=0.6, **options)
         pipe(**pictures, strength=0.6, **options)
     else:
-        stock(image=PICTURE, **options)
-        pipe(control_image=PICTURE, **options)
+        stock(image=IMAGE, **options)
+        pipe(control_image=IMAGE, **options)
     assert ours == theirs
-    assert len(ours) == (6 if from_picture else 10)
+    assert len(ours) == (6 if from_image else 10)
     assert encoder_calls == [(1, 3, 16, 16)]
 
 
 def test_image_to_image_is_the_stock_one_and_control_changes_it(pipe):
     stock = zoo.quiet(StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False))
-    wanted = paint(stock, image=OTHER, strength=0.8)
-    assert same(paint(pipe, image=OTHER), wanted)
-    assert not np.allclose(paint(pipe, image=OTHER, control_image=PICTURE), wanted, atol=1e-3)
-    wide = PICTURE.resize((24, 16))
-    assert paint(pipe, image=wide, control_image=PICTURE, strength=1.0).shape == (16, 24, 3)
+    wanted = generate(stock, image=OTHER, strength=0.8)
+    assert same(generate(pipe, image=OTHER), wanted)
+    assert not np.allclose(generate(pipe, image=OTHER, control_image=IMAGE), wanted, atol=1e-3)
+    wide = IMAGE.resize((24, 16))
+    assert generate(pipe, image=wide, control_image=IMAGE, strength=1.0).shape == (16, 24, 3)
 
 
 def test_several_encoders_add_up_each_by_its_scale_and_weight(pipe, encoder_calls):
     pipe.add_control("other", make_encoder(pipe, seed=4))
-    pictures = {"default": PICTURE, "other": OTHER}
-    both = paint(pipe, control_image=pictures, controlnet_conditioning_scale={"default": 0.5, "other": 0.25})
+    pictures = {"default": IMAGE, "other": OTHER}
+    both = generate(pipe, control_image=pictures, controlnet_conditioning_scale={"default": 0.5, "other": 0.25})
     assert len(encoder_calls) == 2
     pipe.set_adapters(["default", "other"], [{"control_encoder": 0.5}, 0.25])
-    assert np.allclose(paint(pipe, control_image=pictures), both, atol=1e-4)
-    with pytest.raises(ValueError, match="other is active, but has no picture"):
-        paint(pipe, control_image={"default": PICTURE})
-    with pytest.raises(ValueError, match=r"several .*\(default, other\): pass control_image as name -> picture"):
-        paint(pipe, control_image=PICTURE)
+    assert np.allclose(generate(pipe, control_image=pictures), both, atol=1e-4)
+    with pytest.raises(ValueError, match="other is active, but has no image"):
+        generate(pipe, control_image={"default": IMAGE})
+    with pytest.raises(ValueError, match=r"several .*\(default, other\): pass control_image as name -> image"):
+        generate(pipe, control_image=IMAGE)
     pipe.set_adapters("default")
     assert pipe.get_active_adapters() == ["default"]
-    alone = paint(pipe, control_image=PICTURE)
+    alone = generate(pipe, control_image=IMAGE)
     assert not np.allclose(alone, both, atol=1e-3)
     pipe.set_adapters(["default", "other"])
-    without = paint(pipe, control_image={"default": PICTURE}, controlnet_conditioning_scale={"other": 0})
+    without = generate(pipe, control_image={"default": IMAGE}, controlnet_conditioning_scale={"other": 0})
     assert same(without, alone)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"control_image": [PICTURE, OTHER]}, "got 2 pictures for 1 prompts"),
-        ({"control_image": {"cat": PICTURE}}, "cat is no active control encoder; active are default"),
-        ({"control_image": PICTURE, "controlnet_conditioning_scale": {"cat": 1.0}}, "no control encoder cat"),
-        ({"control_image": PICTURE, "controlnet_conditioning_scale": float("nan")}, "finite numbers fit"),
-        ({"control_image": PICTURE, "control_guidance_start": 0.5, "control_guidance_end": 0.5}, "is not before"),
-        ({"control_image": PICTURE, "control_guidance_end": 2}, "from 0 to 1 fits"),
-        ({"control_image": PICTURE, "height": 15}, "multiples of 2"),
-        ({"control_imgae": PICTURE}, "control_imgae: text-to-image takes no such argument"),
-        ({"image": PICTURE, "height": 8}, "height: image-to-image takes no such argument"),
+        ({"control_image": [IMAGE, OTHER]}, "got 2 images for 1 prompts"),
+        ({"control_image": {"cat": IMAGE}}, "cat is no active control encoder; active are default"),
+        ({"control_image": IMAGE, "controlnet_conditioning_scale": {"cat": 1.0}}, "no control encoder cat"),
+        ({"control_image": IMAGE, "controlnet_conditioning_scale": float("nan")}, "finite numbers fit"),
+        ({"control_image": IMAGE, "control_guidance_start": 0.5, "control_guidance_end": 0.5}, "is not before"),
+        ({"control_image": IMAGE, "control_guidance_end": 2}, "from 0 to 1 fits"),
+        ({"control_image": IMAGE, "height": 15}, "multiples of 2"),
+        ({"control_imgae": IMAGE}, "control_imgae: text-to-image takes no such argument"),
+        ({"image": IMAGE, "height": 8}, "height: image-to-image takes no such argument"),
         ({"strength": 0.5}, "has no effect without image"),
     ],
 )
 def test_an_argument_that_cannot_be_used_is_one_sentence(pipe, options, message):
     with pytest.raises(ValueError, match=message):
-        paint(pipe, **options)
+        generate(pipe, **options)
 
 
 def test_a_control_image_needs_an_active_encoder(plain):
     with pytest.raises(ValueError, match="holds no control encoder"):
-        paint(plain, control_image=PICTURE)
+        generate(plain, control_image=IMAGE)
     plain.add_control("edges", make_encoder(plain))
     plain.set_adapters([])
     with pytest.raises(ValueError, match="no control encoder is active; loaded are edges: set_adapters"):
-        paint(plain, control_image=PICTURE)
+        generate(plain, control_image=IMAGE)
 
 
 def test_callbacks_see_every_step_and_may_stop(pipe):
@@ -385,8 +385,8 @@ def test_callbacks_see_every_step_and_may_stop(pipe):
         painter._interrupt = step == 1
         return tensors
 
-    paint(pipe, control_image=PICTURE, callback_on_step_end=stop_after_two)
-    paint(pipe, control_image=PICTURE, image=OTHER, strength=1.0, callback_on_step_end=stop_after_two)
+    generate(pipe, control_image=IMAGE, callback_on_step_end=stop_after_two)
+    generate(pipe, control_image=IMAGE, image=OTHER, strength=1.0, callback_on_step_end=stop_after_two)
     assert steps == [0, 1, 0, 1]
 
 
@@ -396,9 +396,9 @@ def test_callbacks_see_every_step_and_may_stop(pipe):
 def test_any_stable_diffusion_checkpoint_becomes_a_control_pipeline_and_shares_what_it_holds(tiny_pipeline, pipe):
     opened = zoo.quiet(EtherControlPipeline.from_pipe(tiny_pipeline))
     assert opened.unet is tiny_pipeline.unet and not opened.controls
-    assert same(paint(opened), paint(tiny_pipeline))
+    assert same(generate(opened), generate(tiny_pipeline))
     again = zoo.quiet(EtherControlPipeline.from_pipe(pipe))
-    assert same(paint(again, control_image=PICTURE), paint(pipe, control_image=PICTURE))
+    assert same(generate(again, control_image=IMAGE), generate(pipe, control_image=IMAGE))
     again.delete_adapters("default")
     assert not pipe.controls
 
@@ -413,7 +413,7 @@ def test_a_saved_control_pipeline_is_the_stock_one(pipe, tmp_path):
 
 
 def test_an_encoder_comes_and_goes_with_its_adapter(plain):
-    before, stock = snapshot(plain), paint(plain)
+    before, stock = snapshot(plain), generate(plain)
     adapt(plain, name="dog")
     plain.add_control("dog", make_encoder(plain))
     plain.add_control("edges", make_encoder(plain, seed=4))
@@ -427,21 +427,21 @@ def test_an_encoder_comes_and_goes_with_its_adapter(plain):
         plain.set_adapters(["dog"])
     plain.unload_ether_weights()
     assert_unchanged(plain, before)
-    assert not plain.controls and same(paint(plain), stock)
+    assert not plain.controls and same(generate(plain), stock)
 
 
 @pytest.mark.parametrize("config", [EtherConfig(init_weights=False), LoraConfig(init_lora_weights=False)])
 def test_an_encoder_alone_may_be_the_active_adapter(plain, config):
-    stock = paint(plain)
+    stock = generate(plain)
     config.target_modules = {"to_q"}
     plain.unet.add_adapter(config, "vectors")
     plain.add_control("edges", make_encoder(plain))
-    adapted = paint(plain)
+    adapted = generate(plain)
     plain.set_adapters("edges")
     assert plain.get_active_adapters() == ["edges"]
-    assert same(paint(plain), stock) and not same(paint(plain, control_image=PICTURE), stock)
+    assert same(generate(plain), stock) and not same(generate(plain, control_image=IMAGE), stock)
     plain.set_adapters(["vectors", "edges"], [1.0, 0.0])
-    assert same(paint(plain), adapted) and same(paint(plain, control_image=PICTURE), adapted)
+    assert same(generate(plain), adapted) and same(generate(plain, control_image=IMAGE), adapted)
     plain.delete_adapters("vectors")
     assert plain.get_list_adapters() == {"control_encoder": ["edges"]}
 
@@ -449,23 +449,23 @@ def test_an_encoder_alone_may_be_the_active_adapter(plain, config):
 def test_prompts_may_come_as_embeddings(pipe):
     text, nothing = (each.repeat(2, 1, 1) for each in pipe.encode_prompt("a dog", "cpu", 1, True))
     options = {"prompt_embeds": text, "negative_prompt_embeds": nothing, "num_inference_steps": 1}
-    assert len(pipe(control_image=[PICTURE, OTHER], **options).images) == 2
-    with pytest.raises(ValueError, match="got 3 pictures for 2 prompts"):
-        pipe(control_image=[PICTURE] * 3, **options)
+    assert len(pipe(control_image=[IMAGE, OTHER], **options).images) == 2
+    with pytest.raises(ValueError, match="got 3 images for 2 prompts"):
+        pipe(control_image=[IMAGE] * 3, **options)
 
 
 def test_resting_and_fused_adapters_with_an_encoder(pipe):
-    plain_picture, controlled = paint(pipe), paint(pipe, control_image=PICTURE)
+    plain_image, controlled = generate(pipe), generate(pipe, control_image=IMAGE)
     pipe.disable_ether()
-    assert not np.allclose(paint(pipe, control_image=PICTURE), controlled, atol=1e-3)
-    assert same(paint(pipe, control_image=PICTURE), paint(pipe))
+    assert not np.allclose(generate(pipe, control_image=IMAGE), controlled, atol=1e-3)
+    assert same(generate(pipe, control_image=IMAGE), generate(pipe))
     pipe.enable_ether()
-    assert same(paint(pipe, control_image=PICTURE), controlled)
+    assert same(generate(pipe, control_image=IMAGE), controlled)
     pipe.fuse_ether()
-    assert np.allclose(paint(pipe, control_image=PICTURE), controlled, atol=1e-3)
-    assert np.allclose(paint(pipe), plain_picture, atol=1e-3)
+    assert np.allclose(generate(pipe, control_image=IMAGE), controlled, atol=1e-3)
+    assert np.allclose(generate(pipe), plain_image, atol=1e-3)
     pipe.unfuse_ether()
-    assert same(paint(pipe, control_image=PICTURE), controlled)
+    assert same(generate(pipe, control_image=IMAGE), controlled)
 
 
 def test_encoders_follow_the_pipeline_to_another_dtype(pipe):
@@ -474,11 +474,11 @@ def test_encoders_follow_the_pipeline_to_another_dtype(pipe):
     assert pipe.set_ether_device("default", "cpu") is None
 
 
-def test_an_offloaded_pipeline_paints_the_same_picture(pipe):
-    wanted, from_picture = paint(pipe, control_image=PICTURE), paint(pipe, image=OTHER, control_image=PICTURE)
+def test_an_offloaded_pipeline_generates_the_same_image(pipe):
+    wanted, from_image = generate(pipe, control_image=IMAGE), generate(pipe, image=OTHER, control_image=IMAGE)
     pipe.enable_model_cpu_offload(device="cpu")
-    assert np.allclose(paint(pipe, control_image=PICTURE), wanted, atol=1e-5)
-    assert np.allclose(paint(pipe, image=OTHER, control_image=PICTURE), from_picture, atol=1e-5)
+    assert np.allclose(generate(pipe, control_image=IMAGE), wanted, atol=1e-5)
+    assert np.allclose(generate(pipe, image=OTHER, control_image=IMAGE), from_image, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -499,11 +499,11 @@ def test_an_encoder_that_does_not_fit_the_pipeline_is_refused(pipe, encoder, nam
 def test_light_control_of_sdxl(tiny_pipeline):
     parts = zoo.sdxl(tiny_pipeline).components
     pipe = zoo.quiet(EtherControlXLPipeline(**parts, add_watermarker=False))
-    stock, from_picture = paint(pipe), paint(pipe, image=OTHER)
+    stock, from_image = generate(pipe), generate(pipe, image=OTHER)
     pipe.add_control("edges", make_encoder(pipe))
-    assert same(paint(pipe), stock)
-    assert not np.allclose(paint(pipe, control_image=PICTURE), stock, atol=1e-3)
-    assert not np.allclose(paint(pipe, image=OTHER, control_image=PICTURE), from_picture, atol=1e-3)
+    assert same(generate(pipe), stock)
+    assert not np.allclose(generate(pipe, control_image=IMAGE), stock, atol=1e-3)
+    assert not np.allclose(generate(pipe, image=OTHER, control_image=IMAGE), from_image, atol=1e-3)
 
 
 def content(path) -> tuple[dict, dict[str, str]]:
@@ -517,21 +517,23 @@ def content(path) -> tuple[dict, dict[str, str]]:
 
 
 @pytest.mark.parametrize("vectors", [True, False], ids=["with vectors", "encoder alone"])
-def test_vectors_and_encoder_are_one_file_that_paints_the_same_picture(plain, tiny_pipeline_folder, tmp_path, vectors):
+def test_vectors_and_encoder_are_one_file_that_generates_the_same_image(
+    plain, tiny_pipeline_folder, tmp_path, vectors
+):
     if vectors:
         adapt(plain, num_blocks=2)
     plain.add_control("default", make_encoder(plain, interpolation="lanczos"))
-    wanted = paint(plain, control_image=PICTURE)
+    wanted = generate(plain, control_image=IMAGE)
     path = plain.save_ether_weights(tmp_path, "default", metadata={"prompt": "a dog"})
     loaded = open_control(tiny_pipeline_folder)
     torch.manual_seed(7)
     loaded.load_ether_weights(tmp_path, "again")
     assert torch.initial_seed() == 7 and torch.rand(1) == torch.rand(1, generator=torch.Generator().manual_seed(7))
-    assert same(paint(loaded, control_image=PICTURE), wanted)
+    assert same(generate(loaded, control_image=IMAGE), wanted)
     assert loaded.controls["again"].encoder.config.interpolation == "lanczos"
     assert not any(p.requires_grad for p in loaded.controls["again"].encoder.parameters())
     assert content(loaded.save_ether_weights(tmp_path / "b")) == content(path)
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_adapter_file(path)
     assert set(checkpoint.weights) == {"control_encoder"} and bool(checkpoint.configs) == vectors
     assert (checkpoint.metadata["format_version"], checkpoint.metadata["prompt"]) == (2, "a dog")
     with pytest.raises(ValueError, match="already on"):
@@ -548,7 +550,7 @@ def test_the_adapter_that_is_loaded_last_is_the_one_that_controls(pipe, tmp_path
 
 def test_vectors_alone_are_still_written_as_version_1(tiny_pipeline, tmp_path):
     path = adapt(tiny_pipeline).save_ether_weights(tmp_path)
-    metadata = read_checkpoint(path).metadata
+    metadata = read_adapter_file(path).metadata
     assert metadata["format_version"] == 1 and "weights" not in metadata
 
 
@@ -572,7 +574,7 @@ def test_an_encoder_of_another_architecture_changes_nothing(pipe, wider_pipeline
 
 def test_a_load_that_fails_midway_leaves_the_encoders_as_they_were(pipe, tmp_path, monkeypatch):
     pipe.save_ether_weights(tmp_path)
-    before, picture = snapshot(pipe), paint(pipe, control_image=PICTURE)
+    before, picture = snapshot(pipe), generate(pipe, control_image=IMAGE)
 
     def fail(*_):
         raise RuntimeError("no memory")
@@ -581,7 +583,7 @@ def test_a_load_that_fails_midway_leaves_the_encoders_as_they_were(pipe, tmp_pat
     with pytest.raises(RuntimeError, match="no memory"):
         pipe.load_ether_weights(tmp_path, "second")
     assert_unchanged(pipe, before)
-    assert same(paint(pipe, control_image=PICTURE), picture)
+    assert same(generate(pipe, control_image=IMAGE), picture)
 
 
 def test_an_encoder_is_swapped_in_place(pipe, tiny_pipeline_folder, tmp_path):
@@ -592,7 +594,7 @@ def test_an_encoder_is_swapped_in_place(pipe, tiny_pipeline_folder, tmp_path):
     parameters = list(pipe.controls["default"].encoder.parameters())
     pipe.load_ether_weights(tmp_path, hotswap=True)
     assert all(a is b for a, b in zip(parameters, pipe.controls["default"].encoder.parameters(), strict=True))
-    assert same(paint(pipe, control_image=PICTURE), paint(other, control_image=PICTURE))
+    assert same(generate(pipe, control_image=IMAGE), generate(other, control_image=IMAGE))
     other.controls["default"].encoder = make_encoder(other, interpolation="lanczos")
     other.save_ether_weights(tmp_path)
     with pytest.raises(ValueError, match="hotswap: .*lanczos.*load it under another name"):
@@ -634,7 +636,7 @@ def test_whole_modules_are_loaded_in_place_and_put_back(nets, tmp_path, vectors,
     fresh.load_ether_weights(path, "edges")
     after = dict(fresh.controlnet.named_parameters())
     assert all(after[name] is parameter for name, parameter in parameters.items() if name in after)
-    assert same(paint(fresh, image=PICTURE), paint(trained, image=PICTURE))
+    assert same(generate(fresh, image=IMAGE), generate(trained, image=IMAGE))
     assert content(fresh.save_ether_weights(tmp_path / "b")) == content(path)
     with pytest.raises(ValueError, match="adapter 'edges', and only one adapter can replace weights"):
         fresh.load_ether_weights(path, "second")
@@ -701,7 +703,7 @@ def test_an_adapter_above_a_replaced_module_must_be_unfused_before_that_is_put_b
 
 def test_a_checkpoint_reads_back_as_it_was_written(nets, tmp_path):
     path = nets[0].save_ether_weights(tmp_path, whole_modules={"controlnet": WHOLE})
-    checkpoint = read_checkpoint(path)
-    write_checkpoint(tmp_path / "b.safetensors", checkpoint)
+    checkpoint = read_adapter_file(path)
+    write_adapter_file(tmp_path / "b.safetensors", checkpoint)
     assert content(tmp_path / "b.safetensors") == content(path)
     assert checkpoint.weights["controlnet"].about == {"modules": WHOLE}

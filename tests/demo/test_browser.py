@@ -15,7 +15,7 @@ pytest.importorskip("gradio")
 
 from ether_diffusion import EtherControlPipeline, miniature  # noqa: E402
 from ether_diffusion.commands.demo import SHIPPED, serve  # noqa: E402
-from ether_diffusion.demo.settings import read_picture  # noqa: E402
+from ether_diffusion.demo.settings import read_image  # noqa: E402
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = (
@@ -31,7 +31,7 @@ NAMELESS = """() => [...document.querySelectorAll('input, textarea, select, butt
 LISTEN = """() => { window.said = []; new MutationObserver(() => {
     window.said.push(document.querySelector('#status').innerText);
 }).observe(document.body, {subtree: true, childList: true, characterData: true}); }"""
-PAINTED = "() => said.some(each => each.includes('step')) && said.at(-1).includes('Done')"
+GENERATED = "() => said.some(each => each.includes('step')) && said.at(-1).includes('Done')"
 SHOWN = "(images) => images.length > 0 && images.every(each => each.complete && each.naturalWidth > 0)"
 
 pytestmark = [
@@ -83,7 +83,7 @@ def says(page, place: str, text: str) -> None:
     sync_api.expect(page.locator(place)).to_contain_text(text, timeout=WAIT)
 
 
-def painted(page, gallery: str = "#gallery") -> list[bytes]:
+def generated(page, gallery: str = "#gallery") -> list[bytes]:
     """The files of a gallery, as they would be downloaded."""
     page.wait_for_timeout(500)
     images = f"[...document.querySelectorAll('{gallery} .grid-wrap img')]"
@@ -104,8 +104,8 @@ def editor_draws(page) -> None:
 def generate(page) -> list[bytes]:
     page.evaluate(LISTEN)  # a step may be gone before anybody looks
     page.click("#generate")
-    page.wait_for_function(PAINTED, timeout=WAIT)
-    return painted(page)
+    page.wait_for_function(GENERATED, timeout=WAIT)
+    return generated(page)
 
 
 def test_base_and_adapted_differ_and_repeat_for_the_seed(open_page):
@@ -128,17 +128,17 @@ def test_strength_zero_is_the_base(open_page):
     assert pixels(base) == pixels(adapted) and base != adapted  # the settings in them differ
 
 
-def test_the_control_tab_paints_its_sample_at_one_click(open_page, server, tmp_path):
+def test_the_control_tab_generates_its_sample_at_one_click(open_page, server, tmp_path):
     page = open_page()
     page.get_by_role("tab", name="Control").click()
     editor_draws(page)
     page.click("#generate-map")
     says(page, "#control-status", "Done")
-    base, steered = painted(page, "#map-gallery")
+    base, steered = generated(page, "#map-gallery")
     (tmp_path / "steered.png").write_bytes(steered)
-    settings, control = read_picture(tmp_path / "steered.png")
-    # The map went through the browser's canvas; what comes of it is what the pipeline itself paints.
-    _, sample = read_picture(server.worker.library.get("scene-map").picture)
+    settings, control = read_image(tmp_path / "steered.png")
+    # The map went through the browser's canvas; what comes of it is what the pipeline itself generates.
+    _, sample = read_image(server.worker.library.get("scene-map").image)
     assert np.array_equal(np.asarray(control.convert("RGB")), np.asarray(sample.convert("RGB")))
     pipe = EtherControlPipeline.from_pretrained(miniature.FOLDER)
     pipe.set_progress_bar_config(disable=True)
@@ -161,20 +161,20 @@ def test_a_map_that_is_uploaded_steers_and_comes_back(open_page, tmp_path):
     editor_draws(page)
     page.click("#generate-map")
     says(page, "#control-status", "Done")
-    (tmp_path / "steered.png").write_bytes(painted(page, "#map-gallery")[1])
+    (tmp_path / "steered.png").write_bytes(generated(page, "#map-gallery")[1])
     again = open_page()
     again.get_by_role("tab", name="Control").click()
     again.locator("#map-prompt textarea").fill("something else")
-    again.get_by_text("Use the settings and the map of a picture").click()
+    again.get_by_text("Use the settings and the map of an image").click()
     again.locator("#map-settings input[type=file]").set_input_files(tmp_path / "steered.png")
     says(again, "#control-status", "the map of steered.png")
     editor_draws(again)
     again.click("#generate-map")
     says(again, "#control-status", "Done")
-    assert painted(again, "#map-gallery")[1] == (tmp_path / "steered.png").read_bytes()
+    assert generated(again, "#map-gallery")[1] == (tmp_path / "steered.png").read_bytes()
 
 
-def test_photos_are_cut_trained_on_and_painted_with(open_page, photographs):
+def test_photos_are_cut_trained_on_and_generated_with(open_page, photographs):
     page = open_page()
     page.get_by_role("tab", name="Train").click()
     paths = [str(path) for path in sorted(Path(photographs).iterdir())]
@@ -206,7 +206,7 @@ def test_photos_are_cut_trained_on_and_painted_with(open_page, photographs):
     assert pixels(base) != pixels(adapted)
 
 
-def test_a_cancelled_picture_stops_and_the_page_goes_on(open_page):
+def test_a_cancelled_image_stops_and_the_page_goes_on(open_page):
     page = open_page()
     page.get_by_text("More settings").click()
     page.get_by_role("spinbutton", name="Steps").first.fill("150")
@@ -229,13 +229,13 @@ def test_a_broken_file_is_explained_where_it_was_dropped(open_page, tmp_path):
     says(page, "#report", "Parameters")
 
 
-def test_a_picture_that_is_dropped_brings_its_settings_back(open_page, tmp_path):
+def test_a_image_that_is_dropped_brings_its_settings_back(open_page, tmp_path):
     page = open_page()
     page.get_by_label("Prompt", exact=True).first.fill("a photo of sks toy on a red background")
     page.get_by_label("Seed", exact=True).first.fill("11")
     (tmp_path / "mine.png").write_bytes(generate(page)[1])
     again = open_page()
-    again.get_by_text("Use the settings of a picture").click()
+    again.get_by_text("Use the settings of an image").click()
     again.locator("input[type=file][accept*=png]").first.set_input_files(tmp_path / "mine.png")
     says(again, "#status", "settings of mine.png")
     assert again.get_by_label("Prompt", exact=True).first.input_value() == "a photo of sks toy on a red background"
@@ -250,7 +250,7 @@ def test_it_fits_a_phone_in_both_themes(open_page, scheme):
     assert dark == (scheme == "dark")
 
 
-def test_the_keyboard_alone_paints(open_page):
+def test_the_keyboard_alone_generates(open_page):
     page = open_page()
     page.get_by_label("Prompt", exact=True).first.focus()
     for _ in range(30):

@@ -28,9 +28,9 @@ from ether_diffusion.control.pipelines import EtherControlPipeline  # noqa: E402
 from ether_diffusion.demo import jobs, training  # noqa: E402
 from ether_diffusion.demo import page as page_module  # noqa: E402
 from ether_diffusion.demo import worker as worker_module  # noqa: E402
-from ether_diffusion.demo.jobs import Cancelled, Failed, Painted, Painting  # noqa: E402
+from ether_diffusion.demo.jobs import Cancelled, Failed, Generated, Generating  # noqa: E402
 from ether_diffusion.demo.library import Library, clean_name  # noqa: E402
-from ether_diffusion.demo.settings import LARGEST_MAP, Settings, read_picture, save_picture  # noqa: E402
+from ether_diffusion.demo.settings import LARGEST_MAP, Settings, read_image, save_image  # noqa: E402
 from ether_diffusion.demo.training import Trainings, cut_square, read_photo  # noqa: E402
 from ether_diffusion.demo.worker import Worker  # noqa: E402
 from ether_diffusion.errors import InputError  # noqa: E402
@@ -88,7 +88,7 @@ def connect(server) -> "gradio_client.Client":
     return gradio_client.Client(server.local_url, verbose=False, analytics_enabled=False, httpx_kwargs=patient)
 
 
-def paint(worker: Worker, **settings: object) -> Painted:
+def generate(worker: Worker, **settings: object) -> Generated:
     settings = {"prompt": PROMPT, "steps": STEPS} | settings
     *_, last = worker.submit(Settings(**settings), "test").events()
     return last
@@ -111,13 +111,13 @@ def pictures(answer) -> list[np.ndarray]:
 # The worker -----------------------------------------------------------------------------------------------------
 
 
-def test_shipped_adapters_fit_and_change_the_picture(worker):
+def test_shipped_adapters_fit_and_change_the_image(worker):
     offered = [each for each in worker.library.adapters() if (SHIPPED / each.name).is_dir()]
     shipped = [each for each in offered if not each.is_control]
     assert len(shipped) == 3
     for adapter in shipped:
-        assert worker.fit(adapter) == "fits" and adapter.picture is not None and "a photo of" in adapter.prompt
-        ((base, adapted),) = paint(worker, adapters=((adapter.name, 1.0),)).pictures
+        assert worker.fit(adapter) == "fits" and adapter.image is not None and "a photo of" in adapter.prompt
+        ((base, adapted),) = generate(worker, adapters=((adapter.name, 1.0),)).images
         assert np.asarray(base).tolist() != np.asarray(adapted).tolist()
 
 
@@ -127,13 +127,13 @@ def test_strength_zero_is_the_base_and_a_seed_repeats(worker):
     generator = torch.Generator().manual_seed(5)
     expected = np.asarray(stock(PROMPT, num_inference_steps=STEPS, guidance_scale=5.0, generator=generator).images[0])
     for strength in (1.0, 0.0):
-        ((base, adapted),) = paint(worker, seed=5, adapters=(("toy-1", strength), ("house-1", strength))).pictures
+        ((base, adapted),) = generate(worker, seed=5, adapters=(("toy-1", strength), ("house-1", strength))).images
         assert np.array_equal(np.asarray(base), expected)
         assert np.array_equal(np.asarray(adapted), expected) == (strength == 0.0)
 
 
 def test_a_crash_is_told_and_the_next_request_is_served(worker, monkeypatch, caplog):
-    before = paint(worker, adapters=(("toy-1", 1.0),))
+    before = generate(worker, adapters=(("toy-1", 1.0),))
     stock = type(worker.pipe).__call__
 
     def fails(self, prompt, **arguments):
@@ -146,20 +146,20 @@ def test_a_crash_is_told_and_the_next_request_is_served(worker, monkeypatch, cap
     fails.__signature__ = worker_module.inspect.signature(stock)
     monkeypatch.setattr(type(worker.pipe), "__call__", fails)
     with pytest.raises(Failed, match="a wire is loose.*starts afresh"):
-        paint(worker, prompt="crash", adapters=(("house-1", 1.0),))
+        generate(worker, prompt="crash", adapters=(("house-1", 1.0),))
     with pytest.raises(Failed, match="not enough memory for a picture of 64×64 pixels. A smaller"):
-        paint(worker, prompt="fill the memory")
-    after = paint(worker, adapters=(("toy-1", 1.0),))
-    assert np.array_equal(np.asarray(before.pictures[0][1]), np.asarray(after.pictures[0][1]))
+        generate(worker, prompt="fill the memory")
+    after = generate(worker, adapters=(("toy-1", 1.0),))
+    assert np.array_equal(np.asarray(before.images[0][1]), np.asarray(after.images[0][1]))
 
 
 def test_news_say_the_place_in_line_and_the_step_and_show_a_preview(worker):
     jobs = [worker.submit(Settings(prompt=PROMPT, steps=8), f"owner {k}") for k in range(3)]
     news = list(jobs[0].events())
-    steps = [each for each in news if isinstance(each, Painting)]
+    steps = [each for each in news if isinstance(each, Generating)]
     assert [each.step for each in steps] == sorted({each.step for each in steps}) and steps[-1].steps == 8
     assert any(each.preview is not None for each in steps)
-    assert all(isinstance(list(job.events())[-1], Painted) for job in jobs[1:])
+    assert all(isinstance(list(job.events())[-1], Generated) for job in jobs[1:])
 
 
 def test_whoever_cancels_or_leaves_is_skipped(worker, monkeypatch):
@@ -171,7 +171,7 @@ def test_whoever_cancels_or_leaves_is_skipped(worker, monkeypatch):
             assert isinstance(first._error, Cancelled)  # at once, not when its turn comes
     with pytest.raises(Cancelled):
         list(first.events())
-    assert isinstance(list(second.events())[-1], Painted)
+    assert isinstance(list(second.events())[-1], Generated)
     monkeypatch.setattr(jobs, "ABANDONED_AFTER", 0.2)
     gone = worker.submit(Settings(prompt=PROMPT, steps=100), "gone")  # nobody ever asks for its news
     wait_until(lambda: gone._error is not None, 30)
@@ -203,55 +203,55 @@ def test_a_line_has_an_end(worker):
         ({"guidance": float("nan")}, "Guidance: got nan"),
     ],
 )
-def test_what_cannot_be_painted_is_said(worker, settings, message):
+def test_what_cannot_be_generated_is_said(worker, settings, message):
     with pytest.raises(InputError, match=message):
-        paint(worker, **settings)
+        generate(worker, **settings)
 
 
 def test_a_control_adapter_steers_with_its_map_and_leaves_no_trace(worker):
     settings = Settings(prompt=PROMPT, steps=STEPS, adapters=(("map", 1.0),))
     board = Image.fromarray(np.kron(np.eye(8, dtype=np.uint8) * 255, np.ones((8, 8), np.uint8)))
-    plain = paint(worker).pictures[0][0]
+    plain = generate(worker).images[0][0]
     *_, last = worker.submit(settings, "test", control=board).events()
-    assert not np.array_equal(np.asarray(last.pictures[0][0]), np.asarray(last.pictures[0][1]))
-    assert np.array_equal(np.asarray(paint(worker).pictures[0][0]), np.asarray(plain))
+    assert not np.array_equal(np.asarray(last.images[0][0]), np.asarray(last.images[0][1]))
+    assert np.array_equal(np.asarray(generate(worker).images[0][0]), np.asarray(plain))
 
 
 # Settings and library -------------------------------------------------------------------------------------------
 
 
-def test_a_picture_carries_its_settings(tmp_path):
+def test_a_image_carries_its_settings(tmp_path):
     settings = Settings(prompt="ein Bär", adapters=(("toy-1", 0.5),), seed=7, width=96)
-    save_picture(Image.new("RGB", (8, 8)), tmp_path / "a.png", settings)
-    assert read_picture(tmp_path / "a.png") == (settings, None)
+    save_image(Image.new("RGB", (8, 8)), tmp_path / "a.png", settings)
+    assert read_image(tmp_path / "a.png") == (settings, None)
     Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
     with pytest.raises(InputError, match="b.png: holds no settings"):
-        read_picture(tmp_path / "b.png")
-    (tmp_path / "c.png").write_text("no picture")
-    with pytest.raises(InputError, match="c.png: is not a PNG picture"):
-        read_picture(tmp_path / "c.png")
+        read_image(tmp_path / "b.png")
+    (tmp_path / "c.png").write_text("no image")
+    with pytest.raises(InputError, match="c.png: is not a PNG image"):
+        read_image(tmp_path / "c.png")
     with pytest.raises(InputError, match="cannot be read"):
         Settings.from_json(json.dumps({"prompt": "a", "os": "rm"}))
 
 
-def test_a_picture_carries_its_map_within_bounds(tmp_path):
+def test_a_image_carries_its_map_within_bounds(tmp_path):
     settings, board = Settings(prompt="a map", adapters=(("scene-map", 1.0),)), Image.new("RGBA", (9, 7), "teal")
-    save_picture(Image.new("RGB", (8, 8)), tmp_path / "a.png", settings, board)
-    found, control = read_picture(tmp_path / "a.png")
+    save_image(Image.new("RGB", (8, 8)), tmp_path / "a.png", settings, board)
+    found, control = read_image(tmp_path / "a.png")
     assert found == settings and control.size == (9, 7) and control.tobytes() == board.tobytes()
-    save_picture(Image.new("RGB", (8, 8)), tmp_path / "b.png", settings, Image.new("L", (LARGEST_MAP + 1, 1)))
+    save_image(Image.new("RGB", (8, 8)), tmp_path / "b.png", settings, Image.new("L", (LARGEST_MAP + 1, 1)))
     with pytest.raises(InputError, match="b.png: the map in it has 2049×1 pixels; 2048 a side at most fit"):
-        read_picture(tmp_path / "b.png")
+        read_image(tmp_path / "b.png")
 
 
-def test_the_shipped_control_adapter_comes_with_the_map_of_its_picture(worker):
+def test_the_shipped_control_adapter_comes_with_the_map_of_its_image(worker):
     (adapter,) = (each for each in Library(SHIPPED).adapters() if each.is_control)
-    settings, control = read_picture(adapter.picture)
+    settings, control = read_image(adapter.image)
     *_, last = worker.submit(settings, "test", control=control).events()
-    ((base, steered),) = last.pictures
-    with Image.open(adapter.picture) as shown:
+    ((base, steered),) = last.images
+    with Image.open(adapter.image) as shown:
         expected = np.asarray(shown.convert("RGB"), np.float32)
-    # Processors round differently; another picture differs by much more.
+    # Processors round differently; another image differs by much more.
     assert np.abs(np.asarray(steered, np.float32) - expected).mean() < 4
     assert np.abs(np.asarray(base, np.float32) - expected).mean() > 8
 
@@ -260,8 +260,8 @@ def test_a_photo_with_too_many_pixels_is_not_decoded(tmp_path):
     Image.new("1", (10_000, 6_000)).save(tmp_path / "large.png")
     with pytest.raises(InputError, match="large.png: has 60,000,000 pixels; 50,000,000 at most fit"):
         read_photo(tmp_path / "large.png", 256)
-    (tmp_path / "no.png").write_bytes(b"no picture")
-    with pytest.raises(InputError, match="no.png: is not a picture that can be read"):
+    (tmp_path / "no.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match="no.png: is not an image that can be read"):
         read_photo(tmp_path / "no.png", 256)
 
 
@@ -342,7 +342,7 @@ def test_clients_at_once_each_get_what_they_would_get_alone(server):
     ]
     expected = []
     for adapters, seed in requests:
-        (pair,) = paint(server.worker, adapters=adapters, seed=seed).pictures
+        (pair,) = generate(server.worker, adapters=adapters, seed=seed).images
         expected.append([np.asarray(image) for image in pair if image is not None])
     clients = [connect(server) for _ in range(8)]
 
@@ -366,14 +366,14 @@ job = client.submit(
 )
 while not job.outputs():
     time.sleep(0.05)
-print("painting", flush=True)
+print("generating", flush=True)
 time.sleep(600)
 """
 
 
 def test_a_killed_client_does_not_hold_up_the_next(server):
     lost = subprocess.Popen([sys.executable, "-c", LOST_CLIENT, server.local_url], stdout=subprocess.PIPE, text=True)
-    assert lost.stdout.readline() == "painting\n"
+    assert lost.stdout.readline() == "generating\n"
     wait_until(lambda: server.worker._current)
     job = server.worker._current
     assert job.settings.steps == 150
@@ -484,17 +484,17 @@ def test_flags_that_cannot_be_used_are_said(given, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_settings_come_back_from_a_downloaded_picture(client):
+def test_settings_come_back_from_a_downloaded_image(client):
     answer = ask(client, ("toy-1", 0.5), seed=3, negative="blue").result()
     base, adapted = (each["image"] for each in answer[2])
-    found = read_picture(adapted)[0]
+    found = read_image(adapted)[0]
     assert (found.seed, found.adapters, found.negative_prompt) == (3, (("toy-1", 0.5),), "blue")
-    assert read_picture(base)[0].adapters == ()
+    assert read_image(base)[0].adapters == ()
     restored = client.predict(gradio_client.handle_file(adapted), api_name="/use_settings")
     assert restored[0]["value"] == ["toy-1"] and restored[1] == 0.5 and restored[-3] == 3
 
 
-def test_a_controlled_picture_brings_its_map_back(server, client):
+def test_a_controlled_image_brings_its_map_back(server, client):
     start = client.predict("scene-map", api_name="/sample_map")
     drawn = start[2]
     assert start[1] and Image.open(drawn["composite"]).size == (512, 512)
@@ -502,17 +502,17 @@ def test_a_controlled_picture_brings_its_map_back(server, client):
     sent = {**files, "layers": []}
     said, _, gallery = client.predict("scene-map", start[1], sent, 1.0, 5, STEPS, 5.0, 64, 64, api_name="/control")
     base, steered = (each["image"] for each in gallery)
-    settings, control = read_picture(steered)
-    assert "Done" in said and settings.seed == 5 and read_picture(base)[1] is None
+    settings, control = read_image(steered)
+    assert "Done" in said and settings.seed == 5 and read_image(base)[1] is None
     *_, last = server.worker.submit(settings, "test", control=control).events()
-    assert np.array_equal(np.asarray(Image.open(steered)), np.asarray(last.pictures[0][1]))
+    assert np.array_equal(np.asarray(Image.open(steered)), np.asarray(last.images[0][1]))
     restored = client.predict(gradio_client.handle_file(steered), api_name="/use_map")
     assert restored[0] == "scene-map" and restored[4] == 5 and "settings and the map" in restored[-1]
     assert Image.open(restored[2]["composite"]).convert("RGBA").tobytes() == control.tobytes()
     refused = client.predict(gradio_client.handle_file(steered), api_name="/use_settings")
-    assert "was painted under a map; drop it in the tab Control" in refused[-1]
+    assert "was generated under a map; drop it in the tab Control" in refused[-1]
     refused = client.predict(gradio_client.handle_file(base), api_name="/use_map")
-    assert "was painted without a map; drop it in the tab Generate" in refused[-1]
+    assert "was generated without a map; drop it in the tab Generate" in refused[-1]
     with pytest.raises(Exception, match="Map: is empty"):
         client.predict("scene-map", "a heart", None, 1.0, 5, STEPS, 5.0, 64, 64, api_name="/control")
 
@@ -574,14 +574,14 @@ def test_a_training_that_cannot_start_is_explained(client, photographs, tmp_path
 
 
 @pytest.mark.slow
-def test_photos_become_an_adapter_that_paints(server, client, photographs):
+def test_photos_become_an_adapter_that_generates(server, client, photographs):
     photos = [gradio_client.handle_file(path) for path in sorted(photographs.iterdir())]
     job = client.submit(photos, "my toy", "toy", "ether_plus", api_name="/train")
     said, chart, sample = job.result()
     assert "my-toy is in the list" in said and "Loss" in chart and Image.open(sample).size[0] > 100
     assert any("left" in each[0] for each in job.outputs())
     client.predict(api_name="/refresh")
-    with Image.open(server.worker.library.get("my-toy").picture) as picture:
+    with Image.open(server.worker.library.get("my-toy").image) as picture:
         assert picture.size == (64, 64)  # the subject alone, not the sheet of samples
     answer = ask(client, ("my-toy", 1.0)).result()
     assert not np.array_equal(*pictures(answer))
@@ -598,7 +598,7 @@ def test_a_training_stops_when_told_to(server, client, photographs):
 
 
 def test_ether_is_known_to_every_thread(worker):
-    """The worker paints in a thread of its own, in which nothing was imported."""
+    """The worker generates in a thread of its own, in which nothing was imported."""
     found = []
     thread = threading.Thread(target=lambda: found.append(hasattr(worker.pipe, "load_ether_weights")))
     thread.start()

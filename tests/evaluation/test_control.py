@@ -1,4 +1,4 @@
-"""What `evaluate-control` reads besides pictures."""
+"""What `evaluate-control` reads besides images."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def test_damaged_labels_are_told_in_one_sentence_whatever_the_damage(tmp_path):
             _read_labels(path, 64, False)
         except InputError as error:
             told.add(str(error).splitlines()[0].partition(" (")[0])
-    assert told == {f"{path}: cannot be read as a picture"}
+    assert told == {f"{path}: cannot be read as an image"}
 
 
 def test_labels_are_indices_and_not_colours(tmp_path):
@@ -35,11 +35,11 @@ def test_labels_are_indices_and_not_colours(tmp_path):
         _read_labels(tmp_path / "labels.png", 4, False)
 
 
-def test_an_adapter_that_is_not_there_is_told_before_a_picture_is_painted(
+def test_an_adapter_that_is_not_there_is_told_before_a_image_is_generated(
     tiny_pipeline_folder, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(evaluate_control, "_judge", None)
-    monkeypatch.setattr(evaluate_control, "_paint", None)
+    monkeypatch.setattr(evaluate_control, "_generate", None)
     folder = write_control_data(tmp_path / "data", 2, "t", "circles")
     words = ["--base", tiny_pipeline_folder, "--adapter", tmp_path / "nowhere", "--data_dir", folder]
     words += ["--judge", "edges", "--fid_features", "none", "--output_dir", tmp_path / "out"]

@@ -1,4 +1,4 @@
-"""Exports and merges: the files paint the same pictures in stock programs, and carry the names that those know."""
+"""Exports and merges: the files generate the same images in stock programs, and carry the names that those know."""
 
 import argparse
 import json
@@ -22,7 +22,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from helpers.oracle import dense_weight
-from helpers.pipelines import ONE_GREY_LEVEL, TwinPipeline, adapt, open_pipeline, paint
+from helpers.pipelines import ONE_GREY_LEVEL, TwinPipeline, adapt, generate, open_pipeline
 from helpers.tiny import make_pipeline
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
@@ -32,7 +32,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T
 
 from ether_diffusion import EtherConfig, EtherLayer
 from ether_diffusion.adapters.attach import models_of
-from ether_diffusion.adapters.schema import WEIGHTS_NAME, Checkpoint, read_checkpoint, write_checkpoint
+from ether_diffusion.adapters.schema import WEIGHTS_NAME, AdapterFile, read_adapter_file, write_adapter_file
 from ether_diffusion.commands import export as export_command
 from ether_diffusion.commands import main as cli
 from ether_diffusion.commands import merge as merge_command
@@ -156,12 +156,12 @@ def save_adapter(folder: Path, base: Path, name: str, targets: dict, seed: int, 
 
 @dataclass
 class Family:
-    """A pipeline on disk with two adapters, and the picture that they paint one on the other at STRENGTHS."""
+    """A pipeline on disk with two adapters, and the image that they generate one on the other at STRENGTHS."""
 
     name: str
     base: Path
     adapters: list[Path]
-    picture: np.ndarray
+    image: np.ndarray
 
     def open(self) -> DiffusionPipeline:
         pipe = DiffusionPipeline.from_pretrained(self.base)
@@ -173,9 +173,9 @@ class Family:
         return ["--base", str(self.base), "--adapter", *map(str, self.adapters), "--scale", *strengths, *more]
 
 
-def paint_any(pipe: DiffusionPipeline) -> np.ndarray:
+def generate_any(pipe: DiffusionPipeline) -> np.ndarray:
     flux = {"height": 16, "width": 16, "max_sequence_length": 16} if isinstance(pipe, FluxPipeline) else {}
-    return paint(pipe, **flux)
+    return generate(pipe, **flux)
 
 
 @pytest.fixture(scope="module", params=["sd", "sdxl", "flux"])
@@ -193,7 +193,7 @@ def family(request, tmp_path_factory, tiny_tokenizer) -> Family:
     ]
     pipe, _ = open_adapted(folder / "base", adapters, STRENGTHS)
     pipe.set_progress_bar_config(disable=True)
-    return Family(name, folder / "base", adapters, paint_any(pipe))
+    return Family(name, folder / "base", adapters, generate_any(pipe))
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +229,7 @@ def dense_deltas(pipe: DiffusionPipeline, adapters: list[Path], strengths=STRENG
     }
     for adapter, strength in zip(adapters, strengths, strict=True):
         vectors: dict[str, dict[str, torch.Tensor]] = {}
-        for component, tensors in read_checkpoint(adapter / WEIGHTS_NAME).tensors.items():
+        for component, tensors in read_adapter_file(adapter / WEIGHTS_NAME).tensors.items():
             for key, tensor in tensors.items():
                 path, _, vector = key.replace("text_model.", "").rpartition(".")
                 vectors.setdefault(f"{component}.{path}", {})[vector.removeprefix("ether_")] = tensor
@@ -248,21 +248,21 @@ def assert_exact(pipe: DiffusionPipeline, expected: dict[str, torch.Tensor], tol
         assert (delta - exact).norm() <= tolerance * exact.norm(), path
 
 
-# The same picture everywhere --------------------------------------------------------------------------------------
+# The same image everywhere --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("to", ["diffusers-lora", "kohya"])
-def test_stock_load_lora_weights_paints_the_picture_of_the_adapters(family, to, tmp_path, capsys):
+def test_stock_load_lora_weights_generates_the_image_of_the_adapters(family, to, tmp_path, capsys):
     run_command(export_command, family.arguments("--to", to, "--output_dir", str(tmp_path)))
     assert "max |û_a·û_b|" in capsys.readouterr().out
     pipe = family.open()
-    assert np.abs(paint_any(pipe) - family.picture).max() > 10 * ONE_GREY_LEVEL
+    assert np.abs(generate_any(pipe) - family.image).max() > 10 * ONE_GREY_LEVEL
     pipe.load_lora_weights(next(tmp_path.iterdir()))
     assert_exact(pipe, dense_deltas(family.open(), family.adapters))
-    assert np.abs(paint_any(pipe) - family.picture).max() <= ONE_GREY_LEVEL
+    assert np.abs(generate_any(pipe) - family.image).max() <= ONE_GREY_LEVEL
 
 
-def test_a_merged_pipeline_is_stock_and_paints_the_picture_of_the_adapters(family, tmp_path, capsys):
+def test_a_merged_pipeline_is_stock_and_generates_the_image_of_the_adapters(family, tmp_path, capsys):
     run_command(merge_command, family.arguments("--output_dir", str(tmp_path / "merged")))
     assert "1_dog, 2_style merged" in capsys.readouterr().out
     merged, base = DiffusionPipeline.from_pretrained(tmp_path / "merged"), family.open()
@@ -270,22 +270,22 @@ def test_a_merged_pipeline_is_stock_and_paints_the_picture_of_the_adapters(famil
     assert type(merged) is type(base)
     for name, model in models_of(base).items():
         assert models_of(merged)[name].state_dict().keys() == model.state_dict().keys()
-    assert np.abs(paint_any(merged) - family.picture).max() <= ONE_GREY_LEVEL
+    assert np.abs(generate_any(merged) - family.image).max() <= ONE_GREY_LEVEL
 
 
 def test_a_merged_pipeline_opens_without_this_package(one, tiny_pipeline_folder, tmp_path):
     pipe, names = open_adapted(tiny_pipeline_folder, [one])
     pipe.set_progress_bar_config(disable=True)
-    np.save(tmp_path / "here.npy", paint(pipe))
+    np.save(tmp_path / "here.npy", generate(pipe))
     arguments = ["--base", str(tiny_pipeline_folder), "--adapter", str(one), "--output_dir", str(tmp_path / "merged")]
     run_command(merge_command, arguments)
     code = f"""
 import sys, numpy as np, torch
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained({str(tmp_path / "merged")!r})
-picture = pipe("a dog", num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="np").images[0]
+image = pipe("a dog", num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="np").images[0]
 assert "ether_diffusion" not in sys.modules and "peft" not in str(type(pipe.unet.conv_in))
-print(np.abs(picture - np.load({str(tmp_path / "here.npy")!r})).max())
+print(np.abs(image - np.load({str(tmp_path / "here.npy")!r})).max())
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert float(result.stdout.split()[-1]) <= ONE_GREY_LEVEL
@@ -408,7 +408,7 @@ def test_the_weight_of_the_lora_is_the_strength_of_the_adapter(one, tiny_pipelin
     for strength in (0.0, 0.5, -0.3, 1.4):
         pipe.set_adapters(names, [strength])
         stock.set_adapters(["dog"], [strength])
-        assert np.abs(paint(stock) - paint(pipe)).max() <= ONE_GREY_LEVEL
+        assert np.abs(generate(stock) - generate(pipe)).max() <= ONE_GREY_LEVEL
 
 
 # Limits that follow from the maths --------------------------------------------------------------------------------
@@ -458,7 +458,7 @@ def record_of(path: Path) -> dict:
 def test_files_record_the_base_the_adapters_and_the_release(one, tiny_pipeline_folder, tmp_path, to):
     pipe, names = open_adapted(tiny_pipeline_folder, [one], [0.8])
     report = export_lora(pipe, tmp_path / "out", to=to, adapter_names=names, dtype=torch.bfloat16)
-    trained = read_checkpoint(one / WEIGHTS_NAME).metadata
+    trained = read_adapter_file(one / WEIGHTS_NAME).metadata
     files = sorted(report.path.rglob("*.safetensors")) if to == "peft-lora" else [report.path]
     assert len(files) == (2 if to == "peft-lora" else 1)
     for file in files:
@@ -496,13 +496,13 @@ def test_an_adapter_of_another_base_is_refused_unless_it_is_asked_for(one, tiny_
     pipe, names = open_adapted(tmp_path / "other", [one], allow_other_base=True)
     report = export_lora(pipe, tmp_path, to="kohya", adapter_names=names)
     recorded = record_of(report.path)["base_fingerprint"]
-    trained = read_checkpoint(one / WEIGHTS_NAME).metadata["base_fingerprint"]
+    trained = read_adapter_file(one / WEIGHTS_NAME).metadata["base_fingerprint"]
     assert recorded["text_encoder"] == trained["text_encoder"] and recorded["unet"] != trained["unet"]
 
 
 def test_an_adapter_that_does_not_say_its_base_is_used_with_a_warning(one, tiny_pipeline_folder, tmp_path, caplog):
-    checkpoint = read_checkpoint(one / WEIGHTS_NAME)
-    write_checkpoint(tmp_path / WEIGHTS_NAME, Checkpoint(checkpoint.configs, checkpoint.tensors))
+    checkpoint = read_adapter_file(one / WEIGHTS_NAME)
+    write_adapter_file(tmp_path / WEIGHTS_NAME, AdapterFile(checkpoint.configs, checkpoint.tensors))
     open_adapted(tiny_pipeline_folder, [one])
     assert not caplog.records
     open_adapted(tiny_pipeline_folder, [tmp_path])
@@ -516,7 +516,7 @@ def test_an_adapter_of_the_text_encoders_mlp_alone_loads(tiny_pipeline, tiny_pip
         report = export_lora(tiny_pipeline, tmp_path, to=to)
         stock = open_pipeline(tiny_pipeline_folder)
         stock.load_lora_weights(report.path)
-        assert np.abs(paint(stock) - paint(tiny_pipeline)).max() <= ONE_GREY_LEVEL
+        assert np.abs(generate(stock) - generate(tiny_pipeline)).max() <= ONE_GREY_LEVEL
 
 
 def test_what_a_format_cannot_hold_is_named(tiny_pipeline, tiny_tokenizer, tmp_path):
@@ -650,23 +650,23 @@ def test_fused_layers_of_flux_are_read_back_part_by_part(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_single_block_of_flux_at_full_width_paints_the_same_picture(tiny_tokenizer, tmp_path):
+def test_a_single_block_of_flux_at_full_width_generates_the_same_image(tiny_tokenizer, tmp_path):
     """141 million weights: diffusers reads FLUX's fused layers back at this width only."""
     width = {"attention_head_dim": 128, "num_attention_heads": 24, "axes_dims_rope": (16, 56, 56)}
     pipe = make_flux(tiny_tokenizer, num_layers=0, **width)
     pipe.set_progress_bar_config(disable=True)
-    base = paint_any(pipe)
+    base = generate_any(pipe)
     for name, method in (("dog", "ether"), ("style", "ether_plus")):
         config = EtherConfig(method=method, init_weights=False, target_modules=FLUX_SINGLE[0])
         pipe.transformer.add_adapter(config, adapter_name=name)
     pipe.set_adapters(["dog", "style"], STRENGTHS)
-    picture = paint_any(pipe)
+    image = generate_any(pipe)
     report = export_lora(pipe, tmp_path, to="kohya")
     assert max(report.errors.values()) <= 1e-6
     pipe.unload_ether_weights()
     pipe.load_lora_weights(report.path)
-    # Few directions of 3,072 in one block of random weights move the picture by less than a grey level.
-    assert np.abs(paint_any(pipe) - picture).max() <= 0.01 * np.abs(picture - base).max()
+    # Few directions of 3,072 in one block of random weights move the image by less than a grey level.
+    assert np.abs(generate_any(pipe) - image).max() <= 0.01 * np.abs(image - base).max()
 
 
 # The command line -------------------------------------------------------------------------------------------------

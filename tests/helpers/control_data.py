@@ -21,6 +21,6 @@ def write(folder: Path, sizes=((40, 30), (30, 40), (64, 64), (36, 30)), map_scal
     for k, (width, height) in enumerate(sizes):
         label_map(width, height, k).save(folder / f"{k}.png")
         label_map(width * map_scale, height * map_scale, k).save(folder / "maps" / f"{k}.png")
-        rows.append({"file_name": f"{k}.png", "conditioning_image": f"maps/{k}.png", "text": f"picture {k}"})
+        rows.append({"file_name": f"{k}.png", "conditioning_image": f"maps/{k}.png", "text": f"image {k}"})
     (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     return folder

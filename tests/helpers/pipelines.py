@@ -1,4 +1,4 @@
-"""What tests do with pipelines: open, adapt, paint, and compare with what was there before."""
+"""What tests do with pipelines: open, adapt, generate, and compare with what was there before."""
 
 import copy
 
@@ -13,7 +13,7 @@ from ether_diffusion.training.data.examples import TrainingImages, examples_of
 ONE_GREY_LEVEL = 1 / 255
 
 
-def paint(pipe, **options) -> np.ndarray:
+def generate(pipe, **options) -> np.ndarray:
     generator = torch.Generator().manual_seed(0)
     return pipe("a dog", num_inference_steps=3, generator=generator, output_type="np", **options).images[0]
 
@@ -25,7 +25,7 @@ def open_pipeline(folder) -> StableDiffusionPipeline:
 
 
 def training_images(folder, prompt="a photo of sks toy", *, side=16, **options) -> TrainingImages:
-    """The pictures of a folder as square training views."""
+    """The images of a folder as square training views."""
     return TrainingImages(examples_of(find_images(folder), prompt), targets=[(side, side)], **options)
 
 

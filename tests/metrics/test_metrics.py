@@ -31,8 +31,8 @@ from ether_diffusion.metrics import (
     sobel_edges,
 )
 from ether_diffusion.miniature import segmenter
-from ether_diffusion.miniature.control_data import HELD_OUT, KINDS, draw_pair, read_label_picture, write_control_data
-from ether_diffusion.miniature.render import label_picture
+from ether_diffusion.miniature.control_data import HELD_OUT, KINDS, draw_pair, read_label_image, write_control_data
+from ether_diffusion.miniature.render import label_image
 from ether_diffusion.miniature.segmenter import MiniatureSegmenter, SegmentationNet, SegmenterSettings
 from ether_diffusion.miniature.shapes import LABELS
 from ether_diffusion.miniature.world import draw_scene
@@ -44,7 +44,7 @@ def maps(*shape: int, classes: int = 5, seed: int = 0) -> torch.Tensor:
     return torch.randint(classes, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def pictures(count: int, noise: float = 0.0, seed: str = "fid") -> list[Image.Image]:
+def images(count: int, noise: float = 0.0, seed: str = "fid") -> list[Image.Image]:
     random, found = np.random.default_rng(0), []
     for k in range(count):
         pixels = np.asarray(draw_scene(seed, k).render().image) + noise * random.standard_normal((64, 64, 3))
@@ -134,20 +134,20 @@ def upernet_folder(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_upernet_from_a_folder_names_every_pixel_at_the_size_of_the_pictures(upernet_folder):
+def test_a_upernet_from_a_folder_names_every_pixel_at_the_size_of_the_images(upernet_folder):
     judge = UperNetSegmenter(str(upernet_folder))
-    shown = [image.resize((48, 32)) for image in pictures(3)]
+    shown = [image.resize((48, 32)) for image in images(3)]
     named = judge(shown)
     assert judge.classes == len(judge.names) == 7
     assert named.shape == (3, 32, 48) and named.dtype == torch.int64 and 0 <= named.min() <= named.max() < 7
-    assert torch.equal(named[1:2], judge(shown[1:2])), "a picture's map depends on its batch"
+    assert torch.equal(named[1:2], judge(shown[1:2])), "an image's map depends on its batch"
 
 
 # Edges ----------------------------------------------------------------------------------------------------------
 
 
-def test_edges_of_a_picture_are_consistent_with_themselves():
-    image = pictures(1)[0]
+def test_edges_of_a_image_are_consistent_with_themselves():
+    image = images(1)[0]
     own = Image.fromarray(sobel_edges(image).numpy())
     assert edge_consistency(image, own) == 1
     assert edge_consistency(image, Image.new("L", image.size)) == 0
@@ -178,14 +178,14 @@ def test_edges_between_colours_of_one_brightness_are_seen():
     assert sobel_edges(Image.fromarray(pixels)).sum() == 32
 
 
-# Sets of pictures -----------------------------------------------------------------------------------------------
+# Sets of images -----------------------------------------------------------------------------------------------
 
 
 def test_the_distance_of_a_set_to_itself_is_nothing_and_grows_with_noise():
     pytest.importorskip("torchmetrics")
     features = MiniatureFeatures()
-    real = pictures(64)
-    distances = [frechet_distance(pictures(64, noise), real, features=features) for noise in (0, 20, 60)]
+    real = images(64)
+    distances = [frechet_distance(images(64, noise), real, features=features) for noise in (0, 20, 60)]
     assert abs(distances[0]) < 1e-2 < distances[1] < distances[2]
 
 
@@ -199,7 +199,7 @@ def test_the_distance_is_that_of_its_formula():
         def forward(self, pixels):
             return pixels[:, :, 0, 0].float() / 255
 
-    ours, theirs = pictures(40), pictures(50, seed="others")
+    ours, theirs = images(40), images(50, seed="others")
     (mean, cov), (mean_2, cov_2) = (
         (values.mean(0), np.cov(values.T))
         for values in (np.stack([np.asarray(i)[0, 0] for i in s]) / 255.0 for s in (ours, theirs))
@@ -208,18 +208,18 @@ def test_the_distance_is_that_of_its_formula():
     assert frechet_distance(ours, theirs, features=Corners()) == pytest.approx(wanted, rel=1e-4)
 
 
-def test_pictures_of_several_sizes_can_be_compared():
+def test_images_of_several_sizes_can_be_compared():
     pytest.importorskip("torchmetrics")
-    shown = pictures(4)
+    shown = images(4)
     mixed = [image.resize((96, 96)) if k % 2 else image for k, image in enumerate(shown)]
     assert frechet_distance(mixed, shown, features="miniature") >= -1e-3
 
 
 def test_a_distance_that_cannot_be_had_says_what_is_needed():
     with pytest.raises(ValueError, match="got 'clip', needs one of inception, miniature, or a module"):
-        frechet_distance(pictures(2), pictures(2), features="clip")
-    with pytest.raises(ValueError, match="got 1 pictures and 2 references, needs two of each"):
-        frechet_distance(pictures(1), pictures(2), features="miniature")
+        frechet_distance(images(2), images(2), features="clip")
+    with pytest.raises(ValueError, match="got 1 images and 2 references, needs two of each"):
+        frechet_distance(images(1), images(2), features="miniature")
 
 
 # The miniature's judge and data ---------------------------------------------------------------------------------
@@ -237,10 +237,10 @@ def test_a_judge_is_trained_once_for_its_settings(quick_judge):
     before = file.stat().st_mtime_ns
     again = MiniatureSegmenter.load_or_train(folder, QUICK)
     assert again.record == judge.record and file.stat().st_mtime_ns == before
-    shown = pictures(3)
+    shown = images(3)
     assert torch.equal(judge(shown), again(shown)) and judge(shown).shape == (3, 64, 64)
     assert replace(QUICK, seed=1).fingerprint() != QUICK.fingerprint()
-    with pytest.raises(ValueError, match=r"got pictures of \(32, 32\), needs 64"):
+    with pytest.raises(ValueError, match=r"got images of \(32, 32\), needs 64"):
         judge([Image.new("RGB", (32, 32))])
 
 
@@ -273,11 +273,11 @@ def test_the_judge_knows_its_world(tmp_path):
 def test_a_map_of_colours_tells_its_classes():
     for k in range(5):
         pair = draw_pair("colours", k)
-        assert np.array_equal(read_label_picture(pair.control), pair.labels)
+        assert np.array_equal(read_label_image(pair.control), pair.labels)
     every = Image.fromarray(np.arange(len(LABELS), dtype=np.uint8)[None])
-    assert np.array_equal(read_label_picture(label_picture(every)), every)
+    assert np.array_equal(read_label_image(label_image(every)), every)
     with pytest.raises(ValueError, match="#010203 is the colour of no class"):
-        read_label_picture(Image.new("RGB", (4, 4), (1, 2, 3)))
+        read_label_image(Image.new("RGB", (4, 4), (1, 2, 3)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -325,9 +325,9 @@ def test_a_folder_is_evaluated_by_a_upernet(encoder_file, upernet_folder, tiny_p
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, unlabelled)))
     assert evaluate(*given, "--output_dir", tmp_path / "one") == 0, capsys.readouterr().err
     report = json.loads((tmp_path / "one" / "report.json").read_text())
-    assert report["count"] == 2 and report["judge"]["truth"] == "the judge on the real pictures"
+    assert report["count"] == 2 and report["judge"]["truth"] == "the judge on the real images"
     assert report["scores"]["real"] == {"mean_iou": 1, "pixel_accuracy": 1}
-    # An encoder that was taught nothing changes no picture.
+    # An encoder that was taught nothing changes no image.
     assert report["scores"]["with_control"] == report["scores"]["without_control"]
     assert evaluate(*given, "--batch_size", 1, "--output_dir", tmp_path / "two") == 0
     sheets = [np.asarray(Image.open(tmp_path / name / "sheet.png"), int) for name in ("one", "two")]
@@ -368,7 +368,7 @@ def test_what_cannot_be_evaluated_is_told_in_one_line(encoder_file, tiny_pipelin
     assert "has no metadata.jsonl" in told(*based, "--data_dir", tmp_path / "empty")
     assert "64 pixels a side, and those of --base 16" in told(*based, "--miniature", 2)
     one = ("--data_dir", folder, "--max_samples", 1)
-    assert "got 1 picture, needs two" in told(*based, *one, "--fid_features", "miniature")
+    assert "got 1 image, needs two" in told(*based, *one, "--fid_features", "miniature")
     assert f"{tmp_path / 'nowhere'}" in told(*based, *one, "--adapter", tmp_path / "nowhere")
     broken.write_text(lines[0] + '\n{"file_name": "000001.png"}\n')
     assert "line 2: has no text under conditioning_image, text" in told(*based, "--data_dir", broken.parent)
@@ -377,7 +377,7 @@ def test_what_cannot_be_evaluated_is_told_in_one_line(encoder_file, tiny_pipelin
     broken.write_text(lines[0] + "\n" + json.dumps(row))
     assert "line 2 has no labels; all or none need them" in told(*based, "--data_dir", broken.parent)
     broken.write_text(json.dumps(row | {"labels": 2}))
-    assert "line 1: got labels=2, needs the path of a picture" in told(*based, "--data_dir", broken.parent)
+    assert "line 1: got labels=2, needs the path of an image" in told(*based, "--data_dir", broken.parent)
 
 
 def test_the_miniature_is_evaluated_from_its_maps_to_the_report(tmp_path, quick_judge, monkeypatch):

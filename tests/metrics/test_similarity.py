@@ -35,7 +35,7 @@ RED, GREEN, YELLOW, BLUE = "red", "#00ff00", "#ffff00", "blue"
 
 
 class MeanColour(nn.Module):
-    """The direction of a picture's mean colour, and of a colour's name: pure colours are orthogonal."""
+    """The direction of an image's mean colour, and of a colour's name: pure colours are orthogonal."""
 
     def embed_images(self, images):
         colours = [np.asarray(image.convert("RGB"), dtype=np.float32).mean((0, 1)) for image in images]
@@ -58,7 +58,7 @@ def mean_difference(first, second):
     return (first - second).abs().mean((1, 2, 3))
 
 
-def test_a_picture_is_wholly_similar_to_itself_and_not_at_all_to_an_orthogonal_one():
+def test_a_image_is_wholly_similar_to_itself_and_not_at_all_to_an_orthogonal_one():
     features = MeanColour()
     assert image_similarity([plain(RED)], [plain(RED)], features) == pytest.approx(1)
     assert image_similarity([plain(RED)], [plain(BLUE)], features) == pytest.approx(0)
@@ -71,14 +71,14 @@ def test_the_similarity_to_references_is_the_mean_over_all_pairs():
     assert image_similarity([plain(RED), plain(GREEN)], [plain(RED)] * 3 + [plain(BLUE)], features) == 3 / 8
 
 
-def test_each_picture_is_compared_with_its_own_prompt():
+def test_each_image_is_compared_with_its_own_prompt():
     features = MeanColour()
     pictures = [plain(RED), plain(BLUE)]
     assert text_similarity(pictures, ["red", "blue"], features) == pytest.approx(1)
     assert text_similarity(pictures, ["blue", "red"], features) == pytest.approx(0)
 
 
-def test_drift_is_nothing_where_nothing_changed_and_one_for_orthogonal_pictures():
+def test_drift_is_nothing_where_nothing_changed_and_one_for_orthogonal_images():
     features = MeanColour()
     pictures = [plain(RED), plain(BLUE)]
     assert drift(pictures, pictures, features) == pytest.approx(0, abs=1e-6)
@@ -109,14 +109,14 @@ def test_lpips_without_its_packages_says_what_to_install_before_it_works(monkeyp
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda f: image_similarity([], [plain(RED)], f), "got 0 pictures and 1 references"),
-        (lambda f: image_similarity([plain(RED)], [], f), "got 1 pictures and 0 references"),
-        (lambda f: text_similarity([], [], f), "got 0 pictures and 0 prompts"),
-        (lambda f: text_similarity([plain(RED)], ["red", "blue"], f), "got 1 pictures and 2 prompts"),
-        (lambda f: drift([plain(RED)], [], f), "got 1 pictures and 0 pictures of the base model"),
+        (lambda f: image_similarity([], [plain(RED)], f), "got 0 images and 1 references"),
+        (lambda f: image_similarity([plain(RED)], [], f), "got 1 images and 0 references"),
+        (lambda f: text_similarity([], [], f), "got 0 images and 0 prompts"),
+        (lambda f: text_similarity([plain(RED)], ["red", "blue"], f), "got 1 images and 2 prompts"),
+        (lambda f: drift([plain(RED)], [], f), "got 1 images and 0 images of the base model"),
         (lambda f: diversity([]), "got no groups"),
-        (lambda f: diversity([[plain(RED)]]), "group 0 has 1 pictures, needs two"),
-        (lambda f: diversity([[plain(RED), plain(RED, (4, 8))]]), r"group 0 has pictures of \[\(4, 8\), \(8, 8\)\]"),
+        (lambda f: diversity([[plain(RED)]]), "group 0 has 1 images, needs two"),
+        (lambda f: diversity([[plain(RED), plain(RED, (4, 8))]]), r"group 0 has images of \[\(4, 8\), \(8, 8\)\]"),
     ],
 )
 def test_sets_that_do_not_fit_are_refused(call, message):

@@ -1,4 +1,4 @@
-"""The shipped weights: they load by stock calls, in one dtype, and paint."""
+"""The shipped weights: they load by stock calls, in one dtype, and generate."""
 
 import json
 
@@ -20,7 +20,7 @@ def pipe() -> StableDiffusionPipeline:
     return pipe
 
 
-def paint(pipe, prompt: str, seed: int = 0) -> np.ndarray:
+def generate(pipe, prompt: str, seed: int = 0) -> np.ndarray:
     generator = torch.Generator().manual_seed(seed)
     return pipe(prompt, num_inference_steps=12, guidance_scale=5.0, generator=generator, output_type="np").images[0]
 
@@ -41,17 +41,17 @@ def test_the_folder_is_small_and_holds_no_pickle():
 
 
 def test_prompts_decide_the_background(pipe):
-    picture = paint(pipe, "a red circle on a blue background")
+    picture = generate(pipe, "a red circle on a blue background")
     corner = picture[:8, :8].mean((0, 1))
     assert corner[2] > 0.55 and corner[2] > corner[0] + 0.3 and corner[2] > corner[1] + 0.3
 
 
-def test_the_same_seed_paints_the_same_picture(pipe):
-    assert np.array_equal(paint(pipe, "a toy"), paint(pipe, "a toy"))
-    assert not np.array_equal(paint(pipe, "a toy"), paint(pipe, "a toy", seed=1))
+def test_the_same_seed_generates_the_same_image(pipe):
+    assert np.array_equal(generate(pipe, "a toy"), generate(pipe, "a toy"))
+    assert not np.array_equal(generate(pipe, "a toy"), generate(pipe, "a toy", seed=1))
 
 
-def test_the_clip_of_the_miniature_matches_pictures_with_their_captions():
+def test_the_clip_of_the_miniature_matches_images_with_their_captions():
     score = miniature.ClipScore()
     scenes = [draw_scene("clip-test", k) for k in range(64)]
     images, texts = (

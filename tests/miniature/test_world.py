@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from miniature_models import PROMPT_LENGTH, build_tokenizer, build_unet, build_vae
 
-from ether_diffusion.miniature.render import COLOURS, PATTERNS, SIZE, label_picture, render
+from ether_diffusion.miniature.render import COLOURS, PATTERNS, SIZE, label_image, render
 from ether_diffusion.miniature.shapes import FIGURES, LABELS, SHAPES
 from ether_diffusion.miniature.world import (
     SIZES,
@@ -36,7 +36,7 @@ def test_the_world_is_as_rich_as_it_is_said_to_be():
     assert {t.name for s in SCENES for t in s.things} == set(SHAPES) | set(FIGURES)
 
 
-def test_a_scene_is_the_same_picture_every_time():
+def test_a_scene_is_the_same_image_every_time():
     first, again = draw_scene(3, 17), draw_scene(3, 17)
     assert first == again
     assert np.array_equal(np.asarray(first.render().image), np.asarray(again.render().image))
@@ -62,8 +62,8 @@ def test_subjects_are_figures_that_training_scenes_do_not_show():
 @pytest.mark.parametrize("subject", subjects(), ids=lambda s: s.name)
 def test_the_views_of_a_subject_differ_and_name_it(subject):
     views = [subject.view(k) for k in range(VIEWS)]
-    pictures = {view.render().image.tobytes() for view in views}
-    assert len(pictures) == VIEWS
+    images = {view.render().image.tobytes() for view in views}
+    assert len(images) == VIEWS
     for view in views:
         assert view.caption.startswith(f"a photo of {TOKENS[0]} {subject.class_name} on a")
         assert view.background in view.caption
@@ -93,7 +93,7 @@ def test_a_figure_is_described_by_its_own_colours():
                 assert f"{colour} {part}" in text
 
 
-def test_semantic_maps_follow_the_picture():
+def test_semantic_maps_follow_the_image():
     scene = Scene((Shape("circle", "red", "large", 0.5, 0.5, 0.33),), "white", "plain", "map", "")
     image, labels = (np.asarray(x) for x in render(scene))
     assert image.shape == (SIZE, SIZE, 3) and labels.shape == (SIZE, SIZE)
@@ -110,11 +110,11 @@ def test_a_figures_map_has_its_parts():
         assert {f"{subject.class_name} {part}" for part in FIGURES[subject.class_name].parts} <= values
 
 
-def test_map_pictures_give_every_class_its_own_colour():
+def test_map_images_give_every_class_its_own_colour():
     from PIL import Image
 
     labels = Image.fromarray(np.arange(len(LABELS), dtype=np.uint8)[None])
-    colours = {tuple(pixel) for pixel in np.asarray(label_picture(labels))[0]}
+    colours = {tuple(pixel) for pixel in np.asarray(label_image(labels))[0]}
     assert len(colours) == len(LABELS)
 
 

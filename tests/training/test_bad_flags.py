@@ -73,8 +73,8 @@ CASES = [
     # files and folders
     ("--instance_data_dir {new}", "new: there is no such folder"),
     ("--instance_data_dir {note}", "is a file, not a folder"),
-    ("--instance_data_dir {empty}", "holds 0 files but no picture"),
-    ("--instance_data_dir {damaged}", "torn.png: the picture is truncated or damaged"),
+    ("--instance_data_dir {empty}", "holds 0 files but no image"),
+    ("--instance_data_dir {damaged}", "torn.png: the image is truncated or damaged"),
     ("--caption_column words", "--caption_column words: there is no metadata.jsonl in"),
     ("--dataset_name {new}", "new: cannot be loaded"),
     ("--pretrained_model_name_or_path {new}", "new: there is no such folder"),

@@ -1,4 +1,4 @@
-"""Class pictures: the user's own count, those that are missing are painted, and a stop in between changes nothing."""
+"""Class images: the user's own count, those that are missing are generated, and a stop in between changes nothing."""
 
 import errno
 import gc
@@ -22,7 +22,7 @@ from PIL import Image
 from ether_diffusion import miniature
 from ether_diffusion.errors import InputError
 from ether_diffusion.images import find_images
-from ether_diffusion.training.class_images import ClassPictures, paint_class_pictures
+from ether_diffusion.training.class_images import ClassImages, generate_class_images
 from ether_diffusion.training.families import ModelSource, StableDiffusion
 from ether_diffusion.training.options.groups import PriorOptions
 from ether_diffusion.training.seeds import derive
@@ -60,12 +60,12 @@ def accelerator():
 
 
 @pytest.fixture
-def paint(tiny_pipeline_folder, accelerator, watched):
-    """Paint what is missing in a folder, with options; two denoising steps."""
+def generate(tiny_pipeline_folder, accelerator, watched):
+    """Generate what is missing in a folder, with options; two denoising steps."""
 
     def painter(folder, *, model=tiny_pipeline_folder, precision="no", seed=SEED, **options):
         source = ModelSource(str(model))
-        return paint_class_pictures(
+        return generate_class_images(
             source, watched, prior(folder, **options), accelerator, precision=precision, seed=seed,
             num_inference_steps=STEPS,
         )  # fmt: skip
@@ -97,7 +97,7 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def put(folder: Path, *files: str) -> dict[str, bytes]:
-    """Pictures of the user's own."""
+    """Images of the user's own."""
     folder.mkdir(parents=True, exist_ok=True)
     for k, name in enumerate(files):
         Image.new("RGB", (20, 12), (40 * k, 80, 120)).save(folder / name)
@@ -107,33 +107,33 @@ def put(folder: Path, *files: str) -> dict[str, bytes]:
 # Looking --------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_that_is_not_there_lacks_all_pictures_and_is_not_made(tmp_path):
+def test_a_folder_that_is_not_there_lacks_all_images_and_is_not_made(tmp_path):
     folder = tmp_path / "pictures" / "dogs"
-    found = ClassPictures.look(prior(folder, 3))
+    found = ClassImages.look(prior(folder, 3))
     assert found.paths == []
     assert [path.name for path in found.missing] == ["class-00000.png", "class-00001.png", "class-00002.png"]
     assert names(tmp_path) == []
 
 
-def test_pictures_of_ones_own_count_whatever_their_format_and_other_files_do_not(tmp_path):
+def test_images_of_ones_own_count_whatever_their_format_and_other_files_do_not(tmp_path):
     put(tmp_path, "rex.jpg", "fido.webp", "BELLO.PNG", ".hidden.png")
     (tmp_path / "notes.txt").write_text("three dogs")
-    found = ClassPictures.look(prior(tmp_path, 5))
+    found = ClassImages.look(prior(tmp_path, 5))
     assert sorted(path.name for path in found.paths) == ["BELLO.PNG", "fido.webp", "rex.jpg"]
     assert [path.name for path in found.missing] == ["class-00000.png", "class-00001.png"]
 
 
-def test_of_more_pictures_than_asked_for_the_first_are_taken(tmp_path):
+def test_of_more_images_than_asked_for_the_first_are_taken(tmp_path):
     put(tmp_path, "10.png", "9.png", "2.png", "1.png")
-    found = ClassPictures.look(prior(tmp_path, 3))
+    found = ClassImages.look(prior(tmp_path, 3))
     assert [path.name for path in found.paths] == ["1.png", "2.png", "9.png"]
     assert found.missing == []
 
 
-def test_painted_pictures_are_numbered_into_the_gaps(tmp_path):
+def test_generated_images_are_numbered_into_the_gaps(tmp_path):
     put(tmp_path, "class-00001.png", "rex.jpg")
-    (tmp_path / "class-00002.png").mkdir()  # a name that is taken, though not by a picture
-    missing = ClassPictures.look(prior(tmp_path, 5)).missing
+    (tmp_path / "class-00002.png").mkdir()  # a name that is taken, though not by an image
+    missing = ClassImages.look(prior(tmp_path, 5)).missing
     assert [path.name for path in missing] == ["class-00000.png", "class-00003.png", "class-00004.png"]
 
 
@@ -141,89 +141,89 @@ def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
     file = tmp_path / "dogs"
     file.write_text("")
     with pytest.raises(InputError, match=f"--class_data_dir {file}: is a file, needs a folder"):
-        ClassPictures.look(prior(file))
+        ClassImages.look(prior(file))
     with pytest.raises(InputError, match=f"--class_data_dir {file}/young: {file} is a file, no folder can be made"):
-        ClassPictures.look(prior(file / "young"))
+        ClassImages.look(prior(file / "young"))
 
 
-def test_a_folder_that_cannot_be_written_is_an_error_only_where_pictures_are_missing(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_an_error_only_where_images_are_missing(tmp_path, monkeypatch):
     put(tmp_path, "rex.jpg", "fido.png")
     # The superuser may write everywhere; so the answer of the system is set.
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert len(ClassPictures.look(prior(tmp_path, 2)).paths) == 2
-    with pytest.raises(InputError, match=f"lacks 1 pictures of the class, but {tmp_path} cannot be written to"):
-        ClassPictures.look(prior(tmp_path, 3))
+    assert len(ClassImages.look(prior(tmp_path, 2)).paths) == 2
+    with pytest.raises(InputError, match=f"lacks 1 images of the class, but {tmp_path} cannot be written to"):
+        ClassImages.look(prior(tmp_path, 3))
     with pytest.raises(InputError, match=f"--class_data_dir {tmp_path}/a/b: .* but {tmp_path} cannot be written to"):
-        ClassPictures.look(prior(tmp_path / "a" / "b", 3))
+        ClassImages.look(prior(tmp_path / "a" / "b", 3))
 
 
-# Painting -------------------------------------------------------------------------------------------------------
+# Generating -------------------------------------------------------------------------------------------------------
 
 
-def test_missing_pictures_are_painted_beside_those_of_the_user_which_stay_as_they_are(paint, tmp_path):
+def test_missing_images_are_generated_beside_those_of_the_user_which_stay_as_they_are(generate, tmp_path):
     own = put(tmp_path / "dogs", "rex.jpg", "class-00001.png")
-    paths = paint(tmp_path / "dogs", number=5)
+    paths = generate(tmp_path / "dogs", number=5)
     assert [path.name for path in paths] == names(tmp_path / "dogs")
-    assert ClassPictures.look(prior(tmp_path / "dogs", 5)).paths == paths  # in the order of the runs to come
+    assert ClassImages.look(prior(tmp_path / "dogs", 5)).paths == paths  # in the order of the runs to come
     assert names(tmp_path / "dogs") == [*(f"class-0000{k}.png" for k in range(4)), "rex.jpg"]
     assert own.items() <= contents(tmp_path / "dogs").items()
-    painted = [pixels(tmp_path / "dogs" / f"class-0000{k}.png") for k in (0, 2, 3)]
-    assert {each.shape for each in painted} == {(16, 16, 3)}
-    assert all(np.abs(a - b).max() > 0.05 * 255 for a, b in zip(painted, painted[1:], strict=False))
+    generated = [pixels(tmp_path / "dogs" / f"class-0000{k}.png") for k in (0, 2, 3)]
+    assert {each.shape for each in generated} == {(16, 16, 3)}
+    assert all(np.abs(a - b).max() > 0.05 * 255 for a, b in zip(generated, generated[1:], strict=False))
 
 
-def test_a_picture_is_what_the_pipeline_paints_from_its_number(paint, tiny_pipeline, tmp_path):
-    paint(tmp_path, number=3)
+def test_a_image_is_what_the_pipeline_generates_from_its_number(generate, tiny_pipeline, tmp_path):
+    generate(tmp_path, number=3)
     seed = torch.Generator().manual_seed(derive(SEED, "class picture", 2))
     image = tiny_pipeline(PROMPT, num_inference_steps=STEPS, generator=seed).images[0]  # with its own guidance scale
     assert np.abs(pixels(tmp_path / "class-00002.png") - np.asarray(image, dtype=np.int16)).max() <= 1
 
 
-def test_another_seed_paints_other_pictures(paint, tmp_path):
+def test_another_seed_generates_other_images(generate, tmp_path):
     for seed in (0, 1):
-        paint(tmp_path / str(seed), number=1, seed=seed)
+        generate(tmp_path / str(seed), number=1, seed=seed)
     one, other = (pixels(tmp_path / str(seed) / "class-00000.png") for seed in (0, 1))
     assert np.abs(one - other).max() > 0.05 * 255
 
 
-def test_the_batch_size_changes_no_picture(paint, tmp_path):
+def test_the_batch_size_changes_no_image(generate, tmp_path):
     for size in (1, 3, 4):
-        paint(tmp_path / str(size), number=5, sample_batch_size=size)
+        generate(tmp_path / str(size), number=5, sample_batch_size=size)
     for name in names(tmp_path / "1"):
         for size in ("3", "4"):
             assert np.abs(pixels(tmp_path / "1" / name) - pixels(tmp_path / size / name)).max() <= 1
 
 
-def test_pictures_that_were_removed_are_painted_again_bit_for_bit(paint, tmp_path):
-    paths = paint(tmp_path, number=7, sample_batch_size=3)
+def test_images_that_were_removed_are_generated_again_bit_for_bit(generate, tmp_path):
+    paths = generate(tmp_path, number=7, sample_batch_size=3)
     before = contents(tmp_path)
     for k in (0, 3, 4, 6):
         (tmp_path / f"class-0000{k}.png").unlink()
-    again = paint(tmp_path, number=7, sample_batch_size=3)
+    again = generate(tmp_path, number=7, sample_batch_size=3)
     assert contents(tmp_path) == before and again == paths
 
 
-def test_the_last_missing_picture_is_rounded_as_it_was_among_others(paint, tmp_path):
-    # In bfloat16 the miniature's pictures differ visibly with the shape of the batch, so that shape must not change.
+def test_the_last_missing_image_is_rounded_as_it_was_among_others(generate, tmp_path):
+    # In bfloat16 the miniature's images differ visibly with the shape of the batch, so that shape must not change.
     options = {"model": miniature.FOLDER, "precision": "bf16", "number": 4, "sample_batch_size": 4}
-    paint(tmp_path, **options)
+    generate(tmp_path, **options)
     before = contents(tmp_path)
     (tmp_path / "class-00002.png").unlink()
-    paint(tmp_path, **options)
+    generate(tmp_path, **options)
     assert contents(tmp_path) == before
 
 
-def test_nothing_is_loaded_where_nothing_is_missing(paint, watched, tmp_path):
+def test_nothing_is_loaded_where_nothing_is_missing(generate, watched, tmp_path):
     put(tmp_path, "rex.jpg", "fido.jpg")
     before = contents(tmp_path)
-    assert paint(tmp_path, number=2) == find_images(tmp_path)
+    assert generate(tmp_path, number=2) == find_images(tmp_path)
     assert watched.loaded == [] and contents(tmp_path) == before
 
 
-def test_the_pipeline_is_freed(paint, watched, tmp_path):
-    gc.disable()  # what is freed is freed by the painting itself
+def test_the_pipeline_is_freed(generate, watched, tmp_path):
+    gc.disable()  # what is freed is freed by the generating itself
     try:
-        paint(tmp_path, number=1)
+        generate(tmp_path, number=1)
         assert [reference() for reference in watched.loaded[0][2:]] == [None, None]
     finally:
         gc.enable()
@@ -240,13 +240,13 @@ def test_the_pipeline_is_freed(paint, watched, tmp_path):
     ],
 )
 def test_the_precision_is_that_of_the_training_unless_another_is_given(
-    paint, watched, tmp_path, training, flag, dtype
+    generate, watched, tmp_path, training, flag, dtype
 ):
-    paint(tmp_path, number=1, sample_batch_size=1, precision=training, prior_generation_precision=flag)
+    generate(tmp_path, number=1, sample_batch_size=1, precision=training, prior_generation_precision=flag)
     assert [each[:2] for each in watched.loaded] == [(dtype, {dtype})]
 
 
-def test_the_global_random_generators_are_left_as_they_were(paint, watched, tmp_path):
+def test_the_global_random_generators_are_left_as_they_were(generate, watched, tmp_path):
     def draws():
         return random.random(), np.random.rand(), torch.rand(1).item()
 
@@ -257,7 +257,7 @@ def test_the_global_random_generators_are_left_as_they_were(paint, watched, tmp_
     expected = draws()
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     watched.prepare = staticmethod(stir)
-    paint(tmp_path, number=1)
+    generate(tmp_path, number=1)
     assert draws() == expected
 
 
@@ -281,26 +281,26 @@ def failing(error: Exception, batch: int):
 
 
 @pytest.mark.parametrize("number", ["2", "1"])
-def test_out_of_memory_keeps_what_is_painted_and_says_what_fits(paint, watched, tmp_path, number):
+def test_out_of_memory_keeps_what_is_generated_and_says_what_fits(generate, watched, tmp_path, number):
     watched.prepare = failing(torch.OutOfMemoryError("CUDA out of memory"), batch=2)
     fits = "needs from 1 to 1" if number == "2" else "needs --prior_generation_precision fp16 or bf16"
     with pytest.raises(InputError, match=f"--sample_batch_size {number}: the memory is not enough .*{fits}") as caught:
-        paint(tmp_path, number=4, sample_batch_size=int(number))
-    assert f"{number} of 4 pictures are in {tmp_path}; the same command paints the others" in str(caught.value)
+        generate(tmp_path, number=4, sample_batch_size=int(number))
+    assert f"{number} of 4 images are in {tmp_path}; the same command generates the others" in str(caught.value)
     assert len(names(tmp_path)) == int(number)
 
 
-def test_any_other_error_keeps_what_is_painted_and_the_same_command_goes_on(paint, watched, tmp_path):
-    paint(tmp_path / "whole", number=4, sample_batch_size=2)
+def test_any_other_error_keeps_what_is_generated_and_the_same_command_goes_on(generate, watched, tmp_path):
+    generate(tmp_path / "whole", number=4, sample_batch_size=2)
     watched.prepare = failing(KeyError("lost"), batch=2)
-    with pytest.raises(RuntimeError, match=r"failed \(KeyError: 'lost'\); 2 of 4 pictures are in"):
-        paint(tmp_path / "dogs", number=4, sample_batch_size=2)
+    with pytest.raises(RuntimeError, match=r"failed \(KeyError: 'lost'\); 2 of 4 images are in"):
+        generate(tmp_path / "dogs", number=4, sample_batch_size=2)
     watched.prepare = Watched.prepare
-    paint(tmp_path / "dogs", number=4, sample_batch_size=2)
+    generate(tmp_path / "dogs", number=4, sample_batch_size=2)
     assert contents(tmp_path / "dogs") == contents(tmp_path / "whole")
 
 
-def test_a_full_disk_leaves_whole_pictures_only(paint, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_whole_images_only(generate, tmp_path, monkeypatch):
     left, sync = [4], os.fsync  # two for each: the file, then its folder
 
     def fsync(handle):
@@ -310,24 +310,24 @@ def test_a_full_disk_leaves_whole_pictures_only(paint, tmp_path, monkeypatch):
         sync(handle)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(OSError, match="could not be saved .*No space left on device.*; 2 of 5 pictures are in"):
-        paint(tmp_path, number=5)
+    with pytest.raises(OSError, match="could not be saved .*No space left on device.*; 2 of 5 images are in"):
+        generate(tmp_path, number=5)
     assert names(tmp_path) == ["class-00000.png", "class-00001.png"]
 
 
-def test_pictures_that_are_not_finite_are_not_kept(paint, watched, tmp_path):
+def test_images_that_are_not_finite_are_not_kept(generate, watched, tmp_path):
     watched.prepare = staticmethod(lambda pipe: pipe.vae.decoder.conv_out.bias.data.fill_(float("nan")))
-    with pytest.raises(FloatingPointError, match="not finite in bfloat16; .*0 of 1 pictures"):
-        paint(tmp_path, number=1, precision="bf16")
+    with pytest.raises(FloatingPointError, match="not finite in bfloat16; .*0 of 1 images"):
+        generate(tmp_path, number=1, precision="bf16")
     assert names(tmp_path) == []
 
 
-def test_half_written_files_are_no_pictures_and_go_when_they_are_old(paint, tmp_path):
+def test_half_written_files_are_no_images_and_go_when_they_are_old(generate, tmp_path):
     old, young = tmp_path / ".class-00000.png.0a.tmp", tmp_path / ".class-00001.png.0b.tmp"
     for each in (old, young):
         each.write_bytes(b"\x89PNG")
     os.utime(old, (time.time() - 7200,) * 2)
-    paths = paint(tmp_path, number=2, sample_batch_size=2)
+    paths = generate(tmp_path, number=2, sample_batch_size=2)
     assert [path.name for path in paths] == ["class-00000.png", "class-00001.png"]
     assert names(tmp_path) == [young.name, "class-00000.png", "class-00001.png"]
 
@@ -335,7 +335,7 @@ def test_half_written_files_are_no_pictures_and_go_when_they_are_old(paint, tmp_
 def test_a_model_that_cannot_be_read_is_named(accelerator, tmp_path):
     source = ModelSource(str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match="--pretrained_model_name_or_path .*nowhere: there is no such folder"):
-        paint_class_pictures(source, StableDiffusion, prior(tmp_path / "dogs"), accelerator, precision="no", seed=0)
+        generate_class_images(source, StableDiffusion, prior(tmp_path / "dogs"), accelerator, precision="no", seed=0)
 
 
 # Processes ------------------------------------------------------------------------------------------------------
@@ -346,7 +346,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from ether_diffusion.training.families import ModelSource, StableDiffusion
-from ether_diffusion.training.class_images import paint_class_pictures
+from ether_diffusion.training.class_images import generate_class_images
 from ether_diffusion.training.options.groups import PriorOptions
 
 torch.set_num_threads(1)
@@ -367,7 +367,7 @@ options = PriorOptions(
     with_prior_preservation=True, class_data_dir=folder, class_prompt={PROMPT!r},
     num_class_images=int(number), sample_batch_size=int(size),
 )
-paths = paint_class_pictures(
+paths = generate_class_images(
     ModelSource(model), StableDiffusion, options, accelerator, precision="no", seed={SEED},
     num_inference_steps={STEPS},
 )
@@ -379,7 +379,7 @@ Path(folder).with_suffix(f".{{accelerator.process_index}}.json").write_text(json
 
 @pytest.fixture
 def script(tmp_path):
-    path = tmp_path / "paint.py"
+    path = tmp_path / "generate.py"
     path.write_text(SCRIPT)
     return path
 
@@ -388,23 +388,25 @@ def environment() -> dict[str, str]:
     return {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
-def test_a_run_that_was_killed_goes_on_and_paints_the_same_bit_for_bit(paint, tiny_pipeline_folder, script, tmp_path):
+def test_a_run_that_was_killed_goes_on_and_generates_the_same_bit_for_bit(
+    generate, tiny_pipeline_folder, script, tmp_path
+):
     number, size = 10, 4
     folder = tmp_path / "killed"
     command = [sys.executable, str(script), str(tiny_pipeline_folder), str(folder), str(number), str(size)]
-    # After the sixth picture is written and before it has its name; each is synced with its folder.
+    # After the sixth image is written and before it has its name; each is synced with its folder.
     killed = subprocess.run([*command, "11"], env=environment(), stderr=subprocess.DEVNULL)
     assert killed.returncode == -signal.SIGKILL
     left = {name: content for name, content in contents(folder).items() if not name.startswith(".")}
     assert len(left) == 5 < len(contents(folder))
-    paths = paint(folder, number=number, sample_batch_size=size)
-    paint(tmp_path / "whole", number=number, sample_batch_size=size)
+    paths = generate(folder, number=number, sample_batch_size=size)
+    generate(tmp_path / "whole", number=number, sample_batch_size=size)
     assert {path.name: path.read_bytes() for path in paths} == contents(tmp_path / "whole")
     assert left.items() <= contents(folder).items()
 
 
 @pytest.mark.slow
-def test_two_processes_paint_what_one_paints(paint, tiny_pipeline_folder, script, tmp_path):
+def test_two_processes_generate_what_one_generates(generate, tiny_pipeline_folder, script, tmp_path):
     folder = tmp_path / "two"
     own = put(folder, "rex.jpg")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script)]
@@ -416,7 +418,7 @@ def test_two_processes_paint_what_one_paints(paint, tiny_pipeline_folder, script
     assert reports[0]["processes"] == 2 and reports[0]["there"]
     assert [Path(path).name for path in reports[0]["paths"]] == names(folder)
     put(tmp_path / "one", "rex.jpg")
-    paint(tmp_path / "one", number=8, sample_batch_size=2)
+    generate(tmp_path / "one", number=8, sample_batch_size=2)
     assert names(folder) == names(tmp_path / "one")
     assert (folder / "rex.jpg").read_bytes() == own["rex.jpg"]
     for name in names(folder):

@@ -81,19 +81,19 @@ def train(pairs, bases, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def painted(monkeypatch) -> dict[str, np.ndarray]:
-    """What the trainer's own pipeline paints at the end of a run, under "trainer"."""
+def generated(monkeypatch) -> dict[str, np.ndarray]:
+    """What the trainer's own pipeline generates at the end of a run, under "trainer"."""
     seen, save = {}, ControlRun.save
 
-    def save_and_paint(run, prompt):
-        seen["trainer"] = paint(run.pipe)
+    def save_and_generate(run, prompt):
+        seen["trainer"] = generate(run.pipe)
         return save(run, prompt)
 
-    monkeypatch.setattr(ControlRun, "save", save_and_paint)
+    monkeypatch.setattr(ControlRun, "save", save_and_generate)
     return seen
 
 
-def paint(pipe, control: Image.Image | None = None, **options) -> np.ndarray:
+def generate(pipe, control: Image.Image | None = None, **options) -> np.ndarray:
     pipe.set_progress_bar_config(disable=True)
     control = label_map(16, 16, 3) if control is None else control
     options = {"image" if hasattr(pipe, "controlnet") else "control_image": control, **options}
@@ -116,7 +116,7 @@ def same(one: Path, two: Path) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_the_command_of_the_readme_trains_saves_paints_and_describes(pairs, bases, tmp_path):
+def test_the_command_of_the_readme_trains_saves_generates_and_describes(pairs, bases, tmp_path):
     folder = tmp_path / "maps"
     flags = ["--pretrained_model_name_or_path", bases["sd"], "--train_data_dir", pairs, "--output_dir", folder]
     flags += ["--max_train_steps", 4, "--train_batch_size", 2, "--gradient_checkpointing", "--train_text_encoder"]
@@ -137,19 +137,21 @@ def test_the_command_of_the_readme_trains_saves_paints_and_describes(pairs, base
 
 @pytest.mark.parametrize("base", ["sd", "sdxl"])
 @pytest.mark.parametrize("method", ["none", "ether", "ether_plus"])
-def test_one_file_carries_light_control_and_paints_what_the_trainer_painted(train, painted, bases, base, method):
+def test_one_file_carries_light_control_and_generates_what_the_trainer_generated(
+    train, generated, bases, base, method
+):
     text = [] if method == "none" else ["--train_text_encoder"]
     _, folder = train("--method", method, *text, base=base)
     kind = {"sd": EtherControlPipeline, "sdxl": EtherControlXLPipeline}[base]
     pipe = kind.from_pretrained(bases[base])
     pipe.load_ether_weights(folder)
-    assert np.abs(paint(pipe) - painted["trainer"]).max() <= STEP
-    other = paint(pipe, label_map(16, 16, 8))
-    assert np.abs(other - painted["trainer"]).max() > STEP
+    assert np.abs(generate(pipe) - generated["trainer"]).max() <= STEP
+    other = generate(pipe, label_map(16, 16, 8))
+    assert np.abs(other - generated["trainer"]).max() > STEP
 
 
 @pytest.mark.parametrize("method", ["lora", "oft", "full"])
-def test_peers_of_ether_are_saved_beside_the_encoder(train, painted, bases, method):
+def test_peers_of_ether_are_saved_beside_the_encoder(train, generated, bases, method):
     _, folder = train("--method", method, "--learning_rate", 0.01)
     base = folder if method == "full" else bases["sd"]
     stock = DiffusionPipeline.from_pretrained(base)
@@ -159,34 +161,36 @@ def test_peers_of_ether_are_saved_beside_the_encoder(train, painted, bases, meth
         stock.unet = PeftModel.from_pretrained(stock.unet, folder / "unet").base_model.model
     pipe = EtherControlPipeline.from_pipe(stock)
     pipe.add_control("control", ControlEncoder.from_pretrained(folder / "control_encoder"))
-    assert np.abs(paint(pipe) - painted["trainer"]).max() <= STEP
+    assert np.abs(generate(pipe) - generated["trainer"]).max() <= STEP
 
 
 @pytest.mark.parametrize("base", ["sd", "sdxl"])
 @pytest.mark.parametrize("method", ["none", "ether", "ether_plus", "full"])
-def test_a_merged_controlnet_paints_in_a_stock_pipeline_what_the_trainer_painted(train, painted, bases, base, method):
+def test_a_merged_controlnet_generates_in_a_stock_pipeline_what_the_trainer_generated(
+    train, generated, bases, base, method
+):
     rate = [] if method == "none" else ["--learning_rate", 0.01]
     _, folder = train("--control_type", "controlnet", "--method", method, *rate, base=base)
     kind = {"sd": StableDiffusionControlNetPipeline, "sdxl": StableDiffusionXLControlNetPipeline}[base]
     controlnet = ControlNetModel.from_pretrained(folder / "controlnet")
     assert not any("ether" in name for name, _ in controlnet.named_parameters())
     merged = kind.from_pretrained(bases[base], controlnet=controlnet)
-    assert np.abs(paint(merged) - painted["trainer"]).max() <= STEP
-    assert np.abs(paint(merged, label_map(16, 16, 8)) - painted["trainer"]).max() > STEP
+    assert np.abs(generate(merged) - generated["trainer"]).max() <= STEP
+    assert np.abs(generate(merged, label_map(16, 16, 8)) - generated["trainer"]).max() > STEP
     if method in ("ether", "ether_plus"):
         widths = controlnet.config.conditioning_embedding_out_channels
         copy = ControlNetModel.from_unet(merged.unet, conditioning_embedding_out_channels=widths)
         own = kind.from_pretrained(bases[base], controlnet=copy)
         before = {name: tensor.clone() for name, tensor in own.controlnet.state_dict().items()}
         own.load_ether_weights(folder)
-        assert np.abs(paint(own) - painted["trainer"]).max() <= STEP
+        assert np.abs(generate(own) - generated["trainer"]).max() <= STEP
         own.unload_ether_weights()
         after = own.controlnet.state_dict()
         assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in after)
 
 
 @pytest.mark.slow
-def test_the_merged_controlnet_paints_the_same_in_a_new_process(train, painted, bases, tmp_path):
+def test_the_merged_controlnet_generates_the_same_in_a_new_process(train, generated, bases, tmp_path):
     _, folder = train("--control_type", "controlnet")
     label_map(16, 16, 3).save(tmp_path / "map.png")
     script = f"""
@@ -196,17 +200,17 @@ from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 controlnet = ControlNetModel.from_pretrained({str(folder / "controlnet")!r})
 pipe = StableDiffusionControlNetPipeline.from_pretrained({str(bases["sd"])!r}, controlnet=controlnet)
 generator = torch.Generator().manual_seed(0)
-picture = pipe("a dog", image=Image.open({str(tmp_path / "map.png")!r}), num_inference_steps=3, generator=generator,
+image = pipe("a dog", image=Image.open({str(tmp_path / "map.png")!r}), num_inference_steps=3, generator=generator,
                output_type="np", height=16, width=16).images[0]
-np.save({str(tmp_path / "picture.npy")!r}, picture)
+np.save({str(tmp_path / "picture.npy")!r}, image)
 """
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
-    assert np.abs(np.load(tmp_path / "picture.npy") - painted["trainer"]).max() <= STEP
+    assert np.abs(np.load(tmp_path / "image.npy") - generated["trainer"]).max() <= STEP
 
 
 @pytest.mark.parametrize(("precision", "control_type"), [("bf16", "light"), ("bf16", "controlnet"), ("fp16", "light")])
 @pytest.mark.parametrize("base", ["sd", "sdxl"])
-def test_grids_are_painted_in_half_precision(train, base, precision, control_type):
+def test_grids_are_generated_in_half_precision(train, base, precision, control_type):
     flags = ["--mixed_precision", precision, "--control_type", control_type, "--learning_rate", 0.01]
     flags += ["--num_validation_images", 1, "--num_inference_steps", 2, "--validation_steps", 2]
     result, folder = train(*flags, base=base)
@@ -230,7 +234,7 @@ CARDS = ["--method ether", "--method none", "--method lora", "--method oft", "--
 
 
 @pytest.mark.parametrize("flags", [*CARDS, "--control_type controlnet"])
-def test_the_code_on_the_card_paints_under_control(train, bases, tmp_path, monkeypatch, flags):
+def test_the_code_on_the_card_generates_under_control(train, bases, tmp_path, monkeypatch, flags):
     shutil.copytree(bases["sd"], tmp_path / "base")
     monkeypatch.chdir(tmp_path)
     label_map(16, 16, 3).save("map.png")
@@ -416,7 +420,7 @@ def test_without_a_number_of_steps_training_goes_on_until_control_is_learned(pai
     assert (steps(), steps("--max_train_steps", "7"), steps("--num_train_epochs", "3")) == (CONTROL_STEPS, 7, 30)
 
 
-def test_control_pictures_and_prompts_of_the_validation_are_paired():
+def test_control_images_and_prompts_of_the_validation_are_paired():
     def pairs_of(images: str, prompts: str) -> list[tuple[str, str]]:
         return ControlValidationOptions(validation_image=tuple(images), validation_prompt=tuple(prompts)).pairs
 
@@ -447,9 +451,9 @@ BAD = [
     ("--streaming --pre_compute_text_embeddings", "--pre_compute_text_embeddings: cannot go with --streaming"),
     ("--streaming --num_train_epochs 1", "--streaming: has no epochs"),
     ("--validation_prompt dog", "--validation_prompt: has no effect without --validation_image; add it"),
-    ("--validation_image {map}", "--validation_image: needs a --validation_prompt for each picture"),
-    ("--validation_image {map} {map} {map} --validation_prompt a b", "got 3 pictures for 2 prompts"),
-    ("--validation_image {new} --validation_prompt a", "new: is not a picture that can be read"),
+    ("--validation_image {map}", "--validation_image: needs a --validation_prompt for each image"),
+    ("--validation_image {map} {map} {map} --validation_prompt a b", "got 3 images for 2 prompts"),
+    ("--validation_image {new} --validation_prompt a", "new: is not an image that can be read"),
     (
         "--control_type controlnet --mixed_precision fp16",
         "--mixed_precision fp16: --control_type controlnet needs a GPU",

@@ -1,4 +1,4 @@
-"""Pictures, captions and views: every kind that people have, read right or refused by name."""
+"""Images, captions and views: every kind that people have, read right or refused by name."""
 
 import io
 import json
@@ -27,7 +27,7 @@ def gradient(width=40, height=30) -> Image.Image:
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp"])
-def test_every_format_reads_as_the_same_picture(tmp_path, suffix):
+def test_every_format_reads_as_the_same_image(tmp_path, suffix):
     options = {"quality": 95} if suffix in ("jpg", "webp") else {}
     gradient().save(tmp_path / f"a.{suffix}", **options)
     read = np.asarray(read_image(tmp_path / f"a.{suffix}")).astype(int)
@@ -69,7 +69,7 @@ def test_orientation_in_the_exif_data_is_applied(tmp_path):
     assert np.abs(np.asarray(read).astype(int) - np.asarray(image.rotate(-90, expand=True))).mean() < 4
 
 
-def test_only_pictures_are_taken_in_the_order_of_their_numbers(tmp_path):
+def test_only_images_are_taken_in_the_order_of_their_numbers(tmp_path):
     for name in ("10.jpg", "9.png", "b.webp"):
         gradient().save(tmp_path / name)
     for name in (".hidden.jpg", "captions.txt", "metadata.jsonl"):
@@ -82,14 +82,14 @@ def test_a_folder_that_is_not_there_or_empty_is_refused(tmp_path):
     with pytest.raises(InputError, match="there is no such folder"):
         find_images(tmp_path / "nowhere")
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(InputError, match="holds 1 files but no picture"):
+    with pytest.raises(InputError, match="holds 1 files but no image"):
         find_images(tmp_path)
     with pytest.raises(InputError, match="is a file, not a folder"):
         find_images(tmp_path / "a.txt")
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp"])
-def test_a_truncated_picture_is_named(tmp_path, suffix):
+def test_a_truncated_image_is_named(tmp_path, suffix):
     path = tmp_path / f"cut.{suffix}"
     Image.effect_noise((64, 64), 80).convert("RGB").save(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -97,9 +97,9 @@ def test_a_truncated_picture_is_named(tmp_path, suffix):
         training_images(tmp_path)
 
 
-def test_a_file_that_is_no_picture_is_named(tmp_path):
-    (tmp_path / "note.png").write_text("not a picture")
-    with pytest.raises(InputError, match="note.png: is not a picture"):
+def test_a_file_that_is_no_image_is_named(tmp_path):
+    (tmp_path / "note.png").write_text("not an image")
+    with pytest.raises(InputError, match="note.png: is not an image"):
         read_image(tmp_path / "note.png")
 
 
@@ -109,7 +109,7 @@ def make(folder: Path, count=3, **options) -> TrainingImages:
     return training_images(folder, **options)
 
 
-def test_every_epoch_shows_every_picture_once_in_its_own_order(tmp_path):
+def test_every_epoch_shows_every_image_once_in_its_own_order(tmp_path):
     images = make(tmp_path, 5)
     orders = [[images.view(5 * epoch + k).image for k in range(5)] for epoch in range(8)]
     assert all(sorted(order) == list(range(5)) for order in orders)
@@ -139,7 +139,7 @@ def test_pixels_are_square_and_from_minus_one_to_one(tmp_path):
     assert -1 <= pixels.min() < -0.5 and 0.5 < pixels.max() <= 1
 
 
-def test_small_and_long_pictures_are_fitted(tmp_path):
+def test_small_and_long_images_are_fitted(tmp_path):
     gradient(5, 200).save(tmp_path / "a.png")
     images = training_images(tmp_path)
     assert images.pixels(images.view(0)).shape == (3, 16, 16)
@@ -169,14 +169,14 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def test_a_picture_without_a_caption_has_the_instance_prompt(folder):
+def test_a_image_without_a_caption_has_the_instance_prompt(folder):
     assert prompts(instance_data_dir=str(folder)) == ["a photo of sks toy"] * 3
 
 
-def test_captions_come_from_a_text_file_beside_the_picture(folder):
+def test_captions_come_from_a_text_file_beside_the_image(folder):
     (folder / "b.txt").write_text("\ufeffsks toy\n on a beach\n", "utf-8")
     (folder / "c.txt").write_text("  \n")
-    (folder / "notes.txt").write_text("of no picture")
+    (folder / "notes.txt").write_text("of no image")
     assert prompts(instance_data_dir=str(folder)) == ["a photo of sks toy", "sks toy on a beach", "a photo of sks toy"]
 
 
@@ -245,7 +245,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def test_a_data_set_gives_pictures_and_captions(parquet):
+def test_a_data_set_gives_images_and_captions(parquet):
     given = {"dataset_name": str(parquet), "image_column": "photo"}
     examples = find_examples(options(**given, caption_column="caption"))
     assert [example.prompt for example in examples] == ["one", "a photo of sks toy", "three"]
@@ -255,12 +255,12 @@ def test_a_data_set_gives_pictures_and_captions(parquet):
     assert prompts(**given, caption_column="tags") == ["x", "a photo of sks toy", "z"]
 
 
-def test_a_folder_of_pictures_is_a_data_set_too(folder):
+def test_a_folder_of_images_is_a_data_set_too(folder):
     (folder / "metadata.jsonl").write_text(
-        "\n".join(json.dumps({"file_name": f"{k}.png", "text": f"picture {k}"}) for k in "abc")
+        "\n".join(json.dumps({"file_name": f"{k}.png", "text": f"image {k}"}) for k in "abc")
     )
     examples = find_examples(options(dataset_name=str(folder), caption_column="text"))
-    assert sorted(example.prompt for example in examples) == ["picture a", "picture b", "picture c"]
+    assert sorted(example.prompt for example in examples) == ["image a", "image b", "image c"]
     assert all(example.read().size == (40, 30) for example in examples)
 
 
@@ -269,7 +269,7 @@ def test_a_folder_of_pictures_is_a_data_set_too(folder):
     [
         ({}, "--image_column image: --dataset_name .*set has the columns photo, caption, tags, number"),
         ({"image_column": "caption"}, "row 0|--image_column caption: holds"),
-        ({"image_column": "number"}, "--image_column number: holds .*int64.*, no pictures"),
+        ({"image_column": "number"}, "--image_column number: holds .*int64.*, no images"),
         ({"image_column": "photo", "caption_column": "text"}, "--caption_column text: .* has the columns photo"),
         ({"image_column": "photo", "caption_column": "number"}, "row 0: its number is a int, needs a text"),
         ({"image_column": "photo", "dataset_config_name": "nowhere"}, "cannot be loaded .*nowhere"),
@@ -280,13 +280,13 @@ def test_a_data_set_without_what_is_asked_for_says_what_it_has(parquet, given, m
         TrainingImages(find_examples(options(dataset_name=str(parquet), **given)), targets=[(16, 16)])
 
 
-def test_a_data_set_that_is_not_there_or_has_no_pictures_is_refused(tmp_path):
+def test_a_data_set_that_is_not_there_or_has_no_images_is_refused(tmp_path):
     with pytest.raises(InputError, match="--dataset_name .*nowhere: cannot be loaded"):
         find_examples(options(dataset_name=str(tmp_path / "nowhere")))
     datasets.Dataset.from_dict({"image": [None]}, datasets.Features(image=datasets.Image())).to_parquet(
         tmp_path / "train.parquet"
     )
-    with pytest.raises(InputError, match="row 0: has no picture"):
+    with pytest.raises(InputError, match="row 0: has no image"):
         TrainingImages(find_examples(options(dataset_name=str(tmp_path))), targets=[(16, 16)])
 
 
@@ -312,7 +312,7 @@ def test_fixed_crops_come_back_in_every_epoch_and_are_all_listed(tmp_path):
 BUCKETS = [(16, 16), (12, 24), (24, 12)]
 
 
-def test_every_picture_goes_to_the_bucket_of_its_shape(tmp_path):
+def test_every_image_goes_to_the_bucket_of_its_shape(tmp_path):
     for k, size in enumerate([(50, 50), (100, 50), (40, 90), (60, 50)]):
         gradient(*size).save(tmp_path / f"{k}.png")
     images = TrainingImages(examples_of(find_images(tmp_path), "x"), targets=BUCKETS)
@@ -328,7 +328,7 @@ def test_of_two_buckets_of_one_shape_the_nearer_size_is_taken():
 
 
 @pytest.mark.parametrize("group", [1, 2, 3])
-def test_samples_of_one_forward_pass_share_a_bucket_as_far_as_the_pictures_allow(tmp_path, group):
+def test_samples_of_one_forward_pass_share_a_bucket_as_far_as_the_images_allow(tmp_path, group):
     for k in range(12):
         gradient(*[(50, 50), (100, 50)][k % 2]).save(tmp_path / f"{k}.png")
     images = TrainingImages(examples_of(find_images(tmp_path), "x"), targets=BUCKETS, group_size=group)
@@ -344,7 +344,7 @@ SIDES = st.integers(1, 300)
 
 @settings(deadline=None)
 @given(st.tuples(SIDES, SIDES), st.tuples(st.integers(1, 40), st.integers(1, 40)), st.randoms(use_true_random=False))
-def test_a_crop_lies_in_its_picture_and_has_the_targets_shape(size, target, chance):
+def test_a_crop_lies_in_its_image_and_has_the_targets_shape(size, target, chance):
     shrunk = shrunk_size(size, target)
     width, height = crop_size(shrunk, target)
     assert 1 <= width <= shrunk[0] <= size[0] and 1 <= height <= shrunk[1] <= size[1]

@@ -280,10 +280,10 @@ SHARDED = (*STEADY, "--learning_rate", 0.05, "--use_ema", "--gradient_accumulati
 
 def compare_sharded(tiny_pipeline_folder, photographs, folder, *, cpu):
     flags = ("--pretrained_model_name_or_path", tiny_pipeline_folder, *SHARDED)
-    painting = ("--num_validation_images", 1, "--validation_steps", 2, "--num_inference_steps", 2)
-    run("ddp", 1, folder / "1", photographs, *flags, *painting, "--train_batch_size", 2, cpu=cpu)
+    generating = ("--num_validation_images", 1, "--validation_steps", 2, "--num_inference_steps", 2)
+    run("ddp", 1, folder / "1", photographs, *flags, *generating, "--train_batch_size", 2, cpu=cpu)
     sharded = ("--train_batch_size", 1, "--checkpointing_steps", 2)
-    run("fsdp", 2, folder / "2", photographs, *flags, *painting, *sharded, cpu=cpu)
+    run("fsdp", 2, folder / "2", photographs, *flags, *generating, *sharded, cpu=cpu)
     torch.testing.assert_close(vectors(folder / "2"), vectors(folder / "1"), rtol=1e-3, atol=1e-3)
     assert fingerprint(folder / "2") == fingerprint(folder / "1")
     for name in ("grid.png", "validation/step-000002.png", "README.md"):

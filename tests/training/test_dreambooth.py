@@ -18,13 +18,13 @@ from ether_diffusion.tuner.attention import EtherAttnProcessor
 PROMPT = "a photo of sks toy"
 
 
-def paint(pipe) -> np.ndarray:
+def generate(pipe) -> np.ndarray:
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     return pipe(PROMPT, num_inference_steps=3, generator=generator, output_type="np").images[0]
 
 
-def test_the_command_of_the_readme_trains_saves_paints_and_describes(photographs, tiny_pipeline_folder, tmp_path):
+def test_the_command_of_the_readme_trains_saves_generates_and_describes(photographs, tiny_pipeline_folder, tmp_path):
     flags = ["--pretrained_model_name_or_path", str(tiny_pipeline_folder), "--instance_data_dir", str(photographs)]
     flags += ["--instance_prompt", PROMPT, "--output_dir", str(tmp_path / "toy"), "--max_train_steps", "4"]
     flags += ["--num_validation_images", "2", "--num_inference_steps", "3", "--report_to", "tensorboard"]
@@ -48,24 +48,24 @@ def test_the_command_of_the_readme_trains_saves_paints_and_describes(photographs
 
 
 @pytest.mark.parametrize("method", ["ether", "ether_plus"])
-def test_the_saved_adapter_paints_what_the_trainer_painted(train, tiny_pipeline_folder, method, monkeypatch):
-    painted = {}
+def test_the_saved_adapter_generates_what_the_trainer_generated(train, tiny_pipeline_folder, method, monkeypatch):
+    generated = {}
     save = StableDiffusionPipeline.save_ether_weights
 
-    def save_and_paint(pipe, *args, **kwargs):
-        painted["trainer"] = paint(pipe)
+    def save_and_generate(pipe, *args, **kwargs):
+        generated["trainer"] = generate(pipe)
         return save(pipe, *args, **kwargs)
 
-    monkeypatch.setattr(StableDiffusionPipeline, "save_ether_weights", save_and_paint)
+    monkeypatch.setattr(StableDiffusionPipeline, "save_ether_weights", save_and_generate)
     _, folder = train("--method", method, "--num_blocks", "2", "--train_text_encoder")
     pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline_folder)
-    base = paint(pipe)
+    base = generate(pipe)
     pipe.load_ether_weights(folder)
-    assert np.abs(paint(pipe) - painted["trainer"]).max() <= 1 / 255
+    assert np.abs(generate(pipe) - generated["trainer"]).max() <= 1 / 255
     pipe.fuse_ether()
-    assert np.abs(paint(pipe) - painted["trainer"]).max() <= 1 / 255
+    assert np.abs(generate(pipe) - generated["trainer"]).max() <= 1 / 255
     pipe.unload_ether_weights()
-    assert np.array_equal(paint(pipe), base)
+    assert np.array_equal(generate(pipe), base)
 
 
 @pytest.mark.parametrize("method", ["ether", "ether_plus"])
@@ -141,16 +141,16 @@ def test_the_attention_backend_changes_the_processor_and_not_the_result(train, m
     assert set(used) == {"sdpa"}
 
 
-@pytest.mark.parametrize("kind", ["empty", "not a picture", "truncated"])
-def test_bad_pictures_are_named_before_any_weights_are_read(train, tmp_path, monkeypatch, capsys, kind):
+@pytest.mark.parametrize("kind", ["empty", "not an image", "truncated"])
+def test_bad_images_are_named_before_any_weights_are_read(train, tmp_path, monkeypatch, capsys, kind):
     folder = tmp_path / "photographs"
     folder.mkdir()
     if kind != "empty":
         Image.effect_noise((64, 64), 90).convert("RGB").save(folder / "good.jpg")
         content = (folder / "good.jpg").read_bytes()
-        (folder / "bad.jpg").write_bytes(b"hello" if kind == "not a picture" else content[: len(content) // 2])
+        (folder / "bad.jpg").write_bytes(b"hello" if kind == "not an image" else content[: len(content) // 2])
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", None)
-    message = {"empty": "no picture", "not a picture": "bad.jpg: is not", "truncated": "bad.jpg: .*truncated"}[kind]
+    message = {"empty": "no image", "not an image": "bad.jpg: is not", "truncated": "bad.jpg: .*truncated"}[kind]
     with pytest.raises(SystemExit):
         train("--instance_data_dir", str(folder))
     assert re.search(message, capsys.readouterr().err)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
-from helpers.pipelines import paint
+from helpers.pipelines import generate
 from helpers.scripts import DREAMBOOTH, STEADY, launch, vectors
 from helpers.zoo import sdxl
 from peft import PeftModel
@@ -34,7 +34,7 @@ def same(one: Path, two: Path) -> bool:
 
 @pytest.fixture
 def oblong(tmp_path) -> Path:
-    """Pictures that leave room for crops."""
+    """Images that leave room for crops."""
     folder = tmp_path / "oblong"
     folder.mkdir()
     for k, size in enumerate([(60, 20), (20, 50), (44, 22)]):
@@ -111,9 +111,9 @@ def test_cached_latents_are_encoded_once_for_each_view_and_prompts_once(train, o
 
 def test_offloaded_components_come_in_for_their_work_alone(tiny_pipeline):
     family = StableDiffusion(tiny_pipeline)
-    family.freeze(torch.device("meta"), parked=["vae"])
+    family.freeze(torch.device("meta"), offloaded=["vae"])
     assert tiny_pipeline.vae.device.type == "cpu" and tiny_pipeline.unet.device.type == "meta"
-    with pytest.raises(RuntimeError, match="fails"), family.at_work("vae", "unet"):
+    with pytest.raises(RuntimeError, match="fails"), family.on_device("vae", "unet"):
         assert tiny_pipeline.vae.device.type == "meta"
         tiny_pipeline.vae.to_empty(device="meta")
         tiny_pipeline.vae.to = lambda device: setattr(tiny_pipeline, "sent_to", device)
@@ -161,7 +161,7 @@ def test_a_revision_of_a_base_in_the_hubs_cache_is_read(tiny_pipeline, photograp
     assert "base_model: me/tiny" in card and "from_pretrained('me/tiny', revision='better')" in card
 
 
-def test_guidance_reaches_the_pictures(train):
+def test_guidance_reaches_the_images(train):
     flags = ["--num_validation_images", 1, "--num_inference_steps", 3, "--max_train_steps", 1]
     weak, strong = (
         Image.open(train(*flags, "--guidance_scale", scale, output=str(scale))[1] / "grid.png") for scale in (1, 15)
@@ -172,7 +172,7 @@ def test_guidance_reaches_the_pictures(train):
 # Steps, rates and epochs.
 
 
-def test_epochs_are_counted_in_pictures_and_repeats(train):
+def test_epochs_are_counted_in_images_and_repeats(train):
     result, _ = train("--num_train_epochs", 3, "--repeats", 4, "--train_batch_size", 2)
     assert len(result.losses) == 3 * 3 * 4 / 2
     assert len(train("--num_train_epochs", 1, "--train_batch_size", 2, output="short")[0].losses) == 2
@@ -208,16 +208,16 @@ def test_a_data_set_with_captions_is_trained_like_the_folder_it_came_from(train,
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder, prompts = tmp_path / "pictures", ["one toy", "two toys", "a toy again"]
     folder.mkdir()
-    pictures = []
+    images = []
     for k, (path, prompt) in enumerate(zip(sorted(photographs.iterdir()), prompts, strict=True)):
         image, buffer = Image.open(path), io.BytesIO()
         image.save(folder / f"{k}.png")
         image.save(buffer, "PNG")
-        pictures.append({"bytes": buffer.getvalue(), "path": None})
+        images.append({"bytes": buffer.getvalue(), "path": None})
         (folder / f"{k}.txt").write_text(prompt)
     features = datasets.Features(photo=datasets.Image(), words=datasets.Value("string"))
     (tmp_path / "set").mkdir()
-    rows = datasets.Dataset.from_dict({"photo": pictures, "words": prompts}, features)
+    rows = datasets.Dataset.from_dict({"photo": images, "words": prompts}, features)
     rows.to_parquet(tmp_path / "set" / "train.parquet")
     own = train("--instance_data_dir", folder, output="own")[1]
     flags = ["--dataset_name", tmp_path / "set", "--dataset_config_name", "default", "--image_column", "photo"]
@@ -225,7 +225,7 @@ def test_a_data_set_with_captions_is_trained_like_the_folder_it_came_from(train,
     assert not same(own, train(*flags, output="uncaptioned")[1])
 
 
-def test_pictures_of_two_shapes_train_in_one_batch(train, tmp_path, monkeypatch):
+def test_images_of_two_shapes_train_in_one_batch(train, tmp_path, monkeypatch):
     folder, shapes = tmp_path / "pictures", []
     folder.mkdir()
     for k, size in enumerate([(40, 20), (20, 40), (40, 22), (30, 30)]):
@@ -248,8 +248,8 @@ PRIOR = ["--with_prior_preservation", "--class_prompt", "a photo of a toy", "--n
 
 
 @pytest.fixture
-def painted(tmp_path, photographs) -> Path:
-    """A folder with class pictures enough."""
+def generated(tmp_path, photographs) -> Path:
+    """A folder with class images enough."""
     folder = tmp_path / "class"
     folder.mkdir()
     for k in range(3):
@@ -257,8 +257,8 @@ def painted(tmp_path, photographs) -> Path:
     return folder
 
 
-def test_the_class_is_trained_beside_the_subject_with_its_weight(train, painted):
-    flags = [*PRIOR, "--class_data_dir", painted]
+def test_the_class_is_trained_beside_the_subject_with_its_weight(train, generated):
+    flags = [*PRIOR, "--class_data_dir", generated]
     alone, both = train(*STEADY, output="alone"), train(*STEADY, *flags, output="both")
     unweighted = train(*STEADY, *flags, "--prior_loss_weight", 0, output="unweighted")
     torch.testing.assert_close(vectors(unweighted[1]), vectors(alone[1]), rtol=1e-4, atol=1e-6)
@@ -268,8 +268,8 @@ def test_the_class_is_trained_beside_the_subject_with_its_weight(train, painted)
     assert not same(both[1], train(*flags, "--class_prompt", "toys", output="prompt")[1])
 
 
-def test_missing_class_pictures_are_painted_and_kept(train, tmp_path):
-    folder = tmp_path / "painted"
+def test_missing_class_images_are_generated_and_kept(train, tmp_path):
+    folder = tmp_path / "generated"
     flags = [*PRIOR, "--class_data_dir", folder, "--sample_batch_size", 2, "--prior_generation_precision", "fp32"]
     train(*flags, output="first")
     names = sorted(path.name for path in folder.iterdir())
@@ -279,11 +279,11 @@ def test_missing_class_pictures_are_painted_and_kept(train, tmp_path):
     assert content == [path.read_bytes() for path in sorted(folder.iterdir())]
 
 
-def test_a_run_does_not_go_on_with_other_class_pictures(train, painted, capsys):
-    flags = [*PRIOR, "--class_data_dir", painted, "--resume_from_checkpoint", "latest", "--checkpointing_steps", 2]
+def test_a_run_does_not_go_on_with_other_class_images(train, generated, capsys):
+    flags = [*PRIOR, "--class_data_dir", generated, "--resume_from_checkpoint", "latest", "--checkpointing_steps", 2]
     first, _ = train(*flags)
     assert train(*flags)[0].losses == first.losses
-    Image.effect_noise((24, 24), 5).convert("RGB").save(painted / "0.png")
+    Image.effect_noise((24, 24), 5).convert("RGB").save(generated / "0.png")
     with pytest.raises(SystemExit) as stop:
         train(*flags)
     assert stop.value.code == 2 and re.search(
@@ -294,7 +294,7 @@ def test_a_run_does_not_go_on_with_other_class_pictures(train, painted, capsys):
 # Seeing it learn.
 
 
-def test_grids_are_painted_after_steps_and_at_the_end(train):
+def test_grids_are_generated_after_steps_and_at_the_end(train):
     flags = ["--num_validation_images", 2, "--num_inference_steps", 1, "--validation_prompt", "sks toy", "a toy"]
     _, folder = train(*flags, "--validation_steps", 2, "--max_train_steps", 5, "--report_to", "tensorboard")
     logged = EventAccumulator(str(folder / "logs" / "ether-diffusion")).Reload()
@@ -308,13 +308,13 @@ def test_grids_are_painted_after_steps_and_at_the_end(train):
     assert np.array_equal(early[:row], late[:row]) and not np.array_equal(early[row:], late[row:])
 
 
-def test_grids_are_painted_after_epochs(train):
+def test_grids_are_generated_after_epochs(train):
     flags = ["--num_validation_images", 1, "--num_inference_steps", 1, "--validation_epochs", 2]
     _, folder = train(*flags, "--max_train_steps", 7, "--train_batch_size", 1)
     assert [path.name for path in (folder / "validation").iterdir()] == ["step-000006.png"]
 
 
-def test_the_pictures_of_a_run_with_an_average_show_the_average(train, tiny_pipeline_folder):
+def test_the_images_of_a_run_with_an_average_show_the_average(train, tiny_pipeline_folder):
     flags = ["--use_ema", "--num_validation_images", 1, "--num_inference_steps", 3, "--validation_prompt", "a dog"]
     _, folder = train(*flags, "--validation_steps", 3, "--max_train_steps", 4, "--method", "ether")
     first = np.asarray(Image.open(folder / "validation" / "step-000003.png"))
@@ -360,7 +360,10 @@ FACTORS = {
     "loss": ("", "--snr_gamma 5", "--noise_offset 0.1 --max_grad_norm 0.1"),
     "ema": ("", "--use_ema"),
     "memory": ("", "--gradient_checkpointing", "--attention_backend sdpa"),
-    "paint": ("--num_validation_images 0", "--num_validation_images 1 --validation_steps 1 --num_inference_steps 1"),
+    "generate": (
+        "--num_validation_images 0",
+        "--num_validation_images 1 --validation_steps 1 --num_inference_steps 1",
+    ),
 }
 
 
@@ -410,13 +413,13 @@ def bases(tmp_path_factory, tiny_pipeline_folder) -> dict[str, Path]:
 
 @pytest.mark.parametrize("row", ROWS, ids=[f"{k}-{row['family']}-{row['method']}" for k, row in enumerate(ROWS)])
 def test_flags_work_together_and_the_result_loads(train, bases, photographs, tmp_path, row):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    images = tmp_path / "pictures"
+    images.mkdir()
     for k, size in enumerate([(24, 24), (40, 20)]):
-        Image.effect_noise(size, 90).convert("RGB").save(pictures / f"{k}.png")
+        Image.effect_noise(size, 90).convert("RGB").save(images / f"{k}.png")
     if row["data"] == "captions":
-        (pictures / "0.txt").write_text("another caption")
-    flags = ["--pretrained_model_name_or_path", bases[row["family"]], "--instance_data_dir", pictures]
+        (images / "0.txt").write_text("another caption")
+    flags = ["--pretrained_model_name_or_path", bases[row["family"]], "--instance_data_dir", images]
     if row["method"] == "config":
         targets = ["to_q", "to_v"]
         (tmp_path / "config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "target_modules": targets}))
@@ -427,24 +430,24 @@ def test_flags_work_together_and_the_result_loads(train, bases, photographs, tmp
         flags += [*PRIOR, "--class_data_dir", photographs]
     flags += ["--mixed_precision", row["precision"], "--lr_scheduler", *row["schedule"].split()]
     flags += ["--optimizer", row["optimizer"], "--learning_rate", 1.0 if row["optimizer"] == "prodigy" else 0.01]
-    for name in ("encoder", "views", "cache", "batch", "loss", "ema", "memory", "paint"):
+    for name in ("encoder", "views", "cache", "batch", "loss", "ema", "memory", "generate"):
         flags += row[name].split()
     result, folder = train(*flags)
     assert len(result.losses) == 3 and np.isfinite(result.losses).all()
 
     pipe = DiffusionPipeline.from_pretrained(bases[row["family"]])
     pipe.set_progress_bar_config(disable=True)
-    before = paint(pipe)
+    before = generate(pipe)
     components = ["unet", *(n for n in ("text_encoder", "text_encoder_2") if row["encoder"] and hasattr(pipe, n))]
     tuned = loaded(pipe, folder, "lora" if row["method"] == "config" else row["method"], components)
     tuned.set_progress_bar_config(disable=True)
     if not (
         row["optimizer"] == "prodigy" or "polynomial" in row["schedule"]
     ):  # those start with steps next to nothing
-        assert np.abs(paint(tuned) - before).max() > 1e-4
-    assert np.isfinite(paint(tuned)).all()
-    assert (folder / "README.md").exists() and (folder / "grid.png").exists() == ("images 1" in row["paint"])
-    assert (folder / "validation").exists() == ("images 1" in row["paint"])
+        assert np.abs(generate(tuned) - before).max() > 1e-4
+    assert np.isfinite(generate(tuned)).all()
+    assert (folder / "README.md").exists() and (folder / "grid.png").exists() == ("images 1" in row["generate"])
+    assert (folder / "validation").exists() == ("images 1" in row["generate"])
 
 
 def test_every_flag_has_a_test():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import EDMEulerScheduler, StableDiffusionXLPipeline
-from helpers.pipelines import ONE_GREY_LEVEL, paint, training_images
+from helpers.pipelines import ONE_GREY_LEVEL, generate, training_images
 from helpers.scripts import DREAMBOOTH, STEADY, launch, reset_accelerate
 from helpers.tiny import make_pipeline
 from helpers.zoo import flux, sdxl
@@ -48,7 +48,7 @@ def pipe(sdxl_folder) -> StableDiffusionXLPipeline:
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory) -> Path:
-    """Pictures of three shapes: long, tall, and smaller than what the model is trained on."""
+    """Images of three shapes: long, tall, and smaller than what the model is trained on."""
     folder = tmp_path_factory.mktemp("photographs")
     for k, size in enumerate([(60, 30), (20, 50), (12, 10)]):
         pixels = np.random.default_rng(k).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
@@ -70,7 +70,7 @@ def photographs(tmp_path_factory) -> Path:
     ],
     ids=["long", "long and mirrored", "tall", "tall and mirrored", "enlarged to twice its size"],
 )
-def test_a_framing_counts_in_the_scaled_and_mirrored_picture(size, view, expected):
+def test_a_framing_counts_in_the_scaled_and_mirrored_image(size, view, expected):
     assert frame(size, view, (16, 16)) == expected
 
 
@@ -189,14 +189,14 @@ def vectors(models) -> list[tuple[str, torch.nn.Parameter]]:
     ]
 
 
-def test_the_held_out_loss_of_sdxl_is_repeatable_and_knows_the_pictures_size(pipe):
+def test_the_held_out_loss_of_sdxl_is_repeatable_and_knows_the_images_size(pipe):
     square = Image.effect_noise((16, 16), 60).convert("RGB")
     grid = {"timesteps": 3, "noises": 2}
     loss = denoising_loss(pipe, square, "a dog", **grid)
     assert loss == denoising_loss(pipe, square, "a dog", **grid)
     assert loss == pytest.approx(denoising_loss(pipe, square, "a dog", batch_size=1, **grid), rel=1e-5)
     wide = Image.new("RGB", (40, 16))
-    wide.paste(square, (12, 0))  # the same pixels in the central square of a longer picture
+    wide.paste(square, (12, 0))  # the same pixels in the central square of a longer image
     assert loss != denoising_loss(pipe, wide, "a dog", **grid)
 
 
@@ -271,7 +271,7 @@ def script_main():
     reset_accelerate()
 
 
-def test_the_script_trains_saves_paints_and_describes_sdxl(sdxl_folder, photographs, tmp_path):
+def test_the_script_trains_saves_generates_and_describes_sdxl(sdxl_folder, photographs, tmp_path):
     flags = [*flags_of(sdxl_folder, photographs, tmp_path / "toy"), "--max_train_steps", "2"]
     flags += ["--num_validation_images", "1", "--num_inference_steps", "2", "--gradient_checkpointing"]
     done = launch(DREAMBOOTH, *flags)
@@ -285,27 +285,27 @@ def test_the_script_trains_saves_paints_and_describes_sdxl(sdxl_folder, photogra
 
 
 @pytest.mark.parametrize("method", ["ether", "ether_plus"])
-def test_a_stock_pipeline_with_the_saved_adapter_paints_what_the_trainer_painted(
+def test_a_stock_pipeline_with_the_saved_adapter_generates_what_the_trainer_generated(
     script_main, sdxl_folder, photographs, tmp_path, method, monkeypatch
 ):
-    painted = {}
+    generated = {}
     save = StableDiffusionXLPipeline.save_ether_weights
 
-    def save_and_paint(pipe, *args, **kwargs):
-        painted["trainer"] = paint(pipe)
+    def save_and_generate(pipe, *args, **kwargs):
+        generated["trainer"] = generate(pipe)
         return save(pipe, *args, **kwargs)
 
-    monkeypatch.setattr(StableDiffusionXLPipeline, "save_ether_weights", save_and_paint)
+    monkeypatch.setattr(StableDiffusionXLPipeline, "save_ether_weights", save_and_generate)
     flags = [*flags_of(sdxl_folder, photographs, tmp_path), "--method", method, "--num_validation_images", "0"]
     script_main([*flags, "--max_train_steps", "3"])
     fresh = open_sdxl(sdxl_folder)
-    base = paint(fresh)
+    base = generate(fresh)
     fresh.load_ether_weights(tmp_path)
-    assert np.abs(paint(fresh) - painted["trainer"]).max() <= ONE_GREY_LEVEL
-    assert np.abs(base - painted["trainer"]).max() > 4 * ONE_GREY_LEVEL
+    assert np.abs(generate(fresh) - generated["trainer"]).max() <= ONE_GREY_LEVEL
+    assert np.abs(base - generated["trainer"]).max() > 4 * ONE_GREY_LEVEL
 
 
-def test_sdxl_trains_and_paints_in_bfloat16(script_main, sdxl_folder, photographs, tmp_path):
+def test_sdxl_trains_and_generates_in_bfloat16(script_main, sdxl_folder, photographs, tmp_path):
     flags = [*flags_of(sdxl_folder, photographs, tmp_path), "--mixed_precision", "bf16", "--max_train_steps", "2"]
     result = script_main([*flags, "--num_validation_images", "1", "--num_inference_steps", "2"])
     assert np.isfinite(result.losses).all() and (tmp_path / "grid.png").exists()

@@ -1,4 +1,4 @@
-"""Options, objective, loop and pictures, in this process."""
+"""Options, objective, loop and images, in this process."""
 
 from dataclasses import dataclass
 
@@ -89,7 +89,7 @@ def test_steps_and_learning_rates_become_definite():
     epochs = OptimizationOptions(num_train_epochs=3, train_batch_size=4, gradient_accumulation_steps=2).resolve(
         **fixed
     )
-    assert epochs.steps == 2  # 30 pictures, 16 a step
+    assert epochs.steps == 2  # 30 images, 16 a step
     scaled = OptimizationOptions(learning_rate=0.5, text_encoder_lr=0.125, train_batch_size=4, scale_lr=True)
     scaled = scaled.resolve(**fixed)
     assert (scaled.learning_rate, scaled.text_encoder_lr) == (4.0, 1.0)
@@ -105,7 +105,7 @@ def test_an_unknown_target_lists_the_names_there_are(tiny_pipeline):
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_targets_are_what_recovers_the_picture(tiny_pipeline, prediction):
+def test_targets_are_what_recovers_the_image(tiny_pipeline, prediction):
     tiny_pipeline.scheduler.register_to_config(prediction_type=prediction)
     family = family_of(tiny_pipeline)
     latents, noise, timesteps = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([10, 700])
@@ -236,7 +236,7 @@ def test_the_grid_shows_the_model_before_and_after(tiny_pipeline):
 
 
 @pytest.mark.parametrize(
-    ("given", "painted"),
+    ("given", "generated"),
     [
         ({}, []),
         ({"validation_steps": 3}, [3, 6, 9]),
@@ -244,11 +244,11 @@ def test_the_grid_shows_the_model_before_and_after(tiny_pipeline):
         ({"validation_epochs": 2}, [5]),
     ],
 )
-def test_pictures_are_due_after_steps_or_epochs_and_not_at_the_end(given, painted):
+def test_images_are_due_after_steps_or_epochs_and_not_at_the_end(given, generated):
     due = is_due(ValidationOptions(**given), epoch_samples=5, step_samples=2, steps=10)
-    assert [step for step in range(1, 11) if due(step)] == painted
+    assert [step for step in range(1, 11) if due(step)] == generated
 
 
-def test_large_pictures_are_not_enlarged():
-    grid = side_by_side([("a title that is far too long for one small picture " * 3, [Image.new("RGB", (200, 200))])])
+def test_large_images_are_not_enlarged():
+    grid = side_by_side([("a title that is far too long for one small image " * 3, [Image.new("RGB", (200, 200))])])
     assert grid.width == 200 + 16

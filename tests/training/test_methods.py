@@ -1,4 +1,4 @@
-"""Every method of training: what is trained, what is saved, and that the stock way of loading paints the same."""
+"""Every method of training: what is trained, what is saved, and that the stock way of loading generates the same."""
 
 import copy
 import json
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
-from helpers.pipelines import ONE_GREY_LEVEL, open_pipeline, paint
+from helpers.pipelines import ONE_GREY_LEVEL, generate, open_pipeline
 from helpers.zoo import quiet, sdxl
 from peft import HRAConfig, LoraConfig, OFTConfig, VeraConfig
 from peft.tuners.boft import layer as boft_layer
@@ -18,7 +18,7 @@ from ether_diffusion import EtherConfig
 from ether_diffusion.errors import InputError
 from ether_diffusion.training.families import ModelSource, StableDiffusion, StableDiffusionXL
 from ether_diffusion.training.methods.configs import configs_of, loading_code, read_method, save_trained
-from ether_diffusion.training.methods.injection import add_adapters, rehearse, trained_parameters
+from ether_diffusion.training.methods.injection import add_adapters, dry_run, trained_parameters
 from ether_diffusion.training.options.groups import LEARNING_RATES, METHODS, AdapterOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -44,8 +44,8 @@ def opened(tiny_pipeline_folder):
 
 
 @pytest.fixture(scope="module")
-def base_picture(opened):
-    return paint(opened)
+def base_image(opened):
+    return generate(opened)
 
 
 @pytest.fixture
@@ -108,33 +108,33 @@ def denoise(unet, dtype=torch.float32):
 
 @WITH_TEXT
 @pytest.mark.parametrize("name", METHODS)
-def test_what_was_trained_loads_the_stock_way_and_paints_the_same(
-    name, with_text, tiny_pipeline, tiny_pipeline_folder, base_picture, tmp_path
+def test_what_was_trained_loads_the_stock_way_and_generates_the_same(
+    name, with_text, tiny_pipeline, tiny_pipeline_folder, base_image, tmp_path
 ):
     method, configs, models = start(tiny_pipeline, options_of(name, with_text))
     perturb(models, configs, size=0.01 if name == "full" else 0.3)
-    tuned = paint(tiny_pipeline)
-    assert np.abs(tuned - base_picture).max() > 4 * ONE_GREY_LEVEL
+    tuned = generate(tiny_pipeline)
+    assert np.abs(tuned - base_image).max() > 4 * ONE_GREY_LEVEL
     save_trained(tiny_pipeline, configs, tmp_path / "result", method=method, metadata={"prompt": "sks"})
     assert not list((tmp_path / "result").glob(".*"))
-    loaded = paint(reopen(tiny_pipeline_folder, tmp_path / "result", method, list(configs)))
+    loaded = generate(reopen(tiny_pipeline_folder, tmp_path / "result", method, list(configs)))
     assert np.abs(loaded - tuned).max() <= ONE_GREY_LEVEL
 
 
 @pytest.mark.parametrize("name", ["ether", "lora", "full"])
 def test_sdxl_with_both_text_encoders_loads_the_stock_way(name, sdxl_folder, tmp_path):
     pipe = quiet(DiffusionPipeline.from_pretrained(sdxl_folder))
-    base = paint(pipe)
+    base = generate(pipe)
     method, configs, models = start(pipe, options_of(name, True), StableDiffusionXL)
     assert list(configs) == ["unet", "text_encoder", "text_encoder_2"]
-    assert rehearse(StableDiffusionXL.read_blueprint(ModelSource(str(sdxl_folder))).models, configs) == sum(
+    assert dry_run(StableDiffusionXL.read_blueprint(ModelSource(str(sdxl_folder))).models, configs) == sum(
         p.numel() for p in trained_parameters(models, configs)
     )
     perturb(models, configs, size=0.01 if name == "full" else 0.3)
-    tuned = paint(pipe)
+    tuned = generate(pipe)
     assert np.abs(tuned - base).max() > 2 * ONE_GREY_LEVEL
     save_trained(pipe, configs, tmp_path, method=method, metadata={})
-    loaded = paint(reopen(sdxl_folder, tmp_path, method, list(configs)))
+    loaded = generate(reopen(sdxl_folder, tmp_path, method, list(configs)))
     assert np.abs(loaded - tuned).max() <= ONE_GREY_LEVEL
 
 
@@ -143,7 +143,7 @@ def test_the_rehearsal_counts_what_is_trained_in_every_component(name, parts, bl
     _, configs, models = start(parts, options_of(name, True))
     for component, config in configs.items():
         trained = trained_parameters(models, {component: config})
-        assert rehearse(blueprint.models, {component: config}) == sum(each.numel() for each in trained) > 0
+        assert dry_run(blueprint.models, {component: config}) == sum(each.numel() for each in trained) > 0
     assert all(parameter.is_meta for parameter in trained_parameters(blueprint.models, configs))
 
 
@@ -277,18 +277,18 @@ CONFIGS = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_peft_config_trains_and_loads(
-    name, config_file, tiny_pipeline, tiny_pipeline_folder, blueprint, base_picture, tmp_path
+    name, config_file, tiny_pipeline, tiny_pipeline_folder, blueprint, base_image, tmp_path
 ):
     more = {"text_encoder_target_modules": ("layer_norm1",)} if name == "ln_tuning" else {}
     options = options_of(None, True, adapter_config=config_file(CONFIGS[name]), **more)
     method, configs, models = start(tiny_pipeline, options)
     assert method.name == name
-    assert rehearse(blueprint.models, configs) == sum(p.numel() for p in trained_parameters(models, configs)) > 0
+    assert dry_run(blueprint.models, configs) == sum(p.numel() for p in trained_parameters(models, configs)) > 0
     perturb(models, configs, size=0.3)
-    tuned = paint(tiny_pipeline)
-    assert np.abs(tuned - base_picture).max() > 2 * ONE_GREY_LEVEL
+    tuned = generate(tiny_pipeline)
+    assert np.abs(tuned - base_image).max() > 2 * ONE_GREY_LEVEL
     save_trained(tiny_pipeline, configs, tmp_path / "result", method=method, metadata={})
-    loaded = paint(reopen(tiny_pipeline_folder, tmp_path / "result", method, list(configs)))
+    loaded = generate(reopen(tiny_pipeline_folder, tmp_path / "result", method, list(configs)))
     assert np.abs(loaded - tuned).max() <= ONE_GREY_LEVEL
 
 
@@ -297,8 +297,8 @@ def test_dora_on_the_denoiser_loads_the_stock_way(config_file, tiny_pipeline, ti
     method, configs, models = start(tiny_pipeline, options)
     perturb(models, configs, size=0.3)
     save_trained(tiny_pipeline, configs, tmp_path / "result", method=method, metadata={})
-    loaded = paint(reopen(tiny_pipeline_folder, tmp_path / "result", method, list(configs)))
-    assert np.abs(loaded - paint(tiny_pipeline)).max() <= ONE_GREY_LEVEL
+    loaded = generate(reopen(tiny_pipeline_folder, tmp_path / "result", method, list(configs)))
+    assert np.abs(loaded - generate(tiny_pipeline)).max() <= ONE_GREY_LEVEL
 
 
 def test_dora_on_text_encoders_is_refused(config_file):
@@ -376,7 +376,7 @@ def test_a_config_that_does_not_fit_the_model_fails_in_the_rehearsal(values, mes
     options = options_of(adapter_config=config_file(values))
     configs = configs_of(read_method(options), StableDiffusion, options)
     with pytest.raises(InputError, match=message):
-        rehearse(blueprint.models, configs)
+        dry_run(blueprint.models, configs)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "full"])
@@ -386,7 +386,7 @@ def test_a_misspelt_target_is_an_error_for_every_method(name, component, bluepri
     options = options_of(name, True, **{field: ("to_q" if component == "unet" else "q_proj", "no_proj")})
     configs = configs_of(read_method(options), StableDiffusion, options)
     with pytest.raises(InputError, match=f"{component}: no layer is called 'no_proj'"):
-        rehearse(blueprint.models, configs)
+        dry_run(blueprint.models, configs)
 
 
 @pytest.mark.parametrize("name", ["hra", "full"])
@@ -396,8 +396,8 @@ def test_saving_again_replaces_what_was_there_and_keeps_the_rest(name, tiny_pipe
     for _ in range(2):
         perturb(models, configs, size=0.01 if name == "full" else 0.3)
         save_trained(tiny_pipeline, configs, tmp_path, method=method, metadata={})
-    loaded = paint(reopen(tiny_pipeline_folder, tmp_path, method, list(configs)))
-    assert np.abs(loaded - paint(tiny_pipeline)).max() <= ONE_GREY_LEVEL
+    loaded = generate(reopen(tiny_pipeline_folder, tmp_path, method, list(configs)))
+    assert np.abs(loaded - generate(tiny_pipeline)).max() <= ONE_GREY_LEVEL
     assert (tmp_path / "README.md").read_text() == "a card" and not list(tmp_path.glob(".*"))
 
 

@@ -1,4 +1,4 @@
-"""Pairs for control training: columns, streams, and one crop and flip for both pictures."""
+"""Pairs for control training: columns, streams, and one crop and flip for both images."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def images(folder: Path, *, targets=((16, 16),), seed=0, **options) -> ControlIm
 @pytest.mark.parametrize(
     "options", [{}, {"center_crop": True}, {"random_flip": True}, {"targets": [(16, 24), (24, 16)]}]
 )
-def test_picture_and_control_picture_get_the_same_crop_and_flip(tmp_path, options):
+def test_image_and_control_image_get_the_same_crop_and_flip(tmp_path, options):
     shown = images(write(tmp_path / "data"), interpolation="lanczos", **options)
     for sample in range(16):
         view = shown.view(sample)
@@ -54,7 +54,7 @@ def test_label_maps_come_to_size_without_new_classes(tmp_path, scale):
 
 
 @pytest.mark.parametrize("mode", ["P", "RGBA"])
-def test_control_pictures_of_another_mode_are_read_as_rgb(tmp_path, mode):
+def test_control_images_of_another_mode_are_read_as_rgb(tmp_path, mode):
     folder = write(tmp_path / "data")
     before = images(folder)
     wanted = [before.control(before.view(sample)) for sample in range(4)]
@@ -65,12 +65,12 @@ def test_control_pictures_of_another_mode_are_read_as_rgb(tmp_path, mode):
         np.testing.assert_array_equal(after.control(after.view(sample)), control)
 
 
-def test_captions_belong_to_their_pictures_and_some_are_left_out(tmp_path):
+def test_captions_belong_to_their_images_and_some_are_left_out(tmp_path):
     folder = write(tmp_path / "data")
     shown = images(folder)
     for sample in range(8):
         view = shown.view(sample)
-        assert shown.prompt(view, sample) == f"picture {view.image}"
+        assert shown.prompt(view, sample) == f"image {view.image}"
     part = images(folder, proportion_empty_prompts=0.25)
     empty = sum(part.prompt(part.view(s), s) == "" for s in range(400))
     assert 70 < empty < 130
@@ -85,7 +85,7 @@ def test_of_several_captions_each_is_drawn(tmp_path):
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     shown = images(folder)
     drawn = {shown.prompt(shown.view(s), s) for s in range(40)}
-    assert "another" in drawn and "picture 0" in drawn
+    assert "another" in drawn and "image 0" in drawn
 
 
 def test_the_first_rows_alone_are_used(tmp_path):
@@ -101,23 +101,23 @@ def test_a_stream_is_read_in_order_again_and_again_and_from_anywhere(tmp_path):
         return [shown.prompt(shown.view(s), s) for s in samples]
 
     first = captions(range(12))
-    assert all(sorted(first[k : k + 4]) == [f"picture {n}" for n in range(4)] for k in (0, 4, 8))
+    assert all(sorted(first[k : k + 4]) == [f"image {n}" for n in range(4)] for k in (0, 4, 8))
     assert captions(range(12)) == first and captions(range(7, 12)) == first[7:]
     assert captions([5, 3, 11]) == [first[k] for k in (5, 3, 11)]
     assert captions(range(12), seed=1) != first
-    assert set(captions(range(8), max_train_samples=2)) == {"picture 0", "picture 1"}
+    assert set(captions(range(8), max_train_samples=2)) == {"image 0", "image 1"}
     with pytest.raises(TypeError, match="no length"):
         len(images(folder, streaming=True).pairs)
 
 
-def test_the_fingerprint_knows_captions_and_pictures(tmp_path):
+def test_the_fingerprint_knows_captions_and_images(tmp_path):
     folder = write(tmp_path / "data")
     before = images(folder).fingerprint
     assert images(folder).fingerprint == before
     assert images(Path(shutil.copytree(folder, tmp_path / "moved"))).fingerprint == before
     label_map(64, 64, 9).save(tmp_path / "moved" / "maps" / "2.png")
     assert images(tmp_path / "moved").fingerprint != before
-    text = (folder / "metadata.jsonl").read_text().replace("picture 2", "another")
+    text = (folder / "metadata.jsonl").read_text().replace("image 2", "another")
     (folder / "metadata.jsonl").write_text(text)
     later = time.time() + 10  # datasets tells a changed file by its time, which some disks keep in seconds
     os.utime(folder / "metadata.jsonl", (later, later))
@@ -149,14 +149,14 @@ def test_a_column_that_is_missing_is_named_with_those_that_exist(tmp_path, given
         find_pairs(ControlDataOptions(**{"train_data_dir": str(folder), **given}), seed=0)
 
 
-def test_a_control_picture_of_another_shape_or_damaged_is_named(tmp_path):
+def test_a_control_image_of_another_shape_or_damaged_is_named(tmp_path):
     folder = write(tmp_path / "data")
     label_map(64, 20).save(folder / "maps" / "0.png")
     shown = images(folder)
-    with pytest.raises(InputError, match="row 0: the control picture has 64x20 pixels and the picture 40x30; the two"):
+    with pytest.raises(InputError, match="row 0: the control image has 64x20 pixels and the image 40x30; the two"):
         [shown.control(shown.view(sample)) for sample in range(4)]
-    (folder / "maps" / "0.png").write_bytes(b"no picture")
-    with pytest.raises(InputError, match="row 0, conditioning_image: is not a picture"):
+    (folder / "maps" / "0.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match="row 0, conditioning_image: is not an image"):
         [images(folder).view(sample) for sample in range(4)]
 
 
@@ -164,7 +164,7 @@ def test_a_caption_that_is_no_text_is_named(tmp_path):
     folder = write(tmp_path / "data")
     text = (folder / "metadata.jsonl").read_text()
     for k in range(4):
-        text = text.replace(f'"picture {k}"', str(k))
+        text = text.replace(f'"image {k}"', str(k))
     (folder / "metadata.jsonl").write_text(text)
     with pytest.raises(InputError, match="row 0: its text is a int, needs a text or a list of texts"):
         images(folder, max_train_samples=1).view(0)

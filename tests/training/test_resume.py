@@ -498,10 +498,10 @@ def stopped(script, flags, tmp_path_factory) -> Path:
         (["--instance_prompt", "a dog"], "--instance_prompt: was 'a photo of sks toy' .* is 'a dog' now"),
         (["--mixed_precision", "bf16"], "--mixed_precision: was 'no' .* is 'bf16' now"),
         (["--train_text_encoder"], "--train_text_encoder: was False .* is True now"),
-        (["--instance_data_dir", "{pictures}"], "--instance_data_dir: was 'sha256:.* is 'sha256:"),
+        (["--instance_data_dir", "{images}"], "--instance_data_dir: was 'sha256:.* is 'sha256:"),
         (["--max_train_steps", "1"], "--max_train_steps: was 2 .* is 1 now; it may only grow"),
         (["--resume_from_checkpoint", "nowhere"], "--resume_from_checkpoint nowhere: there is no such folder"),
-        (["--resume_from_checkpoint", "{pictures}"], "is no whole checkpoint .*checkpoint.json"),
+        (["--resume_from_checkpoint", "{images}"], "is no whole checkpoint .*checkpoint.json"),
         (["--checkpointing_steps", "0"], "--checkpointing_steps: got 0, needs a whole number from 1"),
         (["--checkpoints_total_limit", "0"], "--checkpoints_total_limit: got 0, needs a whole number from 1"),
     ],
@@ -512,7 +512,7 @@ def test_what_cannot_go_on_is_told_before_any_weights_are_read(
 ):
     subjects()[1].view(0).render().image.save(tmp_path / "other.png")
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", None)
-    changed = [word.format(pictures=tmp_path) for word in changed]
+    changed = [word.format(images=tmp_path) for word in changed]
     given = [*flags, "--output_dir", str(stopped), "--max_train_steps", "2", "--resume_from_checkpoint", "latest"]
     with pytest.raises(SystemExit):
         script.main([*given, *changed])
@@ -532,10 +532,10 @@ def test_an_adapter_may_lie_in_the_folder_of_its_base(script, flags, tmp_path):
 def test_flags_that_the_adapter_does_not_depend_on_may_change(script, flags, stopped, tmp_path):
     folder = tmp_path / "moved"
     shutil.copytree(stopped, folder)
-    pictures = Path(shutil.copytree(flags[flags.index("--instance_data_dir") + 1], tmp_path / "pictures"))
+    images = Path(shutil.copytree(flags[flags.index("--instance_data_dir") + 1], tmp_path / "pictures"))
     result = script.main(
         [*flags, "--output_dir", str(folder), "--max_train_steps", "3", "--resume_from_checkpoint", "latest",
-         "--num_inference_steps", "2", "--instance_data_dir", str(pictures), "--checkpoints_total_limit", "1"]
+         "--num_inference_steps", "2", "--instance_data_dir", str(images), "--checkpoints_total_limit", "1"]
     )  # fmt: skip
     assert len(result.losses) == 3
 

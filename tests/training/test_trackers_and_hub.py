@@ -36,7 +36,7 @@ from ether_diffusion.training.trackers import (
     TRACKERS,
     check_trackers,
     init_kwargs,
-    log_pictures,
+    log_images,
     tracker_names,
 )
 
@@ -118,33 +118,33 @@ def log_a_run(folder: Path, report_to: str) -> None:
     accelerator.init_trackers(PROJECT, config={"steps": 2}, init_kwargs=init_kwargs(folder))
     for step in (1, 2):
         accelerator.log({"train/loss": 0.5 / step}, step=step)
-    log_pictures(accelerator, "samples", [RED, BLUE], step=2)
+    log_images(accelerator, "samples", [RED, BLUE], step=2)
     accelerator.end_training()
 
 
-def test_tensorboard_holds_the_loss_and_the_pictures(tmp_path):
+def test_tensorboard_holds_the_loss_and_the_images(tmp_path):
     log_a_run(tmp_path / "logs", "tensorboard")
     events = EventAccumulator(str(tmp_path / "logs" / PROJECT), size_guidance={"images": 0}).Reload()
     assert [(each.step, each.value) for each in events.Scalars("train/loss")] == [(1, 0.5), (2, 0.25)]
-    (picture,) = events.Images("samples")
-    assert picture.step == 2
-    painted = np.asarray(Image.open(io.BytesIO(picture.encoded_image_string)))
-    assert np.array_equal(painted, np.hstack([np.asarray(RED), np.asarray(BLUE.convert("RGB"))]))
+    (image,) = events.Images("samples")
+    assert image.step == 2
+    generated = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
+    assert np.array_equal(generated, np.hstack([np.asarray(RED), np.asarray(BLUE.convert("RGB"))]))
 
 
-def test_wandb_holds_the_loss_and_the_pictures(wandb_mode, tmp_path, monkeypatch):
+def test_wandb_holds_the_loss_and_the_images(wandb_mode, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     log_a_run(tmp_path / "logs", "wandb")
     sys.modules["wandb"].teardown()  # its own process writes the run's end, and is waited for here
     assert [path.name for path in tmp_path.iterdir()] == ["logs"]
     (run,) = (tmp_path / "logs" / "wandb").glob("offline-run-*")
-    pictures = [np.asarray(Image.open(path)) for path in sorted(run.glob("files/media/images/samples_2_*.png"))]
-    assert {picture[0, 0].tobytes() for picture in pictures} == {bytes((200, 10, 10)), bytes((10, 10, 200))}
+    images = [np.asarray(Image.open(path)) for path in sorted(run.glob("files/media/images/samples_2_*.png"))]
+    assert {image[0, 0].tobytes() for image in images} == {bytes((200, 10, 10)), bytes((10, 10, 200))}
     (log,) = run.glob("*.wandb")
     assert b"train/loss" in log.read_bytes() and PROJECT.encode() in log.read_bytes()
 
 
-def test_a_run_without_trackers_logs_pictures_nowhere(tmp_path):
+def test_a_run_without_trackers_logs_images_nowhere(tmp_path):
     log_a_run(tmp_path, "none")
     assert list(tmp_path.iterdir()) == []
 
@@ -205,7 +205,7 @@ def card(folder: Path, source: ModelSource, **changes) -> str:
         "prompts": [PROMPT],
         "figures": {"steps": "200"},
         "command": launch_command("/somewhere/train.py", ["--instance_prompt", PROMPT]),
-        "with_pictures": True,
+        "with_images": True,
     }
     return write_card(folder, source=source, **(given | changes)).read_text("utf-8")
 
@@ -242,7 +242,7 @@ def test_the_card_of_another_method_says_nothing_of_ether(tmp_path):
         "paper": None,
         "loading": "pipe.load_lora_weights({where})",
     }
-    text = card(tmp_path / "toy", ModelSource("someone/model"), weights=folder, with_pictures=False, **changes)
+    text = card(tmp_path / "toy", ModelSource("someone/model"), weights=folder, with_images=False, **changes)
     assert "arxiv" not in text and "ether" not in text and "Samples" not in text and "`unet`: 1.5 kB" in text
 
 
@@ -265,7 +265,7 @@ def test_no_prompt_breaks_the_card(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["adapter", "miniature", "pipeline"])
-def test_the_code_on_the_card_paints(tiny_pipeline, tmp_path, monkeypatch, kind):
+def test_the_code_on_the_card_generates(tiny_pipeline, tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     tiny_pipeline.save_pretrained("toy" if kind == "pipeline" else "base")
     loading = {
@@ -295,10 +295,10 @@ def test_the_size_of_several_weights_is_without_checkpoints_and_other_files(tmp_
 def test_figures_are_those_of_the_run(tmp_path):
     (tmp_path / "weights").write_bytes(bytes(1500))
     result = TrainingResult(losses=[1.0] * 50 + [9.0] + [0.5] * 50, seconds=202.0, peak_memory=3_210_000_000)
-    given = {"pictures": "5", "parameters": 12345, "weights": tmp_path / "weights"}
+    given = {"images": "5", "parameters": 12345, "weights": tmp_path / "weights"}
     figures = figures_of(result, learning_rates={"denoiser": 1e-3}, **given)
     assert figures == {
-        "pictures": "5",
+        "images": "5",
         "trained parameters": "12,345",
         "size of the weights": "1.5 kB",
         "learning rate": "0.001",

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
-from helpers.pipelines import adapt, open_pipeline, paint, snapshot
+from helpers.pipelines import adapt, generate, open_pipeline, snapshot
 
 from ether_diffusion import EtherConfig
 from ether_diffusion.tuner.attention import EtherAttnProcessor, disable_ether_attention, enable_ether_attention
@@ -68,7 +68,7 @@ def test_the_answer_is_that_of_the_stock_processor(kind, method, mask, grad):
     assert bool(model.attn.processor._kept) is not grad
 
 
-def test_pictures_as_input_and_spatial_norm_work():
+def test_images_as_input_and_spatial_norm_work():
     model = Holder(query_dim=32, heads=4, dim_head=8, spatial_norm_dim=6, residual_connection=True).eval()
     x, temb = torch.randn(2, 32, 4, 5), torch.randn(2, 6, 4, 5)
     stock = model(x, temb=temb)
@@ -199,15 +199,15 @@ def test_a_copied_model_is_on_its_own():
 
 
 @pytest.mark.parametrize("method", ["ether", "ether_plus"])
-def test_a_pipeline_paints_the_same_picture(tiny_pipeline_folder, method):
+def test_a_pipeline_generates_the_same_image(tiny_pipeline_folder, method):
     pipe = adapt(open_pipeline(tiny_pipeline_folder), method)
-    stock = paint(pipe)
+    stock = generate(pipe)
     before = snapshot(pipe)
     enable_ether_attention(pipe.unet)
-    assert abs(paint(pipe) - stock).max() <= 1 / 255
-    halved = paint(pipe, cross_attention_kwargs={"scale": 0.5})
+    assert abs(generate(pipe) - stock).max() <= 1 / 255
+    halved = generate(pipe, cross_attention_kwargs={"scale": 0.5})
     disable_ether_attention(pipe.unet)
-    assert abs(paint(pipe, cross_attention_kwargs={"scale": 0.5}) - halved).max() <= 1 / 255
+    assert abs(generate(pipe, cross_attention_kwargs={"scale": 0.5}) - halved).max() <= 1 / 255
     assert snapshot(pipe)["unet"][0] == before["unet"][0]
 
 
@@ -246,6 +246,6 @@ def test_vectors_that_were_given_transposed_are_watched_like_others(trained, tin
     assert not any(tensor.is_contiguous() for tensor in vectors.values())
     pipe = open_pipeline(tiny_pipeline_folder)
     pipe.load_ether_weights(vectors)
-    stock = paint(pipe)
+    stock = generate(pipe)
     enable_ether_attention(pipe.unet)
-    assert abs(paint(pipe) - stock).max() < 1e-4
+    assert abs(generate(pipe) - stock).max() < 1e-4

@@ -1,4 +1,4 @@
-"""What is trained on: pictures with their prompts, from a folder or a data set, and the views that samples show."""
+"""What is trained on: images with their prompts, from a folder or a data set, and the views that samples show."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ _KEPT_IMAGES = 64
 
 @dataclass(frozen=True)
 class Example:
-    """A picture with its prompt.
+    """An image with its prompt.
 
     name: what to call it in a message.
     prompt: the text that it is trained under.
-    read: gives the picture as upright RGB; raises `InputError` where it is damaged.
+    read: gives the image as upright RGB; raises `InputError` where it is damaged.
     """
 
     name: str
@@ -54,10 +54,10 @@ class Example:
 
 
 def find_examples(options: InstanceDataOptions) -> list[Example]:
-    """The instance pictures that the options name, each under its own caption or the instance prompt.
+    """The instance images that the options name, each under its own caption or the instance prompt.
 
     Raises:
-        InputError: no pictures there, captions that cannot be read, or `datasets` is missing.
+        InputError: no images there, captions that cannot be read, or `datasets` is missing.
     """
     if options.dataset_name is not None:
         return _from_data_set(options)
@@ -68,11 +68,11 @@ def find_examples(options: InstanceDataOptions) -> list[Example]:
 
 
 def examples_of(paths: Sequence[Path], prompt: str, captions: dict[str, str] | None = None) -> list[Example]:
-    """Picture files as examples.
+    """Image files as examples.
 
     Args:
         paths: the files.
-        prompt: of every picture that has no caption.
+        prompt: of every image that has no caption.
         captions: file name -> caption.
     """
     captions = {} if captions is None else captions
@@ -160,13 +160,13 @@ def open_data_set(
     flag: str = "--dataset_name",
     streaming: bool = False,
 ) -> Any:
-    """The split train of a data set on the Hub or in a folder, its pictures as they are stored.
+    """The split train of a data set on the Hub or in a folder, its images as they are stored.
 
     Args:
         name: as `datasets.load_dataset` takes it.
         config_name: of its configurations.
         columns: option that names a column -> the column.
-        pictures: those of the options whose columns hold pictures.
+        images: those of the options whose columns hold images.
         flag: what the user gave the name with, for the messages.
         streaming: an iterable that reads the rows as they come.
 
@@ -195,14 +195,14 @@ def open_data_set(
             rows = rows.cast_column(columns[option], datasets.Image(decode=False))
         except Exception as error:  # pyarrow's and datasets' own, of many classes
             kind = rows.features[columns[option]]
-            raise InputError(f"--{option} {columns[option]}: holds {kind}, no pictures") from error
+            raise InputError(f"--{option} {columns[option]}: holds {kind}, no images") from error
     return rows
 
 
 def read_cell(cell: dict[str, Any] | None, name: str) -> Image.Image:
-    """A picture as `datasets` stores it: its bytes, or the path of its file."""
+    """An image as `datasets` stores it: its bytes, or the path of its file."""
     if not cell or (cell.get("bytes") is None and not cell.get("path")):
-        raise InputError(f"{name}: has no picture")
+        raise InputError(f"{name}: has no image")
     if cell.get("bytes") is not None:
         return read_image(io.BytesIO(cell["bytes"]), name)
     return read_image(cell["path"], name)
@@ -212,29 +212,29 @@ def read_cell(cell: dict[str, Any] | None, name: str) -> Image.Image:
 
 
 class TrainingImages:
-    """Training views of a few pictures, addressed by the global index of the sample.
+    """Training views of a few images, addressed by the global index of the sample.
 
-    An epoch visits every picture `repeats` times, in an order of its own; sample s belongs to epoch s // len(images).
+    An epoch visits every image `repeats` times, in an order of its own; sample s belongs to epoch s // len(images).
     The order, the place of the crop and the mirroring follow from (seed, s) alone.
 
     Args:
-        examples: the pictures and their prompts.
-        targets: (height, width) in pixels that a view can have; every picture has the one whose aspect ratio is
+        examples: the images and their prompts.
+        targets: (height, width) in pixels that a view can have; every image has the one whose aspect ratio is
             nearest to its own.
         center_crop: cut at the centre instead of at a random place.
         random_flip: mirror with probability one half.
-        repeats: how often each picture comes in an epoch.
-        fixed_crops: one crop for each repeat of a picture, the same in every epoch, so that there are few views.
+        repeats: how often each image comes in an epoch.
+        fixed_crops: one crop for each repeat of an image, the same in every epoch, so that there are few views.
         group_size: samples of one forward pass over all processes; where targets differ, the order keeps so many
             samples of one target together.
         seed: of the run.
 
     Attributes:
-        prompts: of each picture.
+        prompts: of each image.
         fingerprint: SHA-256 over the pixels and prompts of all: equal for equal data, wherever it lies.
 
     Raises:
-        InputError: a file that is no picture, or a damaged one: all are read here, before any training.
+        InputError: a file that is no image, or a damaged one: all are read here, before any training.
     """
 
     def __init__(
@@ -257,7 +257,7 @@ class TrainingImages:
         self.fixed_crops = fixed_crops
         self.group_size = group_size
         self.seed = seed
-        self._picture = lru_cache(maxsize=_KEPT_IMAGES)(self._read)
+        self._image = lru_cache(maxsize=_KEPT_IMAGES)(self._read)
         self._order = lru_cache(maxsize=2)(self._shuffle)
         self.original_sizes: list[Size] = []
         self.targets: list[Target] = []
@@ -274,7 +274,7 @@ class TrainingImages:
         return len(self.examples) * self.repeats
 
     def view(self, sample: int) -> View:
-        """Which part of which picture sample number `sample` shows."""
+        """Which part of which image sample number `sample` shows."""
         epoch, place = divmod(sample, len(self))
         number = self._order(epoch)[place]
         flip = self.random_flip and bool(torch.rand((), generator=generator(self.seed, "flip", sample)) < 0.5)
@@ -292,12 +292,12 @@ class TrainingImages:
         return self.prompts[view.image]
 
     def control(self, view: View) -> torch.Tensor | None:
-        """The control picture of the view, (3, height, width) from 0 to 1; instance pictures have none."""
+        """The control image of the view, (3, height, width) from 0 to 1; instance images have none."""
         return None
 
     def pixels(self, view: View) -> torch.Tensor:
         """The view as (3, height, width) of its target, float32, from -1 (black) to 1 (white)."""
-        return to_pixels(cut(self._picture(view.image), view, self.targets[view.image]))
+        return to_pixels(cut(self._image(view.image), view, self.targets[view.image]))
 
     def framing(self, view: View) -> Framing:
         """Size and crop of the view."""
@@ -308,11 +308,11 @@ class TrainingImages:
         return place_view(image, self.original_sizes[image], self.targets[image], place, flip=flip)
 
     def _read(self, number: int) -> Image.Image:
-        """A picture, reduced for training."""
+        """An image, reduced for training."""
         return shrink(self.examples[number].read(), self.targets[number])
 
     def _shuffle(self, epoch: int) -> list[int]:
-        """Number of the picture, plus the count of pictures times number of the repeat, at each place of an epoch."""
+        """Number of the image, plus the count of images times number of the repeat, at each place of an epoch."""
         draw = generator(self.seed, "order", epoch)
         order = torch.randperm(len(self), generator=draw).tolist()
         if len(set(self.targets)) == 1:

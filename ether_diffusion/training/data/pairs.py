@@ -1,4 +1,4 @@
-"""Pairs of a picture and a control picture, from a folder or a data set, and the views that samples show of them."""
+"""Pairs of an image and a control image, from a folder or a data set, and the views that samples show of them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _KEPT_PAIRS = 64
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture, its control picture and its captions.
+    """An image, its control image and its captions.
 
     name: what to call it in a message. read_image, read_control: give upright RGB, or raise `InputError`.
     """
@@ -116,14 +116,14 @@ def _make_pair(
 
 
 def _located(cell: dict[str, Any] | None, folder: Path | None) -> dict[str, Any] | None:
-    """A picture as it is stored, or as a file whose path counts from the folder of the data."""
+    """An image as it is stored, or as a file whose path counts from the folder of the data."""
     if folder is None or not cell or cell.get("bytes") is not None or not cell.get("path"):
         return cell
     return {"path": str(folder / cell["path"])}  # an absolute path stays as it is
 
 
 def _content(cell: dict[str, Any] | None) -> bytes:
-    """The file of a picture; nothing where it cannot be read, which is told when its sample comes."""
+    """The file of an image; nothing where it cannot be read, which is told when its sample comes."""
     if not cell or cell.get("bytes") is not None or not cell.get("path"):
         return (cell or {}).get("bytes") or b""
     with contextlib.suppress(OSError):
@@ -205,9 +205,9 @@ class StreamedPairs:
 
 
 class ControlImages:
-    """Training views of pairs, addressed by the global index of the sample: both pictures get the same crop and flip.
+    """Training views of pairs, addressed by the global index of the sample: both images get the same crop and flip.
 
-    As `TrainingImages`, but pictures are read when their sample comes. Of a stream, sample s is row s; else an epoch
+    As `TrainingImages`, but images are read when their sample comes. Of a stream, sample s is row s; else an epoch
     visits every pair once in an order of its own.
 
     Args:
@@ -215,7 +215,7 @@ class ControlImages:
         targets: (height, width) in pixels that a view can have.
         center_crop, random_flip, fixed_crops, seed: as for `TrainingImages`.
         group_size: taken for its likeness to `TrainingImages`; sizes are not known ahead, so nothing is grouped.
-        interpolation: of control pictures, "nearest" or "lanczos".
+        interpolation: of control images, "nearest" or "lanczos".
         proportion_empty_prompts: part of the samples without a prompt.
     """
 
@@ -280,12 +280,12 @@ class ControlImages:
         return captions[int(torch.randint(len(captions), (), generator=draw))]
 
     def pixels(self, view: View) -> torch.Tensor:
-        """The picture's view as (3, height, width), float32, from -1 (black) to 1 (white)."""
+        """The image's view as (3, height, width), float32, from -1 (black) to 1 (white)."""
         pair = self._pair(view.image)
         return to_pixels(cut(pair.image, view, pair.target))
 
     def control(self, view: View) -> torch.Tensor:
-        """The control picture's view as (3, height, width), float32, from 0 (black) to 1 (white)."""
+        """The control image's view as (3, height, width), float32, from 0 (black) to 1 (white)."""
         pair = self._pair(view.image)
         return to_pixels(cut(pair.control, view, pair.target, self.resample)).add(1).div(2)
 
@@ -305,7 +305,7 @@ class ControlImages:
         # One pixel of difference in the longer side comes from rounding alone.
         if abs(image.width * control.height - image.height * control.width) > max(image.size) + max(control.size):
             raise InputError(
-                f"{pair.name}: the control picture has {control.width}x{control.height} pixels and the picture "
+                f"{pair.name}: the control image has {control.width}x{control.height} pixels and the image "
                 f"{image.width}x{image.height}; the two need one shape"
             )
         target = self.possible_targets[nearest_target(image.size, self.possible_targets)]
@@ -320,7 +320,7 @@ class ControlImages:
 
 @dataclass(frozen=True)
 class _ReadPair:
-    """A pair in memory, reduced for training; both pictures have one size."""
+    """A pair in memory, reduced for training; both images have one size."""
 
     image: Image.Image
     control: Image.Image

@@ -1,6 +1,6 @@
-"""Training views: which rectangle of a picture is cut out, and how that is told to the model.
+"""Training views: which rectangle of an image is cut out, and how that is told to the model.
 
-Sizes of pictures are (width, height), as Pillow has them; targets are (height, width), as models have them.
+Sizes of images are (width, height), as Pillow has them; targets are (height, width), as models have them.
 """
 
 from collections.abc import Sequence
@@ -12,16 +12,16 @@ from PIL import Image, ImageOps
 Size = tuple[int, int]
 """(width, height) in pixels."""
 Target = tuple[int, int]
-"""(height, width) in pixels of a training picture."""
+"""(height, width) in pixels of a training image."""
 
 SMOOTH = Image.Resampling.LANCZOS
 
 
 @dataclass(frozen=True)
 class View:
-    """One rectangle cut from one picture: the picture's number, the corner in pixels, and whether it is mirrored.
+    """One rectangle cut from one image: the image's number, the corner in pixels, and whether it is mirrored.
 
-    The corner counts in the picture as `shrink` leaves it.
+    The corner counts in the image as `shrink` leaves it.
     """
 
     image: int
@@ -32,10 +32,10 @@ class View:
 
 @dataclass(frozen=True)
 class Framing:
-    """How a training view came out of its picture, in pixels, vertical before horizontal.
+    """How a training view came out of its image, in pixels, vertical before horizontal.
 
-    original_size: (height, width) of the picture as it was read.
-    crop_top_left: (top, left) corner of the view, after the picture was scaled (and mirrored) as the view is.
+    original_size: (height, width) of the image as it was read.
+    crop_top_left: (top, left) corner of the view, after the image was scaled (and mirrored) as the view is.
     target_size: (height, width) of the view.
     """
 
@@ -45,7 +45,7 @@ class Framing:
 
 
 def nearest_target(size: Size, targets: Sequence[Target]) -> int:
-    """The number of the target whose aspect ratio is nearest to the picture's; of equals, the one nearest in area.
+    """The number of the target whose aspect ratio is nearest to the image's; of equals, the one nearest in area.
 
     Ratios are compared as ratios: 1:2 is as far from 1:1 as 2:1 is.
     """
@@ -71,13 +71,13 @@ def shrunk_size(size: Size, target: Target) -> Size:
 
 
 def shrink(image: Image.Image, target: Target, resample: Image.Resampling = SMOOTH) -> Image.Image:
-    """Reduce a picture until it just covers the target; one that does not cover it stays as it is."""
+    """Reduce an image until it just covers the target; one that does not cover it stays as it is."""
     size = shrunk_size(image.size, target)
     return image if size == image.size else image.resize(size, resample)
 
 
 def crop_size(size: Size, target: Target) -> Size:
-    """The largest rectangle of the target's proportions in a shrunk picture: the target itself where it fits."""
+    """The largest rectangle of the target's proportions in a shrunk image: the target itself where it fits."""
     width, height = size
     rows, columns = target
     scale = max(rows / height, columns / width, 1.0)
@@ -85,9 +85,9 @@ def crop_size(size: Size, target: Target) -> Size:
 
 
 def cut(image: Image.Image, view: View, target: Target, resample: Image.Resampling = SMOOTH) -> Image.Image:
-    """The rectangle of a view of a shrunk picture, brought to the target's size.
+    """The rectangle of a view of a shrunk image, brought to the target's size.
 
-    Only the rectangle is enlarged, so a small picture that is far longer than wide costs no more than a square one.
+    Only the rectangle is enlarged, so a small image that is far longer than wide costs no more than a square one.
     """
     width, height = crop_size(image.size, target)
     rectangle = image.crop((view.left, view.top, view.left + width, view.top + height))
@@ -98,10 +98,10 @@ def cut(image: Image.Image, view: View, target: Target, resample: Image.Resampli
 
 
 def frame(original_size: Size, view: View, target: Target) -> Framing:
-    """Size and crop of a view of a picture that was read at this size.
+    """Size and crop of a view of an image that was read at this size.
 
-    The corner counts in the picture scaled so that the view has the target's size. A mirrored view is cut from the
-    mirrored picture, so what counts is then the margin to the right of the rectangle.
+    The corner counts in the image scaled so that the view has the target's size. A mirrored view is cut from the
+    mirrored image, so what counts is then the margin to the right of the rectangle.
     """
     size = shrunk_size(original_size, target)
     width, height = crop_size(size, target)
@@ -117,7 +117,7 @@ def frame(original_size: Size, view: View, target: Target) -> Framing:
 def place_view(
     image: int, original_size: Size, target: Target, draw: torch.Generator | None, *, flip: bool = False
 ) -> View:
-    """The view of picture number `image`, read at this size: central where `draw` is None."""
+    """The view of image number `image`, read at this size: central where `draw` is None."""
     size = shrunk_size(original_size, target)
     margins = [whole - part for whole, part in zip(size, crop_size(size, target), strict=True)]
     if draw is None:
@@ -128,10 +128,10 @@ def place_view(
 
 
 def center_view(original_size: Size, target: Target) -> View:
-    """The central rectangle of a picture that was read at this size, without any chance."""
+    """The central rectangle of an image that was read at this size, without any chance."""
     return place_view(0, original_size, target, None)
 
 
 def center_cut(image: Image.Image, target: Target, resample: Image.Resampling = SMOOTH) -> Image.Image:
-    """The central rectangle of a picture at the target's size."""
+    """The central rectangle of an image at the target's size."""
     return cut(shrink(image.convert("RGB"), target, resample), center_view(image.size, target), target, resample)

@@ -1,6 +1,6 @@
 """Model families: what training must know about one kind of pipeline, one module each.
 
-The loop, the objective and the pictures use `Family` alone; a new family is a new module and a line in `FAMILIES`.
+The loop, the objective and the images use `Family` alone; a new family is a new module and a line in `FAMILIES`.
 """
 
 from diffusers import DiffusionPipeline

@@ -87,8 +87,8 @@ class Blueprint:
     """A pipeline without its weights, on which everything that can fail is tried first.
 
     models: the components that can be adapted, on the meta device.
-    native_resolution: side in pixels of the pictures that the denoiser was made for.
-    resolution_multiple: what the side of a training picture must be divisible by.
+    native_resolution: side in pixels of the images that the denoiser was made for.
+    resolution_multiple: what the side of a training image must be divisible by.
     """
 
     models: dict[str, nn.Module]
@@ -96,11 +96,11 @@ class Blueprint:
     resolution_multiple: int
 
     def targets(self, options: ViewOptions) -> list[Target]:
-        """The (height, width) that training pictures can have: the buckets or the resolution asked for, or the native
+        """The (height, width) that training images can have: the buckets or the resolution asked for, or the native
         square.
 
         Raises:
-            InputError: the models cannot take pictures of this size.
+            InputError: the models cannot take images of this size.
         """
         if options.aspect_ratio_buckets is not None:
             targets = list(parse_buckets(options.aspect_ratio_buckets))
@@ -136,7 +136,7 @@ class Family(ABC):
     def __init__(self, pipe: DiffusionPipeline):
         self.pipe = pipe
         self.device = self.component(self.denoiser).device
-        self._parked: set[str] = set()
+        self._offloaded: set[str] = set()
 
     @classmethod
     @abstractmethod
@@ -151,7 +151,7 @@ class Family(ABC):
     @property
     @abstractmethod
     def native_resolution(self) -> int:
-        """Side in pixels of the pictures that the denoiser was made for."""
+        """Side in pixels of the images that the denoiser was made for."""
 
     @property
     @abstractmethod
@@ -168,7 +168,7 @@ class Family(ABC):
 
     @abstractmethod
     def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """One picture (3, h, w) as the autoencoder's distribution: its parameters, (2c, h', w'), float32."""
+        """One image (3, h, w) as the autoencoder's distribution: its parameters, (2c, h', w'), float32."""
 
     @abstractmethod
     def make_latents(self, moments: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -209,37 +209,37 @@ class Family(ABC):
         """The components that have weights."""
         return {name: each for name, each in self.pipe.components.items() if isinstance(each, nn.Module)}
 
-    def freeze(self, device: torch.device, parked: Sequence[str] = ()) -> None:
+    def freeze(self, device: torch.device, offloaded: Sequence[str] = ()) -> None:
         """All components to the device, in evaluation mode and without gradients.
 
         parked: those that stay in the CPU's memory except where `at_work` brings them in.
         """
         self.device = device
-        self._parked = set(parked)
+        self._offloaded = set(offloaded)
         for name, component in self.modules().items():
-            component.to("cpu" if name in self._parked else device)
+            component.to("cpu" if name in self._offloaded else device)
             component.eval().requires_grad_(False)
 
-    def park(self, *names: str) -> None:
+    def offload(self, *names: str) -> None:
         """Take components off the device; `at_work` brings them in."""
-        self._parked |= set(names)
+        self._offloaded |= set(names)
         for name in names:
             self.component(name).to("cpu")
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     @contextmanager
-    def at_work(self, *names: str) -> Iterator[None]:
+    def on_device(self, *names: str) -> Iterator[None]:
         """Components on the device; on leaving, those that were parked are so again."""
-        visitors = [name for name in names if name in self._parked]
-        self._parked -= set(visitors)
+        visitors = [name for name in names if name in self._offloaded]
+        self._offloaded -= set(visitors)
         try:
             for name in visitors:
                 self.component(name).to(self.device)
             yield
         finally:
             if visitors:
-                self.park(*visitors)
+                self.offload(*visitors)
 
     def freeze_unused(self) -> None:  # noqa: B027 (most families use all of their layers)
         """Take the gradients from layers on which `predict` does not depend: data parallel training refuses them."""

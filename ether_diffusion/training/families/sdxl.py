@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two CLIP text encoders, and a UNet that is also told the size and the crop of the picture."""
+"""Stable Diffusion XL: two CLIP text encoders, and a UNet that is also told the size and the crop of the image."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -141,7 +141,7 @@ class UNetFamily(Family):
     ) -> dict[str, Any]:
         """What a ControlNet adds to the UNet's activations, as `predict` takes it.
 
-        control: the control pictures (b, 3, height, width), from 0 to 1.
+        control: the control images (b, 3, height, width), from 0 to 1.
         """
         dtype = self.pipe.unet.dtype
         down, middle = controlnet(

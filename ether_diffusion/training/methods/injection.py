@@ -32,7 +32,7 @@ class FittedOFTConfig(OFTConfig):
     """
 
 
-def rehearse(models: Mapping[str, nn.Module], configs: Configs) -> int:
+def dry_run(models: Mapping[str, nn.Module], configs: Configs) -> int:
     """Put the adapters on models without weights, and return the number of parameters to be trained.
 
     Args:

@@ -24,7 +24,7 @@ class ControlOptions(OptionGroup):
     """control"""
 
     control_type: str = option(
-        "light: a small encoder adds the features of the control picture once, after the UNet's first layer. "
+        "light: a small encoder adds the features of the control image once, after the UNet's first layer. "
         "controlnet: a copy of the UNet's first half under the method, with trained hint stem and zero convolutions.",
         "light",
         choices=CONTROL_TYPES,
@@ -36,7 +36,7 @@ class ControlOptions(OptionGroup):
         fits=ABOVE_ZERO,
     )
     conditioning_interpolation: str = option(
-        "How control pictures are brought to size: nearest leaves label maps without new colours, lanczos is smooth.",
+        "How control images are brought to size: nearest leaves label maps without new colours, lanczos is smooth.",
         "nearest",
         choices=tuple(INTERPOLATIONS),
     )
@@ -55,11 +55,11 @@ class ControlOptions(OptionGroup):
 
 @dataclass(frozen=True, kw_only=True)
 class ControlDataOptions(OptionGroup):
-    """pictures and control pictures"""
+    """images and control images"""
 
     train_data_dir: str | None = option(
-        "Folder with pictures, control pictures and a metadata.jsonl: for each picture a line with file_name, the "
-        "path of its control picture and its caption.",
+        "Folder with images, control images and a metadata.jsonl: for each image a line with file_name, the "
+        "path of its control image and its caption.",
         None,
         fits=TEXT,
         free=True,
@@ -73,8 +73,8 @@ class ControlDataOptions(OptionGroup):
     dataset_config_name: str | None = option(
         "Configuration of the data set.", None, fits=TEXT, needs="dataset_name", free=True
     )
-    image_column: str = option("Column with the pictures.", "image", fits=TEXT)
-    conditioning_image_column: str = option("Column with the control pictures.", "conditioning_image", fits=TEXT)
+    image_column: str = option("Column with the images.", "image", fits=TEXT)
+    conditioning_image_column: str = option("Column with the control images.", "conditioning_image", fits=TEXT)
     caption_column: str = option(
         "Column with the captions; of several captions one is drawn for each sample.", "text", fits=TEXT
     )
@@ -141,17 +141,17 @@ class ControlRunOptions(RunOptions):
     """run"""
 
     output_dir: str = option(
-        "Folder for what is trained, the model card and the pictures.", "ether-control", fits=TEXT, free=True
+        "Folder for what is trained, the model card and the images.", "ether-control", fits=TEXT, free=True
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ControlValidationOptions(ValidationOptions):
-    """sample pictures"""
+    """sample images"""
 
     validation_image: tuple[str, ...] | None = option(
-        "Control pictures to paint from, one for each --validation_prompt (or one for all). Default: the first of the "
-        "training data.",
+        "Control images to generate from, one for each --validation_prompt (or one for all). Default: the first "
+        "of the training data.",
         None,
         fits=TEXTS,
         free=True,
@@ -163,16 +163,16 @@ class ControlValidationOptions(ValidationOptions):
         if prompts and not images:
             raise InputError("--validation_prompt: has no effect without --validation_image; add it")
         if images and not prompts:
-            raise InputError("--validation_image: needs a --validation_prompt for each picture; add it")
+            raise InputError("--validation_image: needs a --validation_prompt for each image; add it")
         if len(prompts) != len(images) and 1 not in (len(prompts), len(images)):
             raise InputError(
-                f"--validation_image: got {len(images)} pictures for {len(prompts)} prompts, needs as many, or one of "
+                f"--validation_image: got {len(images)} images for {len(prompts)} prompts, needs as many, or one of "
                 "either for all"
             )
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """(path of the control picture, prompt) of each row."""
+        """(path of the control image, prompt) of each row."""
         images, prompts = list(self.validation_image or ()), list(self.validation_prompt or ())
         count = max(len(images), len(prompts))
         return list(
