@@ -32,6 +32,7 @@ test-slow: $(READY)-slow
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 
 docs: $(READY)
 	$(BIN)/python tools/flag_table.py > docs/training-flags.md
