@@ -1,27 +1,25 @@
-"""Adapters written into the weights and out of them again, and what keeps that right beside other methods' adapters.
+"""Write adapters into the weights and take them out again, bit for bit.
 
-Adapters on one layer form a stack: the first that was loaded lies at the bottom, next to the weight, and each reflects
-or adds to what the ones below it make. The order of loading is the order of composition: a LoRA loaded before ETHER is
-reflected with the weight, `(W + BA)H`; one loaded after it is added, `WH + BA`. Only the bottom of a stack can be
-merged into the weight; every call here keeps to that, or raises before anything changes.
+Adapters on one layer form a stack (see `stacks.py`): only the bottom of it can be merged into the weight. Every call
+here keeps to that, or raises before anything changes. The weights as they were wait on the device, on the CPU, or in
+the files that they were loaded from.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ether_diffusion.adapters.attach import adapters_of, ether_layers, forget, models_of, without_base_layer
-from ether_diffusion.adapters.schema import canonical_path
-from ether_diffusion.adapters.strength import carries_ether, stock
+from ether_diffusion.adapters.components import ether_layers, models_of, named, records_of
+from ether_diffusion.adapters.schema import canonical_path, without_base_layer
+from ether_diffusion.adapters.stacks import Place, refuse_merged_above, refuse_unless_lowest
 from ether_diffusion.tuner.layer import EtherLayer
 
 KEEP_ORIGINAL = ("device", "cpu", "disk")
@@ -55,8 +53,7 @@ def fuse_ether(
     """
     if keep_original not in KEEP_ORIGINAL:
         raise ValueError(f"keep_original={keep_original!r}: there are {', '.join(KEEP_ORIGINAL)}")
-    if adapter_names and (unknown := sorted(set(adapter_names) - set(known := adapters_of(self)))):
-        raise ValueError(f"there is no adapter {', '.join(unknown)}; loaded are {', '.join(known) or 'none'}")
+    named(adapter_names or [], records_of(self))
     chosen = [
         (layer, names, place)
         for layer, place in _chosen_layers(self, components)
@@ -65,8 +62,8 @@ def fuse_ether(
     if not chosen:
         raise ValueError(f"nothing to fuse: no layer of {components} carries {adapter_names or 'an active adapter'}")
     for layer, _, (component, path, _) in chosen:
-        _refuse_unless_lowest(layer, f"{component}: {path}")
-    _refuse_merged_above((layer, place) for layer, _, place in chosen)
+        refuse_unless_lowest(layer, f"{component}: {path}")
+    refuse_merged_above((layer, place) for layer, _, place in chosen)
     index = {id(model): _files_of(model) for _, _, (_, _, model) in chosen} if keep_original == "disk" else {}
     on_disk = [_on_disk(layer, place, index[id(place[2])]) if index else None for layer, _, place in chosen]
     touched: list[tuple[EtherLayer, dict[str, float]]] = []
@@ -103,14 +100,11 @@ def unfuse_ether(self: DiffusionPipeline, components: Sequence[str] | None = Non
             first), or a file on disk that has changed since. Nothing has changed then.
     """
     chosen = [(layer, place) for layer, place in _chosen_layers(self, components) if layer.merged]
-    _refuse_merged_above(chosen)
+    refuse_merged_above(chosen)
     for layer, _ in chosen:
         layer._pristine_weight()  # raises where it cannot be had any more
     for layer, _ in chosen:
         layer.unmerge()
-
-
-Place = tuple[str, str, nn.Module]  # of a layer: component, module path, the component itself
 
 
 def _chosen_layers(pipe: DiffusionPipeline, components: Sequence[str] | None) -> Iterator[tuple[EtherLayer, Place]]:
@@ -123,125 +117,6 @@ def _chosen_layers(pipe: DiffusionPipeline, components: Sequence[str] | None) ->
         raise ValueError(f"{asked}components that carry ETHER are {', '.join(carrying) or 'none'}")
     for name in chosen:
         yield from ((layer, (name, path, carrying[name])) for path, layer in ether_layers(carrying[name]))
-
-
-# Stacks of adapters -------------------------------------------------------------------------------------------
-
-
-def stacks(model: nn.Module) -> Iterator[tuple[str, list[BaseTunerLayer]]]:
-    """For every adapted layer, its path and the layers of its adapters, the lowest (next to the weight) first."""
-    inner: set[int] = set()
-    for path, module in model.named_modules():  # outer ones come before what they wrap
-        if isinstance(module, BaseTunerLayer) and id(module) not in inner:
-            stack = []
-            while isinstance(module, BaseTunerLayer):
-                stack.append(module)
-                inner.add(id(module))
-                module = module.base_layer
-            yield path, stack[::-1]
-
-
-def _refuse_unless_lowest(layer: EtherLayer, where: str) -> None:
-    below = layer.base_layer
-    if isinstance(below, BaseTunerLayer) and not below.merged and below._get_available_adapters():
-        raise ValueError(
-            f"{where}: {_described(below)} lies below ETHER, because it was loaded before, and is not fused: fuse it "
-            "first (fuse_lora)"
-        )
-
-
-def _refuse_merged_above(chosen: Iterable[tuple[EtherLayer, Place]]) -> None:
-    """Refuse to change a weight that an adapter above has merged itself into."""
-    places = list(chosen)
-    above = {
-        id(layer): stack[k + 1 :]
-        for model in {id(place[2]): place[2] for _, place in places}.values()
-        for _, stack in stacks(model)
-        for k, layer in enumerate(stack)
-    }
-    for layer, (component, path, _) in places:
-        if merged := next((other for other in above[id(layer)] if other.merged), None):
-            raise ValueError(
-                f"{component}: {path}: {_described(merged)} lies above ETHER and is fused: call unfuse_lora first"
-            )
-
-
-def fuse_lora(
-    self: DiffusionPipeline,
-    components: list[str] | None = None,
-    lora_scale: float = 1.0,
-    safe_fusing: bool = False,
-    adapter_names: list[str] | None = None,
-    **kwargs,
-) -> None:
-    """Diffusers' `fuse_lora`, with what ETHER adds to it on a pipeline that carries both.
-
-    Without `adapter_names` it fuses every active adapter, ETHER's too.
-
-    Raises:
-        ValueError: an adapter would be merged above one that is not, or below one that is, which is not what the
-            unfused adapters compute; says what to fuse or unfuse first. Nothing has changed then.
-    """
-    options = kwargs if components is None else kwargs | {"components": components}
-    for component, model in models_of(self).items() if carries_ether(self) else ():
-        if components is None or component in components:
-            for path, stack in stacks(model):
-                _check_order(f"{component}: {path}", stack, adapter_names)
-    stock(self, "fuse_lora")(lora_scale=lora_scale, safe_fusing=safe_fusing, adapter_names=adapter_names, **options)
-
-
-def _check_order(where: str, stack: list[BaseTunerLayer], adapter_names: Sequence[str] | None) -> None:
-    """Refuse a merge after which the merged layers would not be the bottom of the stack."""
-    merging = [bool(set(adapter_names or layer.active_adapters) & _unmerged(layer)) for layer in stack]
-    for k, layer in enumerate(stack):
-        if not merging[k]:
-            continue
-        for j, below in enumerate(stack[:k]):
-            if not below.merged and not merging[j] and below._get_available_adapters():
-                raise ValueError(
-                    f"{where}: {_described(layer)} lies above {_described(below)}, which is not fused: fuse that "
-                    "first (fuse_ether, or fuse_lora without adapter_names), or load it last"
-                )
-        if above := next((above for above in stack[k + 1 :] if above.merged), None):
-            raise ValueError(f"{where}: {_described(layer)} lies below {_described(above)}, which is fused: unfuse it")
-
-
-def _unmerged(layer: BaseTunerLayer) -> set[str]:
-    return set(layer._get_available_adapters()) - set(layer.merged_adapters)
-
-
-def _described(layer: BaseTunerLayer) -> str:
-    kind = "ETHER" if isinstance(layer, EtherLayer) else type(layer).__module__.split(".")[-2].upper()
-    return f"{kind} ({', '.join(sorted(layer._get_available_adapters()))})"
-
-
-def load_lora_weights(self: DiffusionPipeline, *args, **kwargs) -> None:
-    """Diffusers' `load_lora_weights`; PEFT unmerges the LoRAs that there are, which must not lie below fused ETHER.
-
-    Raises:
-        ValueError: an ETHER adapter is fused.
-    """
-    for component, model in models_of(self).items():
-        if any(layer.merged for _, layer in ether_layers(model)):
-            raise ValueError(f"{component} has a fused ETHER adapter: call unfuse_ether before loading a LoRA")
-    stock(self, "load_lora_weights")(*args, **kwargs)
-
-
-def unload_lora_weights(self: DiffusionPipeline, *args, **kwargs) -> None:
-    """Diffusers' `unload_lora_weights`; on a pipeline that carries ETHER too, ETHER stays as it is, fused or not.
-
-    What is fused of a LoRA stays in the weights, as it does without ETHER.
-    """
-    if not carries_ether(self):
-        return stock(self, "unload_lora_weights")(*args, **kwargs)
-    for model in models_of(self).values():
-        for path, module in reversed(list(model.named_modules())):  # inner ones first
-            if isinstance(module, BaseTunerLayer) and not isinstance(module, EtherLayer):
-                parent, _, child = path.rpartition(".")
-                setattr(model.get_submodule(parent), child, module.base_layer)
-        ours = {name for _, layer in ether_layers(model) for name in layer.ether_u}
-        forget(model, set(getattr(model, "peft_config", {})) - ours)
-    return None
 
 
 # Originals on disk --------------------------------------------------------------------------------------------

@@ -32,7 +32,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ether_diffusion.adapters.attach import models_of, plan
+from ether_diffusion.adapters.components import models_of
+from ether_diffusion.adapters.fit import plan
 from ether_diffusion.adapters.locate import find_adapter_file
 from ether_diffusion.adapters.schema import WEIGHTS_NAME, canonical_path
 from ether_diffusion.analysis.weights import (

@@ -35,9 +35,12 @@ from diffusers import (
 )
 from torch import Tensor
 
-from ether_diffusion.adapters.attach import attach, collect, plan
+from ether_diffusion.adapters.attach import attach
+from ether_diffusion.adapters.fit import plan
 from ether_diffusion.adapters.locate import find_adapter_file
-from ether_diffusion.adapters.schema import PEFT_WEIGHTS_NAME, AdapterFile, WholeWeights, canonical_path
+from ether_diffusion.adapters.reading import PEFT_WEIGHTS_NAME
+from ether_diffusion.adapters.schema import AdapterFile, ModuleWeights, canonical_path
+from ether_diffusion.adapters.writing import collect
 from ether_diffusion.analysis.weights import angles_from_start, conflict, transform_distance, transform_of
 from ether_diffusion.control.encoder import CONTROL, ControlEncoder
 from ether_diffusion.control.pipelines import EtherControlPipeline, EtherControlXLPipeline
@@ -139,7 +142,7 @@ def _describe_component(checkpoint: AdapterFile, component: str | None) -> dict[
     }
 
 
-def _describe_whole(component: str, whole: WholeWeights) -> dict[str, Any]:
+def _describe_whole(component: str, whole: ModuleWeights) -> dict[str, Any]:
     return {"component": component, **whole.about, "tensors": len(whole.tensors), **_measure(whole.tensors)}
 
 

@@ -86,6 +86,13 @@ class ControlEncoder(ModelMixin, ConfigMixin):
         return cls(first_convolution(unet).out_channels, block_out_channels=widths, interpolation=interpolation)
 
     @property
+    def arguments(self) -> dict[str, Any]:
+        """What it was made with, as files hold it."""
+        names = ("out_channels", "conditioning_channels", "block_out_channels", "interpolation")
+        values = {name: self.config[name] for name in names}
+        return values | {"block_out_channels": list(values["block_out_channels"])}
+
+    @property
     def factor(self) -> int:
         """How much smaller a side of the features is than the image's."""
         return 2 ** (len(self.config.block_out_channels) - 1)

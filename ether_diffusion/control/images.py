@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ether_diffusion.images import INTERPOLATIONS, to_rgb
 
-Picture = Image.Image | np.ndarray | Tensor
-Images = Picture | Sequence[Picture]
+ControlImage = Image.Image | np.ndarray | Tensor
+Images = ControlImage | Sequence[ControlImage]
 
 
 def control_tensor(
-    pictures: Images, *, height: int, width: int, interpolation: str = "nearest", channels: int = 3
+    images: Images, *, height: int, width: int, interpolation: str = "nearest", channels: int = 3
 ) -> Tensor:
     """Control images as an encoder takes them: (b, channels, height, width), float32, in [0, 1].
 
@@ -30,35 +30,34 @@ def control_tensor(
     Raises:
         ValueError: another type or shape, values outside [0, 1], or nothing at all.
     """
-    each = list(pictures) if isinstance(pictures, list | tuple) else [pictures]
+    each = list(images) if isinstance(images, list | tuple) else [images]
     if not each:
         raise ValueError("control_image is an empty list: one image, or one for each prompt, fits")
-    arrays = [array for picture in each for array in _arrays(picture, channels)]
+    arrays = [array for image in each for array in _arrays(image, channels)]
     sized = [
         np.stack([_resize(array[..., c], height, width, interpolation) for c in range(channels)]) for array in arrays
     ]
     return torch.from_numpy(np.stack(sized))  # (b, c, h, w)
 
 
-def _arrays(picture: Picture, channels: int) -> list[np.ndarray]:
+def _arrays(image: ControlImage, channels: int) -> list[np.ndarray]:
     """The images in one entry, each (h, w, channels), float32.
 
     Raises:
         ValueError: see `control_tensor`.
     """
-    if isinstance(picture, Image.Image):
-        values = np.asarray(to_rgb(picture), dtype=np.float32) / 255
-    elif isinstance(picture, np.ndarray):
-        values = picture[..., None] if picture.ndim == 2 else picture
-    elif isinstance(picture, Tensor):
-        values = picture.detach().cpu().movedim(-3, -1) if picture.ndim > 2 else picture.detach().cpu()
+    if isinstance(image, Image.Image):
+        values = np.asarray(to_rgb(image), dtype=np.float32) / 255
+    elif isinstance(image, np.ndarray):
+        values = image[..., None] if image.ndim == 2 else image
+    elif isinstance(image, Tensor):
+        values = image.detach().cpu().movedim(-3, -1) if image.ndim > 2 else image.detach().cpu()
         values = (values.float() if values.is_floating_point() else values).numpy()
     else:
         raise ValueError(
-            f"control_image is a {type(picture).__name__}: a PIL image, a numpy array, a tensor, or a list of those "
-            "fits"
+            f"control_image is a {type(image).__name__}: a PIL image, a numpy array, a tensor, or a list of those fits"
         )
-    given = f"control_image is a {type(picture).__name__} of shape {tuple(np.shape(picture))}"
+    given = f"control_image is a {type(image).__name__} of shape {tuple(np.shape(image))}"
     if not np.issubdtype(values.dtype, np.floating):
         raise ValueError(f"{given} and {values.dtype}: floating-point numbers from 0 to 1 fit (divide bytes by 255)")
     if values.ndim not in (3, 4) or 0 in values.shape:

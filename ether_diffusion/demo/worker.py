@@ -23,14 +23,15 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from ether_diffusion.adapters import pipeline as loaders
-from ether_diffusion.adapters.attach import attach, other_base, plan
+from ether_diffusion.adapters.attach import attach
+from ether_diffusion.adapters.fit import fit
 from ether_diffusion.adapters.locate import find_adapter_file
 from ether_diffusion.control.pipelines import EtherControlPipeline, EtherControlXLPipeline
 from ether_diffusion.demo.jobs import Cancelled, Failed, Generated, Generating, Job, Waiting
 from ether_diffusion.demo.library import Adapter, Library
 from ether_diffusion.demo.settings import Settings
 from ether_diffusion.errors import EtherFileError, InputError
-from ether_diffusion.export.changes import export_lora
+from ether_diffusion.export.lora import export_lora
 
 logger = logging.getLogger(__name__)
 
@@ -278,7 +279,7 @@ class Worker:
             with self._model:
                 try:
                     self._load(adapter)
-                    differing = other_base(self.pipe, _on_pipe(adapter.name), find_adapter_file(adapter.path).metadata)
+                    differing = self.pipe.ether_adapters[_on_pipe(adapter.name)].other_base
                     self._fits[key] = (
                         f"fits, but was trained on other weights of {', '.join(differing)}" if differing else "fits"
                     )
@@ -295,7 +296,7 @@ class Worker:
         checkpoint = find_adapter_file(path)
         with self._model:
             try:
-                plan(self.pipe, checkpoint)
+                fit(self.pipe, checkpoint)
             except EtherFileError as error:
                 return f"does not fit: {str(error).replace(str(path), path.name)}"
         return "fits"

@@ -18,9 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ether_diffusion.adapters.attach import base_model_name
-from ether_diffusion.adapters.schema import PEFT_WEIGHTS_NAME
-from ether_diffusion.export.kohya import Place
+from ether_diffusion.adapters.fingerprint import base_model_name
+from ether_diffusion.adapters.reading import PEFT_WEIGHTS_NAME
+from ether_diffusion.export.names import Place
 
 Key = tuple[str, str]  # of a layer in a file: component, name
 

@@ -204,7 +204,7 @@ class ControlRun(TrainingRun[ControlTrainingOptions]):
             return save_trained(self.family.pipe, self.configs, folder, method=self.method, metadata=metadata)
         if self.one_file:
             whole = {CONTROLNET: list(WHOLE_MODULES)}
-            self.pipe.save_ether_weights(folder, ADAPTER_NAME, metadata=metadata, whole_modules=whole)
+            self.pipe.save_ether_weights(folder, ADAPTER_NAME, metadata=metadata, replaced_modules=whole)
         merged(self.control).save_pretrained(folder / CONTROLNET)
         return folder / CONTROLNET
 

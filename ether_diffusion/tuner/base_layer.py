@@ -11,6 +11,11 @@ PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+def is_plain(weight: Tensor) -> bool:
+    """Whether a weight can be read and written as it is: not quantised, not sharded, not elsewhere (on meta)."""
+    return type(weight) in (Tensor, nn.Parameter) and weight.dtype in PLAIN_DTYPES and not weight.is_meta
+
+
 def offload_hook(module: nn.Module) -> AlignDevicesHook | None:
     """The hook by which Accelerate keeps a module's parameters elsewhere between calls, if one does."""
     hook = getattr(module, "_hf_hook", None)
@@ -32,10 +37,8 @@ def computes_as_written(base: nn.Module, x: Tensor) -> bool:
         return False
     weight = base.weight
     return (
-        type(weight) is nn.Parameter
+        is_plain(weight)
         and not weight.requires_grad
-        and weight.dtype in PLAIN_DTYPES
         and weight.device == x.device
-        and weight.device.type != "meta"
         and (weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type))
     )

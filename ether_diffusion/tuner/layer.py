@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -37,7 +37,14 @@ class EtherLayer(BaseTunerLayer):
     other_param_names = ("method", "num_blocks", "scaling", "strength")
     channel_axis: int  # of inputs and outputs
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: EtherConfig, layer_name: str = "") -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: EtherConfig,
+        layer_name: str = "",
+        vectors: Mapping[str, Tensor] | None = None,
+    ) -> None:
         nn.Module.__init__(self)
         self.base_layer = base_layer
         for name in self.adapter_layer_names:
@@ -54,7 +61,7 @@ class EtherLayer(BaseTunerLayer):
         self._merged_arguments: dict[str, dict[str, Any]] = {}  # of `adapt_weight`, as they were when merged
         self._written: int | None = None  # `_checksum` of the weight as it was merged, where it is nothing but that
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, layer_name=layer_name)
+        self.update_layer(adapter_name, config, layer_name, vectors)
 
     @staticmethod
     def _features(base: nn.Module, layer_name: str) -> tuple[int, int]:
@@ -62,8 +69,14 @@ class EtherLayer(BaseTunerLayer):
 
     # Adapters -------------------------------------------------------------------------------------------------
 
-    def update_layer(self, adapter_name: str, config: EtherConfig, layer_name: str = "") -> None:
-        """Add an adapter, at its start.
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: EtherConfig,
+        layer_name: str = "",
+        vectors: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Add an adapter, at its start, or with copies of these vectors (by the names of `adapter_layer_names`).
 
         Raises:
             ValueError: `num_blocks` does not divide a transformed dimension; names the layer and the numbers that do.
@@ -81,13 +94,20 @@ class EtherLayer(BaseTunerLayer):
         self.method[adapter_name], self.num_blocks[adapter_name] = config.method, n
         self.strength[adapter_name] = self.scaling[adapter_name] = 1.0
         for suffix, width in sides.items():
+            if vectors is not None:
+                for name in (f"ether_u{suffix}", f"ether_v{suffix}"):
+                    if name in vectors:  # the caller's tensors, and a memory-mapped file, stay apart from the model
+                        copied = vectors[name].detach().clone(memory_format=torch.contiguous_format)
+                        getattr(self, name)[adapter_name] = nn.Parameter(copied, requires_grad=False)
+                continue
             u = _random_directions(n, width // n)
             getattr(self, f"ether_u{suffix}")[adapter_name] = nn.Parameter(u)
             if config.method == "ether_plus":
                 v = -u if config.init_weights else _random_directions(n, width // n)
                 getattr(self, f"ether_v{suffix}")[adapter_name] = nn.Parameter(v.clone())
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        if vectors is None:  # else whoever loads them says what is active
+            self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter's vectors; PEFT activates another where it was active."""

@@ -88,14 +88,7 @@ class EtherModel(BaseTuner):
             raise TypeError(
                 f"{current_key}: torch.nn.MultiheadAttention reads the weight past ETHER; exclude the layer"
             )
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if isinstance(base, nn.Conv2d):
-            layer_class = EtherConv2d
-        elif isinstance(base, nn.Linear) or (hasattr(base, "in_features") and hasattr(base, "out_features")):
-            layer_class = EtherLinear
-        else:
-            raise TypeError(f"{current_key}: {type(base).__name__} cannot carry ETHER; only Linear and Conv2d can")
-        layer = layer_class(target, adapter_name, peft_config, layer_name=current_key)
+        layer = layer_class(target, current_key)(target, adapter_name, peft_config, layer_name=current_key)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -106,6 +99,20 @@ class EtherModel(BaseTuner):
         if kwargs.get("adapter_names") is not None:
             raise ValueError(NO_MIXED_BATCHES)
         yield
+
+
+def layer_class(target: nn.Module, name: str) -> type[EtherLayer]:
+    """The class of the ETHER layer over a layer, which may carry adapters of other methods.
+
+    Raises:
+        TypeError: neither a Linear (quantised ones count) nor a Conv2d; `name` says which layer.
+    """
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if isinstance(base, nn.Conv2d):
+        return EtherConv2d
+    if isinstance(base, nn.Linear) or (hasattr(base, "in_features") and hasattr(base, "out_features")):
+        return EtherLinear
+    raise TypeError(f"{name}: {type(base).__name__} cannot carry ETHER; only Linear and Conv2d can")
 
 
 def register() -> None:

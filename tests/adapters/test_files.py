@@ -20,23 +20,25 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ether_diffusion import EtherConfig
-from ether_diffusion.adapters.locate import find_adapter_file
-from ether_diffusion.adapters.schema import (
-    FORMAT_VERSION,
+from ether_diffusion.adapters.locate import HubSource, find_adapter_file
+from ether_diffusion.adapters.reading import (
     MAX_DOCUMENT_BYTES,
     MAX_DOCUMENT_VALUES,
     MAX_HEADER_BYTES,
-    MAX_VECTORS,
+    from_state_dict,
+    read_adapter_file,
+)
+from ether_diffusion.adapters.schema import (
+    FORMAT_VERSION,
+    MAX_TENSORS,
     MAX_WIDTH,
     WEIGHTS_NAME,
     AdapterFile,
     canonical_path,
     digest,
     expected_vectors,
-    from_state_dict,
-    read_adapter_file,
-    write_adapter_file,
 )
+from ether_diffusion.adapters.writing import write_adapter_file
 from ether_diffusion.errors import EtherFileError
 from ether_diffusion.files import ABANDONED_AFTER
 from ether_diffusion.tuner.transforms import SMALLEST_LENGTH
@@ -159,25 +161,31 @@ def test_a_newer_format_asks_for_an_upgrade(file):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d, t: d.pop("format_version"), "no format_version"),
+        (lambda d, t: d.pop("format_version"), "format_version is missing"),
         (lambda d, t: d.update(configs={}), "but configs for"),
-        (lambda d, t: d.update(format_version=0), "no format_version that is"),
-        (lambda d, t: d.update(format_version=True), "no format_version that is"),
-        (lambda d, t: d.update(configs=[]), "but configs for"),
-        (lambda d, t: d.update(configs=3), "but configs for no components"),
-        (lambda d, t: d["configs"]["unet"].update(target_modules=5), "target_modules=5 is neither str"),
-        (lambda d, t: d["configs"]["unet"].update(exclude_modules=[["a"]]), "exclude_modules="),
-        (lambda d, t: d["configs"]["unet"].update(layers_to_transform="all"), "layers_to_transform='all'"),
-        (lambda d, t: d["configs"].update(unet=3), "not an object"),
+        (lambda d, t: d.update(format_version=0), "format_version: got 0: needs"),
+        (lambda d, t: d.update(format_version=True), "format_version: got True: needs"),
+        (lambda d, t: d.update(configs=[]), "configs: got "),
+        (lambda d, t: d.update(configs=3), "configs: got 3"),
+        (
+            lambda d, t: d["configs"]["unet"].update(target_modules=5),
+            "configs.unet.target_modules: got 5.* list or .* string",
+        ),
+        (lambda d, t: d["configs"]["unet"].update(exclude_modules=[["a"]]), "configs.unet.exclude_modules.0: got"),
+        (lambda d, t: d["configs"]["unet"].update(layers_to_transform="all"), "layers_to_transform: got 'all'"),
+        (lambda d, t: d["configs"].update(unet=3), "configs.unet: got 3.* dictionary"),
         (lambda d, t: d["configs"]["unet"].update(method="lora"), "method='lora'"),
         (lambda d, t: d["configs"]["unet"].update(num_blocks=0), "num_blocks=0"),
         (lambda d, t: d["configs"]["unet"].update(bias="all"), "bias='all'"),
-        (lambda d, t: d["configs"]["unet"].update(sides=[]), "sides="),
-        (lambda d, t: d["configs"]["unet"].update(reflections=2), "the config has .'reflections'.; known are method"),
-        (lambda d, t: d.update(base_model=["x"]), "base_model=.'x'. is neither a text nor null"),
-        (lambda d, t: d.update(base_fingerprint={"unet": 3}), "base_fingerprint=.* is not component -> dtype"),
-        (lambda d, t: d.update(base_fingerprint=[]), "base_fingerprint=.* is not component -> dtype"),
-        (lambda d, t: d.update(versions={"torch": 2}), "versions=.* is not library -> version"),
+        (lambda d, t: d["configs"]["unet"].update(sides=[]), "configs.unet.sides: got "),
+        (
+            lambda d, t: d["configs"]["unet"].update(reflections=2),
+            "configs.unet.reflections: is nothing that this release knows",
+        ),
+        (lambda d, t: d.update(base_model=["x"]), "base_model: got .'x'.: needs a valid string"),
+        (lambda d, t: d.update(base_fingerprint={"unet": 3}), "base_fingerprint.unet: got 3"),
+        (lambda d, t: d.update(base_fingerprint=[]), "base_fingerprint: got"),
+        (lambda d, t: d.update(versions={"torch": 2}), "versions.torch: got 2: needs a valid string"),
         (lambda d, t: d.update(notes="x" * MAX_DOCUMENT_BYTES), f"at most {MAX_DOCUMENT_BYTES}"),
         (lambda d, t: d.update(notes=[{}] * MAX_DOCUMENT_VALUES), "values; at most"),
         (lambda d, t: t.update({"unet.weight": torch.zeros(2, 2)}), "not of the form"),
@@ -211,7 +219,7 @@ KEY = "unet.mid.0.to_q.ether_u"
         ({KEY: torch.full((1, 4), SMALLEST_LENGTH / 4)}, "has no direction"),
         ({KEY: torch.full((1, 4), 3e38)}, "has no direction"),
         ({"unet.mid.0.to_q.ether_v": torch.ones(1, 4)}, "ether_v does not belong to ether with sides='input'"),
-        ({f"unet.extra{k}.ether_u": torch.ones(1, 1) for k in range(MAX_VECTORS)}, f"has {MAX_VECTORS} at most"),
+        ({f"unet.extra{k}.ether_u": torch.ones(1, 1) for k in range(MAX_TENSORS)}, f"has {MAX_TENSORS} at most"),
     ],
 )
 def test_a_vector_that_cannot_be_one_is_refused_by_file_and_key(file, vectors, message):
@@ -288,7 +296,7 @@ def write_peft_folder(folder: Path, config: str, tensors: dict) -> None:
         ("{}", {"a.ether_u": torch.ones(1, 4)}, "adapter of type None"),
         ("{", {"a.ether_u": torch.ones(1, 4)}, "adapter_config.json is not JSON"),
         ("[]", {"a.ether_u": torch.ones(1, 4)}, "adapter_config.json is a JSON list"),
-        ('{"peft_type": "ETHER", "num_blocks": "two"}', {"a.ether_u": torch.ones(1, 4)}, "num_blocks='two'"),
+        ('{"peft_type": "ETHER", "num_blocks": "two"}', {"a.ether_u": torch.ones(1, 4)}, "num_blocks: got 'two'"),
         ('{"peft_type": "ETHER"}', {}, "adapter_model.safetensors holds no vectors"),
         ('{"peft_type": "ETHER"}', {"a.ether_u": torch.zeros(1, 4)}, "a.ether_u has no direction in block 0"),
         ('{"peft_type": "ETHER"}', {"a.lora_A": torch.ones(1, 4)}, "a.lora_A does not belong to ether"),
@@ -410,7 +418,7 @@ def test_two_hundred_killed_saves_leave_a_whole_file_each(tmp_path):
 @pytest.mark.parametrize("where", ["../outside", "/etc"])
 def test_names_that_lead_out_of_the_folder_are_refused(tmp_path, where):
     with pytest.raises(ValueError, match="leads out of the folder"):
-        find_adapter_file(tmp_path, subfolder=where)
+        find_adapter_file(tmp_path, hub=HubSource(subfolder=where))
     with pytest.raises(ValueError, match="leads out of the folder"):
         find_adapter_file(tmp_path, weight_name=where)
 
@@ -435,17 +443,17 @@ def make_cached_repository(cache: Path, name: str) -> Path:
 def test_a_folder_of_peft_in_the_hub_cache_loads_offline(tmp_path):
     snapshot = make_cached_repository(tmp_path, "dog")
     write_peft_folder(snapshot, '{"peft_type": "ETHER"}', {"base_model.model.mid.to_q.ether_u": torch.ones(1, 4)})
-    found = find_adapter_file("someone/dog", cache_dir=tmp_path, local_files_only=True)
+    found = find_adapter_file("someone/dog", hub=HubSource(cache_dir=tmp_path, local_files_only=True))
     assert list(found.tensors[None]) == ["mid.to_q.ether_u"]
 
 
 def test_an_adapter_in_the_hub_cache_loads_offline_and_a_missing_one_says_what_is_missing(tmp_path, file):
     snapshot = make_cached_repository(tmp_path / "cache", "dog")
     (snapshot / WEIGHTS_NAME).write_bytes(file.read_bytes())
-    found = find_adapter_file("someone/dog", cache_dir=tmp_path / "cache", local_files_only=True)
+    found = find_adapter_file("someone/dog", hub=HubSource(cache_dir=tmp_path / "cache", local_files_only=True))
     assert set(found.tensors["unet"]) == set(read_adapter_file(file).tensors["unet"])
     with pytest.raises(OSError, match=f"someone/cat: {WEIGHTS_NAME} is not in the local cache"):
-        find_adapter_file("someone/cat", cache_dir=tmp_path / "cache", local_files_only=True)
+        find_adapter_file("someone/cat", hub=HubSource(cache_dir=tmp_path / "cache", local_files_only=True))
 
 
 @pytest.mark.parametrize(

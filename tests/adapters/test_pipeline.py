@@ -15,7 +15,7 @@ from helpers.pipelines import ONE_GREY_LEVEL, TwinPipeline, generate, open_pipel
 from peft import LoraConfig, get_peft_model
 
 from ether_diffusion import EtherConfig, EtherLayer
-from ether_diffusion.adapters.schema import read_adapter_file
+from ether_diffusion.adapters.reading import read_adapter_file
 
 
 def test_a_saved_adapter_generates_the_same_image_on_a_fresh_pipeline(trained, tiny_pipeline_folder, tmp_path):

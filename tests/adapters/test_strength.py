@@ -126,7 +126,7 @@ def test_vectors_are_moved_by_the_name_of_their_adapter(two):
     devices = {layer.ether_u[name].device.type for layer in ether_layers_of(two) for name in ("second",)}
     assert devices == {"meta"}
     assert {layer.ether_u["default"].device.type for layer in ether_layers_of(two)} == {"cpu"}
-    with pytest.raises(ValueError, match="there is no ETHER adapter lora; loaded are default, second|second, default"):
+    with pytest.raises(ValueError, match="there is no adapter lora; loaded are default, second"):
         two.set_ether_device(["lora"], "cpu")
 
 
@@ -262,7 +262,7 @@ def test_a_hotswap_that_does_not_fit_changes_nothing(trained, tiny_pipeline_fold
         trained.load_ether_weights(fewer, "default", hotswap=True)
     with pytest.raises(ValueError, match="hotswap: .* has vectors .* here, but .*load it under another name"):
         trained.load_ether_weights(other_blocks, "default", hotswap=True)
-    with pytest.raises(ValueError, match="hotswap: there is no adapter 'cat' to replace; loaded are default"):
+    with pytest.raises(ValueError, match="hotswap: there is no adapter cat; loaded are default"):
         trained.load_ether_weights(vectors, "cat", hotswap=True)
     trained.fuse_ether()
     with pytest.raises(ValueError, match="hotswap: .* is fused or offloaded"):

@@ -19,18 +19,9 @@ from peft import get_peft_model
 from safetensors.torch import load, save
 
 from ether_diffusion import ControlEncoder, EtherConfig, EtherControlPipeline
-from ether_diffusion.adapters.attach import collect
-from ether_diffusion.adapters.schema import (
-    MAX_DOCUMENT_BYTES,
-    MAX_DOCUMENT_VALUES,
-    MAX_VECTORS,
-    MAX_WEIGHT,
-    MAX_WIDTH,
-    WEIGHTS_NAME,
-    canonical_path,
-    digest,
-    read_adapter_file,
-)
+from ether_diffusion.adapters.reading import MAX_DOCUMENT_BYTES, MAX_DOCUMENT_VALUES, read_adapter_file
+from ether_diffusion.adapters.schema import MAX_TENSORS, MAX_WEIGHT, MAX_WIDTH, WEIGHTS_NAME, canonical_path, digest
+from ether_diffusion.adapters.writing import collect
 from ether_diffusion.errors import EtherFileError
 
 MEGABYTE = 1 << 20
@@ -388,7 +379,7 @@ def good_whole(tmp_path, tiny_pipeline_folder) -> Path:
     encoder = ControlEncoder(16, block_out_channels=(4, 8))
     torch.nn.init.normal_(encoder.embedding.conv_out.weight)
     pipe.add_control("default", encoder)
-    return pipe.save_ether_weights(tmp_path / "whole", whole_modules={"unet": ["conv_out", "conv_norm_out"]})
+    return pipe.save_ether_weights(tmp_path / "whole", replaced_modules={"unet": ["conv_out", "conv_norm_out"]})
 
 
 def open_control_pipeline(folder) -> EtherControlPipeline:
@@ -450,27 +441,27 @@ def _set(document: dict, path: str, value: Any) -> None:
     ("path", "value", "message"),
     [
         ("weights/control_encoder/config/out_channels", 17, r"conv_out.* has shape \(16, .* needs \(17,"),
-        ("weights/control_encoder/config/out_channels", 1 << 40, "whole numbers from 1 to 16384"),
-        ("weights/control_encoder/config/out_channels", True, "whole numbers from 1 to 16384"),
-        ("weights/control_encoder/config/block_out_channels", [4] * 5000, "8 widths at most"),
+        ("weights/control_encoder/config/out_channels", 1 << 40, "out_channels: got .* less than or equal to 16384"),
+        ("weights/control_encoder/config/out_channels", True, "out_channels: got True: needs a valid integer"),
+        ("weights/control_encoder/config/block_out_channels", [4] * 5000, "at most 8 items"),
         ("weights/control_encoder/config/block_out_channels", [4, 8, 8], "embedding.blocks.2.bias is missing"),
         ("weights/control_encoder/config/block_out_channels", [4], "blocks.0.bias is no weight of a control encoder"),
-        ("weights/control_encoder/config/interpolation", "cubic", "the config is not valid: .*'cubic'"),
-        ("weights/control_encoder/config/interpolation", [], "the config is not valid|interpolation"),
-        ("weights/control_encoder/config/path", "/etc/passwd", "the config has .*'path'.*; needed are"),
-        ("weights/control_encoder", {"modules": ["embedding"]}, r'{"config": …} fits'),
-        ("weights/unet", {"config": {}}, r'{"modules": …} fits'),
-        ("weights/unet", ["conv_out"], r'{"modules": …} fits'),
+        ("weights/control_encoder/config/interpolation", "cubic", "interpolation: got 'cubic': needs"),
+        ("weights/control_encoder/config/interpolation", [], "interpolation: got"),
+        ("weights/control_encoder/config/path", "/etc/passwd", "config.path: is nothing that this release knows"),
+        ("weights/control_encoder", {"modules": ["embedding"]}, "config is missing"),
+        ("weights/unet", {"config": {}}, "modules is missing"),
+        ("weights/unet", ["conv_out"], "weights.unet: got .* needs a valid dictionary"),
         ("weights/unet/modules", ["conv_out"], "conv_norm_out.* is in none of the modules"),
         ("weights/unet/modules", ["conv_out", "conv_norm_out", "conv_in"], "conv_in is listed, but there are no"),
-        ("weights/unet/modules", ["conv_out", "conv_out", "conv_norm_out"], "each once"),
-        ("weights/unet/modules", [f"m{k}" for k in range(15000)], "256 at most"),
-        ("weights/unet/modules", [""], "not a list of module paths"),
-        ("weights/unet/modules", 7, "not a list of module paths"),
+        ("weights/unet/modules", ["conv_out", "conv_out", "conv_norm_out"], "each module is listed once"),
+        ("weights/unet/modules", [f"m{k}" for k in range(15000)], "at most 256 items"),
+        ("weights/unet/modules", [""], "modules.0: got .* at least 1 character"),
+        ("weights/unet/modules", 7, "modules: got 7: needs a valid list"),
         ("weights/a.b", {"modules": ["c"]}, "'a.b' is not the name of a component"),
         ("weights/vae", {"modules": ["encoder"]}, "encoder is listed, but there are no weights"),
         ("weights", {f"c{k}": {} for k in range(4000)}, r"\(blocks, width\) fits"),
-        ("weights", [], "is not component"),
+        ("weights", [], "weights: got .* needs a valid dictionary"),
         ("format_version", 1, r"fits, with|has shape .*\(blocks, width\) fits"),
         ("format_version", 3, "newer release"),
     ],
@@ -536,7 +527,7 @@ def make_document(**fields: Any) -> str:
     [
         pytest.param(lambda: sign(make_vectors(512, 1 << 14), make_document()), 0, id="32 MB of vectors"),
         pytest.param(lambda: sign(make_vectors(32, MAX_WIDTH), make_document()), 0, id="the widest vectors"),
-        pytest.param(lambda: sign(make_vectors(MAX_VECTORS, 1), make_document()), MAX_VECTORS, id="the most vectors"),
+        pytest.param(lambda: sign(make_vectors(MAX_TENSORS, 1), make_document()), MAX_TENSORS, id="the most vectors"),
         pytest.param(
             lambda: sign(make_vectors(1, 4), make_document(filler=[{"a": {}}] * (MAX_DOCUMENT_VALUES // 4))),
             0,
@@ -559,7 +550,7 @@ def test_a_file_at_the_limits_is_read_in_twice_its_size(tmp_path, content, tenso
 @pytest.mark.parametrize(
     ("content", "tensors"),
     [
-        pytest.param(lambda: sign(make_vectors(MAX_VECTORS + 1, 1), make_document()), MAX_VECTORS, id="many vectors"),
+        pytest.param(lambda: sign(make_vectors(MAX_TENSORS + 1, 1), make_document()), MAX_TENSORS, id="many vectors"),
         pytest.param(lambda: sign(make_vectors(1, 4), make_document(filler=[{}] * 300_000)), 0, id="many values"),
         pytest.param(
             lambda: join({"a": {"dtype": "F32", "shape": [1] * 1_300_000, "data_offsets": [0, 4]}}, bytes(4)),

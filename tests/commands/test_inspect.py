@@ -18,7 +18,9 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
 from ether_diffusion import ControlEncoder, EtherConfig
-from ether_diffusion.adapters.schema import WEIGHTS_NAME, AdapterFile, read_adapter_file, write_adapter_file
+from ether_diffusion.adapters.reading import read_adapter_file
+from ether_diffusion.adapters.schema import WEIGHTS_NAME, AdapterFile
+from ether_diffusion.adapters.writing import write_adapter_file
 from ether_diffusion.analysis.weights import angles_from_start, conflict, transform_distance, transform_of
 from ether_diffusion.commands import export, merge
 from ether_diffusion.commands import inspect as command
@@ -288,7 +290,7 @@ def save_control(kind: str, base: Path, folder: Path, *, vectors: bool = True) -
         pipe, component = with_controlnet.from_pipe(stock, controlnet=net), "controlnet"
     if vectors:
         zoo.adapt_components(pipe, component, num_blocks=2, target_modules=["to_q"])
-    whole = {"whole_modules": {"controlnet": STEM}} if kind == "controlnet" else {}
+    whole = {"replaced_modules": {"controlnet": STEM}} if kind == "controlnet" else {}
     return pipe.save_ether_weights(folder, "default", **whole)
 
 

@@ -25,7 +25,9 @@ from ether_diffusion import (
     EtherFileError,
     inject,
 )
-from ether_diffusion.adapters.schema import WEIGHTS_NAME, read_adapter_file, write_adapter_file
+from ether_diffusion.adapters.reading import read_adapter_file
+from ether_diffusion.adapters.schema import WEIGHTS_NAME
+from ether_diffusion.adapters.writing import write_adapter_file
 from ether_diffusion.control.images import control_tensor
 
 WHOLE = ["controlnet_cond_embedding", "controlnet_down_blocks", "controlnet_mid_block"]
@@ -576,10 +578,10 @@ def test_a_load_that_fails_midway_leaves_the_encoders_as_they_were(pipe, tmp_pat
     pipe.save_ether_weights(tmp_path)
     before, picture = snapshot(pipe), generate(pipe, control_image=IMAGE)
 
-    def fail(*_):
+    def fail(*_, **__):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(pipe, "add_control", fail)
+    monkeypatch.setattr("ether_diffusion.adapters.attach.Control", fail)
     with pytest.raises(RuntimeError, match="no memory"):
         pipe.load_ether_weights(tmp_path, "second")
     assert_unchanged(pipe, before)
@@ -588,8 +590,7 @@ def test_a_load_that_fails_midway_leaves_the_encoders_as_they_were(pipe, tmp_pat
 
 def test_an_encoder_is_swapped_in_place(pipe, tiny_pipeline_folder, tmp_path):
     other = adapt(open_control(tiny_pipeline_folder), num_blocks=2, seed=5)
-    other.add_control("x", make_encoder(other, seed=6))
-    other.controls["default"] = other.controls.pop("x")
+    other.add_control("default", make_encoder(other, seed=6))
     other.save_ether_weights(tmp_path)
     parameters = list(pipe.controls["default"].encoder.parameters())
     pipe.load_ether_weights(tmp_path, hotswap=True)
@@ -626,11 +627,11 @@ def nets(tiny_pipeline) -> tuple[StableDiffusionControlNetPipeline, StableDiffus
 
 @pytest.mark.parametrize("vectors", [True, False], ids=["with vectors", "modules alone"])
 @pytest.mark.parametrize("undo", ["unload", "delete"])
-def test_whole_modules_are_loaded_in_place_and_put_back(nets, tmp_path, vectors, undo):
+def test_replaced_modules_are_loaded_in_place_and_put_back(nets, tmp_path, vectors, undo):
     trained, fresh = nets
     if vectors:
         zoo.adapt_components(trained, "controlnet", num_blocks=2, target_modules=["to_q"])
-    path = trained.save_ether_weights(tmp_path, "default", whole_modules={"controlnet": WHOLE})
+    path = trained.save_ether_weights(tmp_path, "default", replaced_modules={"controlnet": WHOLE})
     before, attributes = state_of(fresh.controlnet), set(fresh.controlnet.__dict__)
     parameters = dict(fresh.controlnet.named_parameters())
     fresh.load_ether_weights(path, "edges")
@@ -638,7 +639,7 @@ def test_whole_modules_are_loaded_in_place_and_put_back(nets, tmp_path, vectors,
     assert all(after[name] is parameter for name, parameter in parameters.items() if name in after)
     assert same(generate(fresh, image=IMAGE), generate(trained, image=IMAGE))
     assert content(fresh.save_ether_weights(tmp_path / "b")) == content(path)
-    with pytest.raises(ValueError, match="adapter 'edges', and only one adapter can replace weights"):
+    with pytest.raises(ValueError, match="adapter 'edges', and only one adapter can replace modules"):
         fresh.load_ether_weights(path, "second")
     with pytest.raises(ValueError, match="'edges' is already on"):
         fresh.load_ether_weights(path, "edges")
@@ -649,7 +650,7 @@ def test_whole_modules_are_loaded_in_place_and_put_back(nets, tmp_path, vectors,
 
 def test_a_pipeline_without_the_component_or_another_architecture_is_refused(nets, tiny_pipeline, tmp_path):
     trained, fresh = nets
-    path = trained.save_ether_weights(tmp_path, whole_modules={"controlnet": WHOLE})
+    path = trained.save_ether_weights(tmp_path, replaced_modules={"controlnet": WHOLE})
     with pytest.raises(EtherFileError, match="adapts controlnet, which this StableDiffusionPipeline does not have"):
         tiny_pipeline.load_ether_weights(path)
     fresh.controlnet.controlnet_mid_block = torch.nn.Conv2d(8, 8, 1)
@@ -676,7 +677,7 @@ def test_a_pipeline_without_the_component_or_another_architecture_is_refused(net
 def test_modules_that_cannot_be_held_whole_are_named(nets, tmp_path, modules, message):
     zoo.adapt_components(nets[0], "controlnet", num_blocks=2, target_modules=["to_q"])
     with pytest.raises(ValueError, match=message):
-        nets[0].save_ether_weights(tmp_path, whole_modules=modules)
+        nets[0].save_ether_weights(tmp_path, replaced_modules=modules)
     assert not (tmp_path / WEIGHTS_NAME).exists()
 
 
@@ -684,14 +685,14 @@ def test_what_cannot_be_loaded_again_is_not_written(nets, tmp_path):
     with torch.no_grad():
         nets[0].controlnet.controlnet_mid_block.weight[0, 0] = torch.nan
     with pytest.raises(EtherFileError, match="controlnet_mid_block.weight is not made of finite numbers"):
-        nets[0].save_ether_weights(tmp_path, whole_modules={"controlnet": WHOLE})
+        nets[0].save_ether_weights(tmp_path, replaced_modules={"controlnet": WHOLE})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_adapter_above_a_replaced_module_must_be_unfused_before_that_is_put_back(nets, tmp_path):
     trained, fresh = nets
     before = state_of(fresh.controlnet)
-    path = trained.save_ether_weights(tmp_path, whole_modules={"controlnet": WHOLE})
+    path = trained.save_ether_weights(tmp_path, replaced_modules={"controlnet": WHOLE})
     fresh.load_ether_weights(path, "edges")
     zoo.adapt_components(fresh, "controlnet", num_blocks=2, target_modules=["controlnet_mid_block"], name="above")
     fresh.fuse_ether()
@@ -702,7 +703,7 @@ def test_an_adapter_above_a_replaced_module_must_be_unfused_before_that_is_put_b
 
 
 def test_a_checkpoint_reads_back_as_it_was_written(nets, tmp_path):
-    path = nets[0].save_ether_weights(tmp_path, whole_modules={"controlnet": WHOLE})
+    path = nets[0].save_ether_weights(tmp_path, replaced_modules={"controlnet": WHOLE})
     checkpoint = read_adapter_file(path)
     write_adapter_file(tmp_path / "b.safetensors", checkpoint)
     assert content(tmp_path / "b.safetensors") == content(path)

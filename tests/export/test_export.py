@@ -31,21 +31,18 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
 
 from ether_diffusion import EtherConfig, EtherLayer
-from ether_diffusion.adapters.attach import models_of
-from ether_diffusion.adapters.schema import WEIGHTS_NAME, AdapterFile, read_adapter_file, write_adapter_file
+from ether_diffusion.adapters.components import models_of
+from ether_diffusion.adapters.reading import read_adapter_file
+from ether_diffusion.adapters.schema import WEIGHTS_NAME, AdapterFile
+from ether_diffusion.adapters.writing import write_adapter_file
 from ether_diffusion.commands import export as export_command
 from ether_diffusion.commands import main as cli
 from ether_diffusion.commands import merge as merge_command
-from ether_diffusion.export.changes import (
-    alignment,
-    export_lora,
-    merge_adapters,
-    open_adapted,
-    relative_error,
-    stacked_delta,
-)
-from ether_diffusion.export.kohya import kohya_place, stability_path
+from ether_diffusion.export.changes import alignment, relative_error, stacked_delta
+from ether_diffusion.export.lora import export_lora
 from ether_diffusion.export.lora_files import Factors, finish, gather_parts, write_kohya
+from ether_diffusion.export.merge import merge_adapters, open_adapted
+from ether_diffusion.export.names import kohya_place, stability_path
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 CLIP = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]

@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ether_diffusion.adapters.schema import PEFT_WEIGHTS_NAME
+from ether_diffusion.adapters.reading import PEFT_WEIGHTS_NAME
 from ether_diffusion.errors import InputError
 from ether_diffusion.training.families import Family
 from ether_diffusion.training.methods.injection import ADAPTER_NAME, FittedOFTConfig

@@ -99,7 +99,7 @@ class Place(NamedTuple):
         return slice(first, first + self.widths[self.part])
 
 
-def whole(name: str, layer: nn.Module) -> Place:
+def own_place(name: str, layer: nn.Module) -> Place:
     """The place of a layer that has one to itself."""
     return Place(name, 0, (outputs_of(layer),))
 
@@ -137,11 +137,11 @@ def kohya_place(models: Mapping[str, nn.Module], component: str, path: str) -> P
     prefix, canonical = PREFIXES[family].get(component), canonical_path(component, path)
     found: Place | None = None
     if prefix and component.startswith("text_encoder"):
-        found = whole(canonical, model.get_submodule(path)) if TEXT_LAYER.fullmatch(canonical) else None
+        found = own_place(canonical, model.get_submodule(path)) if TEXT_LAYER.fullmatch(canonical) else None
     elif prefix and family == "FLUX.1":
         found = _flux_place(model, path)
     elif prefix and (name := stability_path(model, path)):
-        found = whole(name if family == "SDXL" else path, model.get_submodule(path))
+        found = own_place(name if family == "SDXL" else path, model.get_submodule(path))
     if found is None:
         raise ValueError(
             f"{component}.{path} has no name in kohya's format for {family} that programs map; leave it out of the "

@@ -1,0 +1,188 @@
+"""Check an adapter file against a pipeline, without changing it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from diffusers import DiffusionPipeline
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ether_diffusion.adapters.components import base_of, base_weights, models_of, replaceable_parameters
+from ether_diffusion.adapters.fingerprint import differing_components
+from ether_diffusion.adapters.schema import AdapterFile, ModuleWeights
+from ether_diffusion.control.encoder import CONTROL, ControlEncoder
+from ether_diffusion.errors import EtherFileError
+from ether_diffusion.tuner.config import EtherConfig
+
+
+@dataclass
+class Fitted:
+    """An adapter file that fits a pipeline, and where each part of it belongs.
+
+    file: it names its components now.
+    layers: component -> module path in the model -> vector by name.
+    parameters: component -> the parameters that its modules' weights are written over.
+    encoder: its control encoder.
+    other_base: components whose base weights are not those that it was made on, as far as can be told.
+    """
+
+    file: AdapterFile
+    layers: dict[str, dict[str, dict[str, Tensor]]]
+    parameters: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)
+    encoder: ControlEncoder | None = None
+    other_base: list[str] = field(default_factory=list)
+
+
+def fit(pipe: DiffusionPipeline, file: AdapterFile) -> Fitted:
+    """Find the place of every part of an adapter file.
+
+    Raises:
+        EtherFileError: the first part that does not fit: what the file has and what the pipeline needs.
+    """
+    models = models_of(pipe)
+    if None in file.configs:
+        file = _name_component(file, models)
+    if unknown := sorted((set(file.tensors) | set(file.weights)) - set(models) - {CONTROL}):
+        raise EtherFileError(
+            f"{file.source} adapts {', '.join(unknown)}, which this {type(pipe).__name__} does not have; it has "
+            f"{', '.join(models)}"
+        )
+    layers = {
+        component: _layers_for(f"{file.source}: {component}", models[component], file.configs[component], tensors)
+        for component, tensors in file.tensors.items()
+    }
+    fitted = Fitted(file, layers)
+    for component, weights in file.weights.items():
+        where = f"{file.source}: {component}"
+        if component == CONTROL:
+            fitted.encoder = _encoder_for(pipe, where, weights)
+        else:
+            fitted.parameters[component] = _parameters_for(where, models[component], weights)
+    own = {component: base_weights(models[component], component, paths) for component, paths in layers.items()}
+    fitted.other_base = differing_components(own, file.metadata)
+    return fitted
+
+
+def _name_component(file: AdapterFile, models: Mapping[str, nn.Module]) -> AdapterFile:
+    """Find the component of a file that does not name it, as the only one that it fits.
+
+    Raises:
+        EtherFileError: it fits none (says why of each), or several.
+    """
+    config, tensors = file.configs[None], file.tensors[None]
+    fitting, reasons = [], []
+    for component, model in models.items():
+        try:
+            _layers_for(component, model, config, tensors)
+            fitting.append(component)
+        except EtherFileError as error:
+            reasons.append(str(error))
+    if len(fitting) != 1:
+        what = f"fits several components ({', '.join(fitting)})" if fitting else "fits no component of this pipeline"
+        raise EtherFileError("; ".join([f"{file.source} {what}", *([] if fitting else reasons)]))
+    return AdapterFile({fitting[0]: config}, {fitting[0]: tensors}, file.metadata, file.source)
+
+
+def _layers_for(where: str, model: nn.Module, config: EtherConfig, tensors: Mapping[str, Tensor]) -> dict[str, dict]:
+    """Check one component's vectors, sound in themselves, against a model: module path in it -> vectors by name.
+
+    Raises:
+        EtherFileError: names the first module that does not fit, what the file has for it and what it would need.
+    """
+    modules = dict(model.named_modules())
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        path, _, vector = key.rpartition(".")
+        name = _resolve(modules, path)
+        if name is None or "base_layer" in path.split("."):
+            raise EtherFileError(
+                f"{where}: {path} does not exist in this {type(model).__name__}; the adapter was made for another "
+                "architecture"
+            )
+        if obstacle := _obstacle(modules, name):
+            raise EtherFileError(f"{where}: {path} {obstacle}")
+        width, n = _width(base_of(modules[name]), vector), config.num_blocks
+        if width % n or tuple(tensor.shape) != (n, width // n):
+            side = "outputs" if vector.endswith("_out") else "inputs"
+            fits = f"({n}, {width // n})" if width % n == 0 else f"num_blocks that divide {width}"
+            raise EtherFileError(
+                f"{where}: {key} has shape {tuple(tensor.shape)}, but the layer here has {width} {side} and needs "
+                f"{fits}; the adapter was made for another architecture"
+            )
+        if vector in found.setdefault(name, {}):
+            raise EtherFileError(f"{where}: {key} is there twice, under two names of the same layer")
+        found[name][vector] = tensor
+    return found
+
+
+def _resolve(modules: Mapping[str, nn.Module], path: str) -> str | None:
+    """The name in this model of the module at a canonical path, in whichever release's naming the model has."""
+    candidates = (path, path.removeprefix("text_model."), f"text_model.{path}")
+    return next((name for name in candidates if name in modules), None)
+
+
+def _obstacle(modules: Mapping[str, nn.Module], name: str) -> str | None:
+    """Why the module of this name cannot carry ETHER, in words, or None where it can."""
+    base, steps = base_of(modules[name]), name.split(".")
+    around = [modules.get(".".join(steps[:k])) for k in range(1, len(steps))]
+    if any(isinstance(module, BaseTunerLayer) for module in around):
+        return "is a part of another adapter here, not a layer of the model"
+    if around and isinstance(around[-1], nn.MultiheadAttention):
+        return "belongs to a torch.nn.MultiheadAttention here, which reads the weight past ETHER"
+    if isinstance(base, nn.Conv2d) and base.groups != 1:
+        return f"is a grouped convolution here (groups={base.groups}); grouped convolutions are not reflected"
+    if _width(base, "") is None or _width(base, "_out") is None:
+        return f"is a {type(base).__name__} here, not a Linear or Conv2d to adapt"
+    return None
+
+
+def _width(base: nn.Module, vector: str) -> int | None:
+    out = vector.endswith("_out")
+    if isinstance(base, nn.Conv2d):
+        return base.out_channels if out else base.in_channels
+    return getattr(base, "out_features" if out else "in_features", None)
+
+
+def _encoder_for(pipe: DiffusionPipeline, where: str, weights: ModuleWeights) -> ControlEncoder:
+    """The encoder that sound weights of a file make up, in use on the pipeline's device.
+
+    Raises:
+        EtherFileError: a pipeline that applies no encoders, or of another architecture.
+    """
+    if not hasattr(pipe, "check_control"):
+        raise EtherFileError(
+            f"{where}: the adapter has a control encoder, which a {type(pipe).__name__} does not apply: load it onto "
+            "an EtherControlPipeline (for SDXL, EtherControlXLPipeline)"
+        )
+    with torch.device("meta"):  # draws no random numbers for a start that is not kept
+        encoder = ControlEncoder(**weights.about["config"])
+    if obstacle := pipe.check_control(encoder):
+        raise EtherFileError(f"{where}: the encoder {obstacle}; it was made for another architecture")
+    dtype = torch.get_default_dtype()
+    encoder.load_state_dict({name: t.to(dtype, copy=True) for name, t in weights.tensors.items()}, assign=True)
+    encoder.eval().requires_grad_(False)
+    return encoder.to(pipe.device) if pipe.device.type != "meta" else encoder
+
+
+def _parameters_for(where: str, model: nn.Module, weights: ModuleWeights) -> dict[str, nn.Parameter]:
+    """The parameters of a model that weights of modules are written over, once all is checked.
+
+    Raises:
+        EtherFileError: names the first module or parameter that does not fit.
+    """
+    found = replaceable_parameters(where, model, weights.about["modules"])
+    if differing := sorted(set(found) ^ set(weights.tensors)):
+        here, name = f"this {type(model).__name__}", differing[0]
+        lacks = f"the file has no {name}, but {here} has" if name in found else f"{here} has no {name}"
+        raise EtherFileError(f"{where}: {lacks}; the adapter was made for another architecture")
+    for name, parameter in found.items():
+        shape = tuple(weights.tensors[name].shape)
+        if shape != tuple(parameter.shape):
+            raise EtherFileError(
+                f"{where}: {name} has shape {shape}, but the weight here has {tuple(parameter.shape)}; the adapter "
+                "was made for another architecture"
+            )
+    return found
