@@ -587,7 +587,7 @@ def collect(
         tensors[component] = {
             f"{path}.ether_{name}": vector.detach()
             for path, layer in layers.items()
-            for name, vector in layer.vectors(adapter_name).items()
+            for name, vector in layer.vectors(adapter_name).named().items()
         }
         fingerprints[component] = fingerprint(layers)
     said = {name: value for config in configs.values() for name, value in getattr(config, "said", {}).items()}

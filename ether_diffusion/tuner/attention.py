@@ -172,7 +172,7 @@ def _can_keep(layers: list[nn.Module], x: Tensor) -> bool:
             if intercepted(layer):
                 return False
             if torch.is_grad_enabled() and any(
-                vector.requires_grad for name in layer.acting_adapters for vector in layer.vectors(name).values()
+                vector.requires_grad for name in layer.acting_adapters for vector in layer.vectors(name).named().values()
             ):
                 return False
         base = layer.base_layer if isinstance(layer, EtherLayer) else layer

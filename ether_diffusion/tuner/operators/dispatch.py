@@ -29,9 +29,14 @@ from torch.autograd.function import once_differentiable
 
 from ether_diffusion.tuner.operators.blocks import AdaptedByBlocks, adapted_by_blocks
 from ether_diffusion.tuner.operators.reflection import Reflected, reflected
-from ether_diffusion.tuner.operators.single_block import AdaptedWhole, adapted_weight_whole, adapted_whole
+from ether_diffusion.tuner.operators.single_block import (
+    AdaptedSingleBlock,
+    adapted_single_block,
+    adapted_weight_single_block,
+)
 from ether_diffusion.tuner.transforms import (
     Transform,
+    Vectors,
     accurate_dtype,
     adapt_weight,
     gather,
@@ -77,10 +82,7 @@ def adapted_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    u: Tensor,
-    v: Tensor | None = None,
-    u_out: Tensor | None = None,
-    v_out: Tensor | None = None,
+    vectors: Vectors,
     strength: float = 1.0,
     form: str | None = None,
 ) -> Tensor:
@@ -93,7 +95,7 @@ def adapted_linear(
         x: (..., i).
         weight: (o, i), frozen, of x's dtype (any dtype under autocast).
         bias: (o,) or None.
-        u, v, u_out, v_out: raw vectors, as for `functional.adapt_weight`; float32.
+        vectors: float32.
         strength: α, not 0.
         form: "weight" or "low_rank"; default: the cheaper one.
 
@@ -105,25 +107,25 @@ def adapted_linear(
     rows = math.prod(x.shape[:-1])
     low_rank = prefers_low_rank(rows, weight) if form is None else form == "low_rank"
     trained = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, bias, u, v, u_out, v_out)
+        tensor is not None and tensor.requires_grad for tensor in (x, bias, *vectors)
     )
-    if len(u) == 1 and v is None and u_out is None:
-        inputs = (x, weight, bias, u, strength, low_rank)
-        return Reflected.apply(*inputs) if trained else reflected(*inputs)[0]
-    operator, function = (AdaptedWhole, adapted_whole) if len(u) == 1 else (AdaptedByBlocks, adapted_by_blocks)
-    inputs = (x.reshape(rows, x.shape[-1]), weight, bias, u, v, u_out, v_out, strength, low_rank)
-    y = operator.apply(*inputs) if trained else function(*inputs)[0]
+    if len(vectors.u) > 1:
+        operator, function = AdaptedByBlocks, adapted_by_blocks
+    elif vectors.v is not None or vectors.u_out is not None:
+        operator, function = AdaptedSingleBlock, adapted_single_block
+    elif trained:
+        return Reflected.apply(x, weight, bias, strength, low_rank, vectors.u)
+    else:
+        return reflected(x, weight, bias, vectors, strength, low_rank)[0]
+    flat = x.reshape(rows, x.shape[-1])
+    if trained:
+        y = operator.apply(flat, weight, bias, strength, low_rank, *vectors)
+    else:
+        y = function(flat, weight, bias, vectors, strength, low_rank)[0]
     return y.view(*x.shape[:-1], len(weight))
 
 
-def adapted_weight(
-    weight: Tensor,
-    u: Tensor,
-    v: Tensor | None = None,
-    u_out: Tensor | None = None,
-    v_out: Tensor | None = None,
-    strength: float = 1.0,
-) -> Tensor:
+def adapted_weight(weight: Tensor, vectors: Vectors, strength: float = 1.0) -> Tensor:
     """`functional.adapt_weight`, in one pass over the weight where it is a matrix in one block; not rounded.
 
     Returns:
@@ -132,9 +134,9 @@ def adapted_weight(
     accurate = weight.to(accurate_dtype(weight.dtype))
     if strength == 0:
         return accurate
-    if weight.ndim == 2 and len(u) == 1:
-        return adapted_weight_whole(accurate, u, v, u_out, v_out, strength)
-    return adapt_weight(accurate, u, v, u_out, v_out, strength)
+    if weight.ndim == 2 and len(vectors.u) == 1:
+        return adapted_weight_single_block(accurate, vectors, strength)
+    return adapt_weight(accurate, vectors, strength)
 
 
 def prefers_low_rank(rows: int, weight: Tensor) -> bool:

@@ -14,16 +14,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ether_diffusion.tuner.operators.single_block import dot_any, sum_any, without_autocast
-from ether_diffusion.tuner.transforms import accurate_dtype, normalize_backward, unit_and_length
+from ether_diffusion.tuner.transforms import Vectors, accurate_dtype, normalize_backward, unit_and_length
 
 
 def reflected(
-    x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, strength: float, low_rank: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, vectors: Vectors, strength: float, low_rank: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """y (..., o) for x (..., i) and u (1, i); and what its gradient needs: û, |u|, Wû, on the low-rank side x·û."""
     with without_autocast(x.device.type):
-        accurate = weight.to(torch.promote_types(accurate_dtype(weight.dtype), u.dtype))
-        unit, length = unit_and_length(u[0])  # (i,), (1,)
+        accurate = weight.to(torch.promote_types(accurate_dtype(weight.dtype), vectors.u.dtype))
+        unit, length = unit_and_length(vectors.u[0])  # (i,), (1,)
         along = torch.mv(accurate, unit)  # (o,)
         bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
         if not low_rank:
@@ -36,11 +36,11 @@ def reflected(
 
 
 class Reflected(torch.autograd.Function):
-    """(x, weight, bias, u, strength, low_rank) -> y; x is (..., i), u is (1, i)."""
+    """The arguments of `reflected`, u flat and last -> y."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, u, strength: float, low_rank: bool) -> Tensor:
-        y, *saved = reflected(x, weight, bias, u, strength, low_rank)
+    def forward(ctx, x, weight, bias, strength: float, low_rank: bool, u: Tensor) -> Tensor:
+        y, *saved = reflected(x, weight, bias, Vectors(u), strength, low_rank)
         ctx.save_for_backward(x, weight, *saved)
         ctx.factor = -2 * strength
         return y
@@ -49,7 +49,7 @@ class Reflected(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, unit, length, along, products = ctx.saved_tensors
-        shape, low_rank, trained = x.shape, products is not None, ctx.needs_input_grad[3]
+        shape, low_rank, trained = x.shape, products is not None, ctx.needs_input_grad[5]
         x, g = x.reshape(-1, len(unit)), g.reshape(-1, len(along))  # (N, i), (N, o)
         gx = grad_bias = grad_u = None
         with without_autocast(x.device.type):
@@ -67,7 +67,7 @@ class Reflected(torch.autograd.Function):
                 products = _project(x, unit) if products is None else products
                 grad = torch.addmv(_gather(x, products_g), weight.to(unit.dtype).T, _gather(g, products))
                 grad_u = normalize_backward(unit, length, grad).mul_(ctx.factor).unsqueeze(0)
-        return gx, None, grad_bias, grad_u, None, None
+        return gx, None, grad_bias, None, None, grad_u
 
 
 def _project(a: Tensor, vector: Tensor) -> Tensor:

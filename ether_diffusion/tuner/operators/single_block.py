@@ -17,17 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ether_diffusion.tuner.transforms import accurate_dtype, normalize_backward, unit_and_length
+from ether_diffusion.tuner.transforms import Vectors, accurate_dtype, normalize_backward, unit_and_length
 
 
-class AdaptedWhole(torch.autograd.Function):
-    """(x, weight, bias, u, v, u_out, v_out, strength, low_rank) -> y; x is (N, i), raw vectors are (1, ·)."""
+class AdaptedSingleBlock(torch.autograd.Function):
+    """The arguments of `adapted_single_block`, the four vectors flat and last -> y."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, u, v, u_out, v_out, strength: float, low_rank: bool) -> Tensor:
-        y, *saved = adapted_whole(x, weight, bias, u, v, u_out, v_out, strength, low_rank)
+    def forward(ctx, x, weight, bias, strength: float, low_rank: bool, *vectors: Tensor | None) -> Tensor:
+        vectors = Vectors(*vectors)
+        y, *saved = adapted_single_block(x, weight, bias, vectors, strength, low_rank)
         ctx.save_for_backward(x, weight, *saved)
-        ctx.factors = _factors(1 if v is None else 2, strength)
+        ctx.factors = _factors(1 if vectors.v is None else 2, strength)
         return y
 
     @staticmethod
@@ -35,7 +36,7 @@ class AdaptedWhole(torch.autograd.Function):
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rows_x, rows_g, lengths, lengths_out, products = ctx.saved_tensors
         factors, m, low_rank = ctx.factors, len(ctx.factors), products is not None
-        trained = any(ctx.needs_input_grad[3:7])
+        trained = any(ctx.needs_input_grad[5:])
         gx = grad_bias = None
         grads: list[Tensor | None] = [None] * 4
         with without_autocast(x.device.type):
@@ -61,22 +62,19 @@ class AdaptedWhole(torch.autograd.Function):
                     outer = sums_g[m:] + _dot(_transform(sums_x[m:], units), accurate.T)
                     grads[2:] = _raw_gradients(units_out, lengths_out, outer, factors)
                 grads[:2] = _raw_gradients(rows_x[:m], lengths, grads_u, factors)
-        return gx, None, grad_bias, *grads, None, None
+        return gx, None, grad_bias, None, None, *grads
 
 
-def adapted_weight_whole(
-    weight: Tensor, u: Tensor, v: Tensor | None, u_out: Tensor | None, v_out: Tensor | None, strength: float
-) -> Tensor:
+def adapted_weight_single_block(weight: Tensor, vectors: Vectors, strength: float) -> Tensor:
     """W(α) for one block, (o, i) in float32 (float64), written once."""
     with without_autocast(weight.device.type):
-        accurate, rows_x, rows_g, *_ = _terms(weight, u, v, u_out, v_out)
-        return _add_terms(accurate, rows_g, rows_x, _factors(1 if v is None else 2, strength))
+        accurate, rows_x, rows_g, *_ = _terms(weight, vectors)
+        return _add_terms(accurate, rows_g, rows_x, _factors(1 if vectors.v is None else 2, strength))
 
 
-def _terms(
-    weight: Tensor, u: Tensor, v: Tensor | None, u_out: Tensor | None, v_out: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+def _terms(weight: Tensor, vectors: Vectors) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """W in float32 (float64), X (r, i), G (r, o), and the lengths of the raw vectors of both sides."""
+    u, v, u_out, v_out = vectors
     accurate = weight.to(torch.promote_types(accurate_dtype(weight.dtype), u.dtype))
     units, lengths = unit_and_length(u if v is None else torch.cat((u, v)))
     rows_x, rows_g = units, _dot(units, accurate.T)
@@ -87,21 +85,13 @@ def _terms(
     return accurate, rows_x, torch.cat((rows_g, units_out)), lengths, lengths_out
 
 
-def adapted_whole(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    u: Tensor,
-    v: Tensor | None,
-    u_out: Tensor | None,
-    v_out: Tensor | None,
-    strength: float,
-    low_rank: bool,
+def adapted_single_block(
+    x: Tensor, weight: Tensor, bias: Tensor | None, vectors: Vectors, strength: float, low_rank: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """y, and what its gradient needs: X, G, the raw vectors' lengths on both sides, X xᵀ on the low-rank side."""
     with without_autocast(x.device.type):
-        accurate, rows_x, rows_g, lengths, lengths_out = _terms(weight, u, v, u_out, v_out)
-        factors = _factors(1 if v is None else 2, strength)
+        accurate, rows_x, rows_g, lengths, lengths_out = _terms(weight, vectors)
+        factors = _factors(1 if vectors.v is None else 2, strength)
         products = None
         bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
         if low_rank:
