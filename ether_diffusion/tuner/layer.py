@@ -122,9 +122,8 @@ class EtherLayer(BaseTunerLayer):
 
     def vectors(self, adapter_name: str) -> Vectors:
         """The raw vectors of an adapter. Offloaded ones come as copies, on the device where the layer computes."""
-        # Past nn.Module's slow attribute access: this runs at every call.
-        held = [self._modules[name] for name in self.adapter_layer_names]
-        return Vectors(*[_present(each, adapter_name) if adapter_name in each else None for each in held])
+        # Past the slow access to a module's attributes and to a ParameterDict's items: this runs at every call.
+        return Vectors(*[_present(self._modules[name], adapter_name) for name in self.adapter_layer_names])
 
     def _own(self, adapter_names: list[str]) -> list[str]:
         return [name for name in adapter_names if name in self.ether_u]
@@ -369,10 +368,10 @@ def _checksum(weight: Tensor) -> int:
     return int(flat.view(torch.int64 if weight.nbytes % 8 == 0 else torch.uint8).sum())
 
 
-def _present(vectors: nn.ParameterDict, adapter_name: str) -> Tensor:
+def _present(vectors: nn.ParameterDict, adapter_name: str) -> Tensor | None:
     """A vector, fetched if it is offloaded: hooks fetch for a module's forward, which a ParameterDict has not."""
-    vector = vectors[adapter_name]
-    if not vector.is_meta or (hook := offload_hook(vectors)) is None:
+    vector = vectors._parameters.get(adapter_name)
+    if vector is None or not vector.is_meta or (hook := offload_hook(vectors)) is None:
         return vector
     return hook.weights_map[adapter_name].to(hook.execution_device)
 
