@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ether_diffusion.tuner.base_layer import PLAIN_DTYPES, computes_as_written, offload_hook
 from ether_diffusion.tuner.config import EtherConfig
-from ether_diffusion.tuner.operators.dispatch import adapted_linear, adapted_weight, moved
+from ether_diffusion.tuner.operators import adapted_linear, adapted_weight, displacement
 from ether_diffusion.tuner.transforms import Adaptation, Vectors, low_rank_delta
 
 NO_MIXED_BATCHES = "ETHER does not mix adapters within a batch (adapter_names): set one with set_adapter"
@@ -352,7 +352,7 @@ class EtherLayer(BaseTunerLayer):
 
     def _displaced(self, x: Tensor, u: Tensor, v: Tensor | None) -> Tensor:
         axis = self.channel_axis
-        return moved(x.movedim(axis, -1), u, v).movedim(-1, axis)
+        return displacement(x.movedim(axis, -1), u, v).movedim(-1, axis)
 
     @staticmethod
     def _as_channels(bias: Tensor) -> Tensor:

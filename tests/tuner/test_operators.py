@@ -8,7 +8,7 @@ from torch import nn
 
 from ether_diffusion import EtherConfig
 from ether_diffusion.tuner.layer import EtherLinear
-from ether_diffusion.tuner.operators.dispatch import adapted_linear, adapted_weight, moved
+from ether_diffusion.tuner.operators import adapted_linear, adapted_weight, displacement
 from ether_diffusion.tuner.transforms import Vectors
 
 FORMS = ["weight", "low_rank"]
@@ -59,11 +59,11 @@ def test_the_analytic_gradient_passes_gradcheck(form, method, n):
 
 @pytest.mark.parametrize("method", ["ether", "ether_plus_one_sided"])
 @pytest.mark.parametrize("n", [1, 3])
-def test_what_is_moved_is_the_dense_transform_less_the_identity(method, n):
+def test_the_displacement_is_the_dense_transform_less_the_identity(method, n):
     u, v, *_ = raw_vectors(method, (6, 6), n, trained=True)
     x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(moved(x, u, v), x @ dense(u, v).T - x)
-    assert torch.autograd.gradcheck(moved, (x, u) if v is None else (x, u, v))
+    torch.testing.assert_close(displacement(x, u, v), x @ dense(u, v).T - x)
+    assert torch.autograd.gradcheck(displacement, (x, u) if v is None else (x, u, v))
 
 
 def adapted(base: nn.Module, method="ether_plus", n=1, seed=0) -> EtherLinear:
@@ -84,9 +84,9 @@ def test_in_half_precision_no_form_errs_more_than_the_activation_side(form, meth
     weight, x, bias = torch.randn(640, 320) / 18, torch.randn(rows, 320), torch.randn(640)
     weight, x, bias = (t.to(dtype) for t in (weight, x, bias))
     exact = x.double() @ dense_weight(weight, *vectors).T + bias.double()
-    z = (x + moved(x, vectors.u, vectors.v)).to(dtype) @ weight.T
+    z = (x + displacement(x, vectors.u, vectors.v)).to(dtype) @ weight.T
     if vectors.u_out is not None:
-        z = (z + moved(z, vectors.u_out, vectors.v_out)).to(dtype)
+        z = (z + displacement(z, vectors.u_out, vectors.v_out)).to(dtype)
     activation_side = z + bias
     error = (adapted_linear(x, weight, bias, vectors, form=form).double() - exact).norm()
     assert error <= 1.02 * (activation_side.double() - exact).norm()
@@ -207,6 +207,17 @@ def test_it_compiles_with_its_gradients_without_a_graph_break(method, rows):
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for our, their in zip(torch.autograd.grad(compiled(x).square().sum(), inputs), plain, strict=True):
         torch.testing.assert_close(our, their)
+
+
+@pytest.mark.parametrize("method", ["ether", "ether_plus"])
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("rows", [4, 256])
+def test_what_a_layer_answers_can_be_changed_in_place_as_a_linear_layers_can(method, n, rows):
+    layer, x = adapted(nn.Linear(16, 24), method, n), torch.randn(2, rows, 16)
+    vectors = list(layer.vectors("default").named().values())
+    expected = torch.autograd.grad((layer(x) + 1).square().sum(), vectors)
+    for ours, theirs in zip(torch.autograd.grad(layer(x).add_(1).square().sum(), vectors), expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_no_rows_are_no_trouble():

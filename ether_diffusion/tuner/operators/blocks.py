@@ -1,4 +1,4 @@
-"""The operator of `operators.adapted_linear` for several blocks: terms of rank n, block rows kept as blocks.
+"""The operator for several blocks: terms of rank n, block rows kept as blocks.
 
 Axes: N rows of x, i inputs, o outputs, n blocks.
 """
@@ -85,31 +85,33 @@ def _updated(weight: Tensor, terms: list[_Term], dtype: torch.dtype) -> Tensor:
     return accurate.to(dtype)
 
 
-def adapted_by_blocks(
+def adapted_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, vectors: Vectors, strength: float, low_rank: bool
 ) -> tuple[Tensor, list[_Term], list[Tensor]]:
-    """y, and what its gradient needs: the terms, and on the low-rank side the products x Xᵀ."""
+    """y (..., o) for x (..., i), and what its gradient needs: the terms, and on the low-rank side x Xᵀ of each."""
     with torch.autocast(x.device.type, enabled=False):
-        terms = _terms(weight, vectors, strength)
+        terms, flat = _terms(weight, vectors, strength), x.reshape(-1, x.shape[-1])  # (N, i)
         bias = None if bias is None else bias.to(x.dtype)
-        if not low_rank:
-            return F.linear(x, _updated(weight, terms, x.dtype), bias), terms, []
-        on_input = [term.on_input for term in terms]
-        products = _products(x, [term.x for term in terms], on_input)
-        y = F.linear(x, weight.to(x.dtype), bias)
-        y = _add(y, products, [t.g for t in terms], [not b for b in on_input], [t.factor for t in terms])
-        return y, terms, products
+        products = []
+        if low_rank:
+            on_input = [term.on_input for term in terms]
+            products = _products(flat, [term.x for term in terms], on_input)
+            y = F.linear(flat, weight.to(x.dtype), bias)
+            y = _add(y, products, [t.g for t in terms], [not b for b in on_input], [t.factor for t in terms])
+        else:
+            y = F.linear(flat, _updated(weight, terms, x.dtype), bias)
+    return y.view(*x.shape[:-1], len(weight)), terms, products
 
 
-class AdaptedByBlocks(torch.autograd.Function):
-    """The arguments of `adapted_by_blocks`, the four vectors flat and last -> y."""
+class AdaptedLinear(torch.autograd.Function):
+    """The arguments of `adapted_linear`, the four vectors flat and last -> y."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, strength: float, low_rank: bool, *vectors: Tensor | None) -> Tensor:
-        y, terms, products = adapted_by_blocks(x, weight, bias, Vectors(*vectors), strength, low_rank)
+        y, terms, products = adapted_linear(x, weight, bias, Vectors(*vectors), strength, low_rank)
         ctx.save_for_backward(x, weight, *(tensor for term in terms for tensor in term[:3]), *products)
         ctx.kinds, ctx.low_rank, ctx.strength = [term[3:] for term in terms], low_rank, strength
-        return y
+        return y.detach()  # as no view: PyTorch forbids to change a view that was made here in place
 
     @staticmethod
     @once_differentiable
@@ -122,6 +124,7 @@ class AdaptedByBlocks(torch.autograd.Function):
         gx = grad_bias = None
         grads: list[Tensor | None] = [None] * 4
         trained = any(ctx.needs_input_grad[5:])
+        shape, x, g = x.shape, x.reshape(-1, x.shape[-1]), g.reshape(-1, len(weight))  # (N, i), (N, o)
         with torch.autocast(x.device.type, enabled=False):
             if trained or ctx.low_rank:
                 products_g = _products(g, [term.g for term in terms], off_input)  # g·Gᵀ, (N, n) each
@@ -131,6 +134,7 @@ class AdaptedByBlocks(torch.autograd.Function):
                     gx = _add(g @ weight.to(g.dtype), products_g, [t.x for t in terms], on_input, factors)
                 else:
                     gx = g @ _updated(weight, terms, g.dtype)
+                gx = gx.view(shape)
             if ctx.needs_input_grad[2]:
                 grad_bias = g.sum(0)
             if trained:
