@@ -179,10 +179,8 @@ def perturbed(unet: nn.Module, perturbation: Perturbation, strength: float, seed
 def transform_distances(layer: nn.Module) -> Iterator[float]:
     """‖T − I‖_F of each side of a layer; nothing where the method adds to the weight."""
     if isinstance(layer, EtherLayer):
-        vectors = layer.vectors(ADAPTER)
-        for u, v in (("u", "v"), ("u_out", "v_out")):
-            if u in vectors:
-                yield transform_distance(transform_of(vectors[u], vectors.get(v)))
+        for u, v in layer.vectors(ADAPTER).sides():
+            yield transform_distance(transform_of(u, v))
     elif hasattr(layer, "hra_u") or hasattr(layer, "oft_R"):
         transform = layer.get_delta_weight(ADAPTER)  # which is T, whatever its name
         yield (transform - torch.eye(len(transform), device=transform.device)).norm().item()

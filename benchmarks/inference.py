@@ -4,8 +4,8 @@
     python benchmarks/inference.py --output_dir out/benchmarks --workloads sd15-512 sdxl-1024
 
 Every row's step is timed between two steps of the model without an adapter; reported are the median of those ratios
-and their quartiles. "kept" is the model with `enable_ether_attention`. The calls in the life of an adapter (load from
-a file, set_adapters, fuse, unfuse, unload) are timed beside LoRA's, and their ratios are to LoRA's in the same round.
+and their quartiles. The calls in the life of an adapter (load from a file, set_adapters, fuse, unfuse, unload) are
+timed beside LoRA's, and their ratios are to LoRA's in the same round.
 Weights are random: times do not depend on them.
 """
 
@@ -27,7 +27,6 @@ from peft.utils import get_peft_model_state_dict
 from torch import nn
 from workloads import WORKLOADS, adapted, build, share
 
-from ether_diffusion import enable_ether_attention
 from ether_diffusion.tuner.layer import EtherLayer
 
 NONE, LORA = "no adapter", "LoRA r=4"
@@ -39,11 +38,6 @@ def fused(model: nn.Module) -> nn.Module:
             weight = module.get_base_layer().weight
             module.get_base_layer().weight = nn.Parameter(weight.detach().clone(), requires_grad=False)  # its own
             module.merge()
-    return model
-
-
-def kept(model: nn.Module) -> nn.Module:
-    enable_ether_attention(model)
     return model
 
 
@@ -71,8 +65,6 @@ def denoising(name: str, rounds: int) -> dict:
         "ETHER, fused": fused(of("ETHER")),
         "LoRA r=4, unfused": of("LoRA r=4"),
     }
-    if hasattr(base, "conv_in"):
-        models |= {"ETHER, kept": kept(of("ETHER")), "ETHER+, kept": kept(of("ETHER+"))}
     steps = {row: make_step(model, inputs) for row, model in models.items()}
     return paired(make_step(base, inputs), steps, rounds, workload.device)
 

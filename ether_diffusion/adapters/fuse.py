@@ -69,7 +69,7 @@ def fuse_ether(
     touched: list[tuple[EtherLayer, dict[str, float]]] = []
     try:
         for (layer, names, _), file in zip(chosen, on_disk, strict=True):
-            earlier = {name: layer._merged_arguments[name]["strength"] for name in layer.merged_adapters}
+            earlier = {name: layer.merged_adaptations[name].strength for name in layer.merged_adapters}
             _merge_at(layer, {name: ether_scale * layer.scaling[name] for name in names}, safe_fusing)
             touched.append((layer, earlier))
             if keep_original != "device":

@@ -61,7 +61,7 @@ def collect(
         tensors[component] = {
             f"{path}.ether_{name}": vector.detach()
             for path, layer in layers.items()
-            for name, vector in layer.vectors(adapter_name).items()
+            for name, vector in layer.vectors(adapter_name).named().items()
         }
         fingerprints[component] = fingerprint({path: layer._pristine_weight() for path, layer in layers.items()})
     base = {"base_model": base_model_name(pipe), "base_fingerprint": fingerprints}

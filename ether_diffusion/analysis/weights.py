@@ -17,7 +17,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ether_diffusion.tuner.transforms import Transform, low_rank_delta, normalize
+from ether_diffusion.tuner.transforms import Transform, Vectors, low_rank_delta, normalize
 
 CLOSEST = 1e-6
 """Neurons that are nearer than this on the sphere count as this far apart: the energy of equal ones is infinite."""
@@ -68,23 +68,16 @@ def angle_between(before: Tensor, after: Tensor) -> Tensor:
     return torch.rad2deg(torch.atan2(sine, cosine.abs().squeeze(-1)))
 
 
-def weight_distance(
-    weight: Tensor,
-    u: Tensor,
-    v: Tensor | None = None,
-    u_out: Tensor | None = None,
-    v_out: Tensor | None = None,
-    strength: float = 1.0,
-) -> float:
+def weight_distance(weight: Tensor, vectors: Vectors, strength: float = 1.0) -> float:
     """‖W(α) − W‖_F, from the factors W(α) − W = B A: with Aᵀ = Q R it is ‖B Rᵀ‖_F.
 
     One-sided ETHER with one block: 2|α| ‖Wû‖. The root of tr(BᵀB AAᵀ) would be the same, and blind near the start of
     ETHER+, where v̂ = −û and the terms cancel.
 
-    weight, u, v, u_out, v_out, strength: as for `functional.adapt_weight`; convolutions too.
+    weight, vectors, strength: as for `transforms.adapt_weight`; convolutions too.
     """
-    raws = [None if raw is None else raw.detach().double() for raw in (u, v, u_out, v_out)]
-    down, up = low_rank_delta(weight.detach().double(), *raws, strength=strength)
+    exact = vectors.map(lambda vector: vector.detach().double())
+    down, up = low_rank_delta(weight.detach().double(), exact, strength)
     triangle = torch.linalg.qr(down.T, mode="r").R
     return torch.linalg.matrix_norm(up @ triangle.T).item()
 

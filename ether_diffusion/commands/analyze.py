@@ -197,7 +197,7 @@ def _describe_side(transform: Transform, clash: Mapping[str, Any] | None) -> dic
 
 def _describe_weights(layer: nn.Module, before: Tensor, after: Tensor) -> dict[str, float]:
     if isinstance(layer, EtherLayer):  # exact, where the difference of two weights is rounded
-        distance = weight_distance(before, **layer.vectors(NAME), strength=layer.scaling[NAME])
+        distance = weight_distance(before, layer.vectors(NAME), layer.scaling[NAME])
     else:
         distance = torch.linalg.vector_norm(after.double() - before.double()).item()
     return {

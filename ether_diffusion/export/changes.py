@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -16,12 +15,12 @@ from ether_diffusion.adapters.schema import canonical_path
 from ether_diffusion.analysis.weights import conflict, transform_of
 from ether_diffusion.export.lora_files import Factors
 from ether_diffusion.tuner.layer import EtherLayer
-from ether_diffusion.tuner.transforms import adapt_weight, low_rank_delta
+from ether_diffusion.tuner.transforms import Adaptation, Vectors, adapt_weight, low_rank_delta
 
 # Axes: o outputs and i inputs of a weight, k positions of its kernel, r the rank of a change.
 
 
-def stacked_delta(weight: Tensor, adapters: Sequence[Mapping[str, Any]]) -> Factors:
+def stacked_delta(weight: Tensor, adapters: Sequence[Adaptation]) -> Factors:
     """Exact factors of what adapters do to a weight one after the other.
 
     With W_j = adapt(W_{j−1}) the sum telescopes, W_m − W_0 = Σ_j (W_j − W_{j−1}) = Σ_j B_j A_j, so the factors of the
@@ -31,15 +30,15 @@ def stacked_delta(weight: Tensor, adapters: Sequence[Mapping[str, Any]]) -> Fact
 
     Args:
         weight: (o, i) or (o, i, *kernel).
-        adapters: arguments of `functional.adapt_weight`, in the order in which they act.
+        adapters: in the order in which they act.
 
     Returns:
         (r, i·k) and (o, r), with r the sum of the steps' ranks, at most min(o, i·k).
     """
     weight, steps = weight.double(), []
-    for arguments in adapters:
-        steps.append(low_rank_delta(weight, **arguments))
-        weight = adapt_weight(weight, **arguments)
+    for adaptation in adapters:
+        steps.append(low_rank_delta(weight, *adaptation))
+        weight = adapt_weight(weight, *adaptation)
     down, up = torch.cat([step[0] for step in steps]), torch.cat([step[1] for step in steps], 1)
     if len(down) > len(up):
         up, triangle = torch.linalg.qr(up)
@@ -48,11 +47,11 @@ def stacked_delta(weight: Tensor, adapters: Sequence[Mapping[str, Any]]) -> Fact
     return Factors(columns.T, up @ triangle.T)
 
 
-def dense_delta(weight: Tensor, adapters: Sequence[Mapping[str, Any]]) -> Tensor:
+def dense_delta(weight: Tensor, adapters: Sequence[Adaptation]) -> Tensor:
     """W_m − W_0 of the same adapters by the definition of the adapted weight: (o, i·k) in float64."""
     adapted = weight.double()
-    for arguments in adapters:
-        adapted = adapt_weight(adapted, **arguments)
+    for adaptation in adapters:
+        adapted = adapt_weight(adapted, *adaptation)
     return (adapted - weight.double()).flatten(1)
 
 
@@ -64,17 +63,16 @@ def relative_error(found: Tensor, exact: Tensor, weight: Tensor) -> float:
     return difference / max(size, 1e-12 * whole_size) if difference else 0.0
 
 
-def alignment(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
+def alignment(first: Vectors, second: Vectors) -> float:
     """max |û_a·û_b| over the directions that two adapters of one layer have on the same side, v̂ included.
 
     At 0, adapters of the input side commute, and their changes add up to their composition; at 1 they share a
     direction.
 
-    first, second: raw vectors by the names of `functional.adapt_weight`, (n, d/n), each with its own n.
+    first, second: each with its own number of blocks.
     """
-    sides = [(u, v) for u, v in (("u", "v"), ("u_out", "v_out")) if u in first and u in second]
-    pairs = [[transform_of(vectors[u], vectors.get(v)) for vectors in (first, second)] for u, v in sides]
-    return max((conflict(*pair).alignment for pair in pairs), default=0.0)
+    shared = zip(first.sides(), second.sides(), strict=False)  # the output side only where both have one
+    return max(conflict(transform_of(*one), transform_of(*other)).alignment for one, other in shared)
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ class Change:
     path: str
     layer: EtherLayer
     weight: Tensor  # without them
-    adapters: Mapping[str, Mapping[str, Any]]  # name -> arguments of `adapt_weight`, in the order in which they act
+    adapters: Mapping[str, Adaptation]  # by name, in the order in which they act
 
     @property
     def canonical(self) -> str:
@@ -130,8 +128,7 @@ def _change(component: str, path: str, layer: EtherLayer, names: Sequence[str]) 
     except ValueError as error:
         raise ValueError(f"{component}.{path}: {error}") from error
     adapters = {
-        name: {key: vector.detach().cpu().double() for key, vector in layer.vectors(name).items()}
-        | {"strength": layer.scaling[name]}
+        name: Adaptation(layer.vectors(name).map(lambda v: v.detach().cpu().double()), layer.scaling[name])
         for name in names
     }
     return Change(component, path, layer, weight, adapters)

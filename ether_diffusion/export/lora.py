@@ -136,7 +136,7 @@ def export_lora(
             },
             conflicts=_conflicts(changes),
             strengths=strengths,
-            erases=any("v" not in vectors for change in changes for vectors in change.adapters.values()),
+            erases=any(each.vectors.v is None for change in changes for each in change.adapters.values()),
         )
 
 
@@ -161,8 +161,8 @@ def _place(pipe: DiffusionPipeline, change: Change, to: str) -> Place:
 def _strengths(changes: Sequence[Change]) -> dict[str, list[float]]:
     found: dict[str, set[float]] = {}
     for change in changes:
-        for name, arguments in change.adapters.items():
-            found.setdefault(name, set()).add(arguments["strength"])
+        for name, adaptation in change.adapters.items():
+            found.setdefault(name, set()).add(adaptation.strength)
     return {name: sorted(values) for name, values in found.items()}
 
 
@@ -177,7 +177,7 @@ def _conflicts(changes: Sequence[Change]) -> dict[tuple[str, str], tuple[float, 
     found: dict[tuple[str, str], tuple[float, str]] = {}
     for change in changes:
         for first, second in itertools.combinations(change.adapters, 2):
-            value = alignment(change.adapters[first], change.adapters[second])
+            value = alignment(change.adapters[first].vectors, change.adapters[second].vectors)
             if value >= found.get((first, second), (0.0, ""))[0]:
                 found[first, second] = value, f"{change.component}.{change.canonical}"
     return found

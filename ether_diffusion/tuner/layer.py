@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ether_diffusion.tuner.base_layer import PLAIN_DTYPES, computes_as_written, offload_hook
 from ether_diffusion.tuner.config import EtherConfig
-from ether_diffusion.tuner.operators.dispatch import adapted_linear, adapted_weight, moved
-from ether_diffusion.tuner.transforms import low_rank_delta
+from ether_diffusion.tuner.operators import adapted_linear, adapted_weight, displacement
+from ether_diffusion.tuner.transforms import Adaptation, Vectors, low_rank_delta
 
 NO_MIXED_BATCHES = "ETHER does not mix adapters within a batch (adapter_names): set one with set_adapter"
 
@@ -58,7 +58,7 @@ class EtherLayer(BaseTunerLayer):
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True
         self._unmerged_weight: Tensor | Callable[[], Tensor] | None = None  # or what brings it
-        self._merged_arguments: dict[str, dict[str, Any]] = {}  # of `adapt_weight`, as they were when merged
+        self.merged_adaptations: dict[str, Adaptation] = {}  # as they were when merged
         self._written: int | None = None  # `_checksum` of the weight as it was merged, where it is nothing but that
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, layer_name, vectors)
@@ -140,17 +140,10 @@ class EtherLayer(BaseTunerLayer):
                 parameter.grad = None if grad is None else grad.to(parameter.device)
         return self
 
-    def vectors(self, adapter_name: str) -> dict[str, Tensor]:
-        """The raw vectors of an adapter, by the names of the arguments of `functional.adapt_weight`.
-
-        Offloaded ones come as copies, on the device where the layer computes.
-        """
-        found = {}
-        for name in self.adapter_layer_names:
-            vectors = self._modules[name]  # past nn.Module's slow attribute access: this runs at every call
-            if adapter_name in vectors:
-                found[name.removeprefix("ether_")] = _present(vectors, adapter_name)
-        return found
+    def vectors(self, adapter_name: str) -> Vectors:
+        """The raw vectors of an adapter. Offloaded ones come as copies, on the device where the layer computes."""
+        # Past the slow access to a module's attributes and to a ParameterDict's items: this runs at every call.
+        return Vectors(*[_present(self._modules[name], adapter_name) for name in self.adapter_layer_names])
 
     def _own(self, adapter_names: list[str]) -> list[str]:
         return [name for name in adapter_names if name in self.ether_u]
@@ -208,19 +201,19 @@ class EtherLayer(BaseTunerLayer):
 
         Shape and dtype of the weight; rounded once, at the end.
         """
-        return self._adapted([self._arguments(name) for name in self._own(adapter_names)])
+        return self._adapted([self._adaptation(name) for name in self._own(adapter_names)])
 
-    def _arguments(self, adapter_name: str) -> dict[str, Any]:
-        """Arguments of `functional.adapt_weight` for an adapter: copies, on the device of the unmerged weight."""
+    def _adaptation(self, adapter_name: str) -> Adaptation:
+        """What an adapter does now to the weight: copies, on the device of the unmerged weight."""
         device = self._plain_weight().device
-        vectors = {name: vector.to(device, copy=True) for name, vector in self.vectors(adapter_name).items()}
-        return vectors | {"strength": self.scaling[adapter_name]}
+        vectors = self.vectors(adapter_name).map(lambda vector: vector.to(device, copy=True))
+        return Adaptation(vectors, self.scaling[adapter_name])
 
-    def _adapted(self, adapters: Iterable[dict[str, Any]]) -> Tensor:
+    def _adapted(self, adaptations: Iterable[Adaptation]) -> Tensor:
         base = self._plain_weight()
         accurate = base if base.dtype == torch.float64 else base.float()
-        for arguments in adapters:
-            accurate = adapted_weight(accurate, **arguments)
+        for adaptation in adaptations:
+            accurate = adapted_weight(accurate, *adaptation)
         return base if accurate is base else accurate.to(base.dtype)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
@@ -231,7 +224,7 @@ class EtherLayer(BaseTunerLayer):
 
     def low_rank_delta(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """Factors (A, B) of `get_delta_weight`, flattened to (o, i·k): see `functional.low_rank_delta`."""
-        return low_rank_delta(self._plain_weight(), **self._arguments(adapter_name))
+        return low_rank_delta(self._plain_weight(), *self._adaptation(adapter_name))
 
     def _pristine_weight(self) -> Tensor:
         kept = self._unmerged_weight
@@ -277,15 +270,15 @@ class EtherLayer(BaseTunerLayer):
                 "weight would drop it; merge or delete it first"
             )
         weight, pristine = self.get_base_layer().weight, self._plain_weight()
-        arguments = self._merged_arguments | {name: self._arguments(name) for name in names}
-        merged = self._adapted(arguments.values()).to(weight.device, weight.dtype)
+        adaptations = self.merged_adaptations | {name: self._adaptation(name) for name in names}
+        merged = self._adapted(adaptations.values()).to(weight.device, weight.dtype)
         added = self._added_since_merging() if self.merged else None
         if added is not None:
             merged = (merged + added).to(weight.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"NaN or infinity in the merged weight: adapter {', '.join(names)} seems to be broken")
         self._unmerged_weight = pristine if self._unmerged_weight is None else self._unmerged_weight
-        self._merged_arguments = arguments
+        self.merged_adaptations = adaptations
         weight.data = merged.contiguous() if merged is not pristine else merged.clone()
         self._written = _checksum(weight.data) if added is None else None
         self.merged_adapters.extend(names)
@@ -302,7 +295,7 @@ class EtherLayer(BaseTunerLayer):
         self.get_base_layer().weight.data = self._weight_without_merged()
         self._unmerged_weight = None
         self.merged_adapters.clear()
-        self._merged_arguments = {}
+        self.merged_adaptations = {}
 
     def _weight_without_merged(self) -> Tensor:
         weight = self.get_base_layer().weight
@@ -314,7 +307,7 @@ class EtherLayer(BaseTunerLayer):
         weight = self.get_base_layer().weight.data
         if _checksum(weight) == self._written:
             return None
-        written = self._adapted(self._merged_arguments.values()).to(weight.device, weight.dtype)
+        written = self._adapted(self.merged_adaptations.values()).to(weight.device, weight.dtype)
         same = (weight == written) | ~torch.isfinite(written)
         if same.all():
             return None
@@ -356,13 +349,13 @@ class EtherLayer(BaseTunerLayer):
         *earlier, name = names
         vectors, strength = self.vectors(name), self.scaling[name]
         if not earlier and not args and not kwargs and computes_as_written(self.base_layer, x):
-            return adapted_linear(x, self.base_layer.weight, self.base_layer.bias, **vectors, strength=strength)
-        displaced = self._displaced(x, vectors["u"], vectors.get("v"))
-        if "u_out" not in vectors:
+            return adapted_linear(x, self.base_layer.weight, self.base_layer.bias, vectors, strength)
+        displaced = self._displaced(x, vectors.u, vectors.v)
+        if vectors.u_out is None:
             return self._adapted_output((x + strength * displaced).to(x.dtype), earlier, args, kwargs)
         y = self._adapted_output((x + displaced).to(x.dtype), earlier, args, kwargs)
         product = y - self._bias_under(x, y, args, kwargs)
-        full = y + self._displaced(product, vectors["u_out"], vectors.get("v_out"))
+        full = y + self._displaced(product, vectors.u_out, vectors.v_out)
         if strength == 1:
             return full.to(y.dtype)
         unchanged = self._adapted_output(x, earlier, args, kwargs)
@@ -379,7 +372,7 @@ class EtherLayer(BaseTunerLayer):
 
     def _displaced(self, x: Tensor, u: Tensor, v: Tensor | None) -> Tensor:
         axis = self.channel_axis
-        return moved(x.movedim(axis, -1), u, v).movedim(-1, axis)
+        return displacement(x.movedim(axis, -1), u, v).movedim(-1, axis)
 
     @staticmethod
     def _as_channels(bias: Tensor) -> Tensor:
@@ -395,10 +388,10 @@ def _checksum(weight: Tensor) -> int:
     return int(flat.view(torch.int64 if weight.nbytes % 8 == 0 else torch.uint8).sum())
 
 
-def _present(vectors: nn.ParameterDict, adapter_name: str) -> Tensor:
+def _present(vectors: nn.ParameterDict, adapter_name: str) -> Tensor | None:
     """A vector, fetched if it is offloaded: hooks fetch for a module's forward, which a ParameterDict has not."""
-    vector = vectors[adapter_name]
-    if not vector.is_meta or (hook := offload_hook(vectors)) is None:
+    vector = vectors._parameters.get(adapter_name)
+    if vector is None or not vector.is_meta or (hook := offload_hook(vectors)) is None:
         return vector
     return hook.weights_map[adapter_name].to(hook.execution_device)
 

@@ -9,6 +9,7 @@ Source: ETHER, arXiv:2405.20271, sections 3.2 (ETHER), 3.3 (ETHER+) and 3.4 (blo
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,38 @@ from torch import Tensor
 SMALLEST_LENGTH = 1e-30
 """A raw vector that is shorter, or denormal, has no direction: its block is left as it is. The gradient grows with
 1/|r|, and would overflow below."""
+
+
+class Vectors(NamedTuple):
+    """The raw vectors of one adapter in one layer; None where its method has no such vector.
+
+    u, v: input side, (n, i/n). Without `v` the transform is ETHER's, with it ETHER+'s.
+    u_out, v_out: output side, (n, o/n), likewise; without `u_out` outputs are not transformed.
+    """
+
+    u: Tensor
+    v: Tensor | None = None
+    u_out: Tensor | None = None
+    v_out: Tensor | None = None
+
+    def named(self) -> dict[str, Tensor]:
+        """Those that there are, by name."""
+        return {name: vector for name, vector in self._asdict().items() if vector is not None}
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Vectors:
+        """`change` of every vector that there is."""
+        return Vectors(*(None if vector is None else change(vector) for vector in self))
+
+    def sides(self) -> list[tuple[Tensor, Tensor | None]]:
+        """(u, v) of the input side, and of the output side where it is transformed."""
+        return [(self.u, self.v)] if self.u_out is None else [(self.u, self.v), (self.u_out, self.v_out)]
+
+
+class Adaptation(NamedTuple):
+    """What one adapter does to one weight: the arguments of `adapt_weight` after the weight."""
+
+    vectors: Vectors
+    strength: float = 1.0
 
 
 def accurate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -104,53 +137,12 @@ class Transform(NamedTuple):
         return x
 
 
-def displacement(x: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:
-    """(T − I)x on the last axis, T the ETHER transform of `u`, or the ETHER+ transform of `u` and `v`.
-
-    ETHER: −2(x·û)û per block. ETHER+: (x·v̂)v̂ − (x·û)û per block.
-    x: (..., d); u, v: (n, d/n). Returns (..., d) in float32 (float64 where x or u is), also under autocast.
-    """
-    with torch.autocast(x.device.type, enabled=False):
-        transform = Transform.of(u, v, accurate_dtype(x.dtype))
-        return transform.displace(x.to(transform.units[0].dtype))
-
-
-def reflect(x: Tensor, u: Tensor, strength: float = 1.0) -> Tensor:
-    """ETHER on the last axis of x: x + α(Hx − x), with H = blockdiag_k(I − 2 û_k û_kᵀ).
-
-    x: (..., d); u: (n, d/n), any length but zero; returns x's shape and dtype. Sums in float32.
-    α = 1 reflects; α = 0 returns x itself; at α = 0.5 the direction û is erased. Source: arXiv:2405.20271, eq. 1.
-    """
-    return _moved(x, displacement(x, u), strength) if strength != 0 else x
-
-
-def relax(x: Tensor, u: Tensor, v: Tensor, strength: float = 1.0) -> Tensor:
-    """ETHER+ on the last axis of x: x + α(H⁺x − x), with H⁺ = blockdiag_k(I − û_k û_kᵀ + v̂_k v̂_kᵀ).
-
-    x: (..., d); u, v: (n, d/n), any length but zero; returns x's shape and dtype. Sums in float32.
-    Source: arXiv:2405.20271, section 3.3.
-    """
-    return _moved(x, displacement(x, u, v), strength) if strength != 0 else x
-
-
-def _moved(x: Tensor, moved: Tensor, strength: float) -> Tensor:
-    return (x.to(moved.dtype) + strength * moved).to(x.dtype)
-
-
-def adapt_weight(
-    weight: Tensor,
-    u: Tensor,
-    v: Tensor | None = None,
-    u_out: Tensor | None = None,
-    v_out: Tensor | None = None,
-    strength: float = 1.0,
-) -> Tensor:
-    """The adapted weight W(α) = W + α(H̃ W H − W); without `u_out` the output side H̃ is the identity.
+def adapt_weight(weight: Tensor, vectors: Vectors, strength: float = 1.0) -> Tensor:
+    """The adapted weight W(α) = W + α(H̃ W H − W); the output side's H̃ is the identity where it has no vectors.
 
     Args:
         weight: (o, i), or (o, i, *kernel): channels are transformed, every kernel position alike.
-        u, v: input side, (n, i/n). Without `v` the transform is ETHER, with it ETHER+.
-        u_out, v_out: output side, (n, o/n), likewise.
+        vectors: u, v (n, i/n) and u_out, v_out (n, o/n), of any floating dtype.
         strength: α. At 0 the weight itself is returned.
 
     Returns:
@@ -159,64 +151,42 @@ def adapt_weight(
     if strength == 0:
         return weight
     with torch.autocast(weight.device.type, enabled=False):
-        side = Transform.of(u, v, accurate_dtype(weight.dtype))
-        base = weight.to(side.units[0].dtype)
-        full = side.apply(base.movedim(1, -1)).movedim(-1, 1)
-        if u_out is not None:
-            side = Transform.of(u_out, v_out, base.dtype)
-            full = side.apply(full.movedim(0, -1)).movedim(-1, 0)
+        dtype = torch.promote_types(accurate_dtype(weight.dtype), vectors.u.dtype)
+        full = base = weight.to(dtype)
+        for (u, v), axis in zip(vectors.sides(), (1, 0)):  # noqa: B905
+            full = Transform.of(u, v, dtype).apply(full.movedim(axis, -1)).movedim(-1, axis)
         return (full if strength == 1 else base + strength * (full - base)).to(weight.dtype)
 
 
-def _block_rows(unit: Tensor, dtype: torch.dtype) -> Tensor:
-    """Unit vectors (n, b) as the rows of a block-diagonal matrix (n, n·b)."""
-    return torch.block_diag(*unit.to(dtype))
-
-
-def low_rank_delta(
-    weight: Tensor,
-    u: Tensor,
-    v: Tensor | None = None,
-    u_out: Tensor | None = None,
-    v_out: Tensor | None = None,
-    strength: float = 1.0,
-) -> tuple[Tensor, Tensor]:
+def low_rank_delta(weight: Tensor, vectors: Vectors, strength: float = 1.0) -> tuple[Tensor, Tensor]:
     """Exact factors of the change, W(α) − W = B A, without a decomposition.
 
     With the block rows U = blockdiag(ûᵀ): one-sided ETHER has A = U, B = −2α W Uᵀ, of rank n. Two-sided ETHER+, with
     D = VᵀV − UᵀU and M = W(I + D), is W D + D̃ M: A stacks U, V, Ũ M, Ṽ M, of rank 4n at most.
 
     Args:
-        weight, u, v, u_out, v_out, strength: as for `adapt_weight`. A (o, i, *kernel) weight counts as (o, i·k), and
-            its input side then has rank n·k.
+        weight, vectors, strength: as for `adapt_weight`. A (o, i, *kernel) weight counts as (o, i·k), and its input
+            side then has rank n·k.
 
     Returns:
         A (r, i·k) and B (o, r), in float32 (float64 for float64).
     """
     dtype = accurate_dtype(weight.dtype)
-    base = weight.to(dtype).flatten(2) if weight.ndim > 2 else weight.to(dtype).unsqueeze(-1)  # (o, i, k)
-    kernel = torch.eye(base.shape[2], dtype=dtype, device=weight.device)
-    flat = base.flatten(1)  # (o, i·k)
+    flat = weight.to(dtype).flatten(1)  # (o, i·k)
+    # Every kernel position is transformed alike: U ⊗ I.
+    kernel = torch.eye(math.prod(weight.shape[2:]), dtype=dtype, device=weight.device)
+    input_side, *output_side = (Transform.of(u, v) for u, v in vectors.sides())
+    downs = [torch.kron(_block_rows(unit, dtype), kernel) for unit in input_side.units]  # (n·k, i·k)
+    ups = [factor * flat @ rows.T for rows, factor in zip(downs, input_side.factors, strict=True)]
+    full = flat + torch.cat(ups, 1) @ torch.cat(downs) if output_side else flat
+    for side in output_side:
+        for unit, factor in zip(side.units, side.factors, strict=True):
+            rows = _block_rows(unit, dtype)  # (n, o)
+            downs.append(rows @ full)
+            ups.append(factor * rows.T)
+    return torch.cat(downs), strength * torch.cat(ups, 1)
 
-    def input_rows(raw: Tensor) -> Tensor:
-        return torch.kron(_block_rows(normalize(raw), dtype), kernel)  # (n·k, i·k)
 
-    def output_columns(raw: Tensor) -> Tensor:
-        return _block_rows(normalize(raw), dtype).T  # (o, n)
-
-    rows = input_rows(u)
-    downs, ups = [rows], [(-2 if v is None else -1) * flat @ rows.T]
-    if v is not None:
-        rows = input_rows(v)
-        downs.append(rows)
-        ups.append(flat @ rows.T)
-    if u_out is not None:
-        full = flat + torch.cat(ups, 1) @ torch.cat(downs, 0)
-        columns = output_columns(u_out)
-        downs.append(columns.T @ full)
-        ups.append((-2 if v_out is None else -1) * columns)
-        if v_out is not None:
-            columns = output_columns(v_out)
-            downs.append(columns.T @ full)
-            ups.append(columns)
-    return torch.cat(downs, 0), strength * torch.cat(ups, 1)
+def _block_rows(unit: Tensor, dtype: torch.dtype) -> Tensor:
+    """Unit vectors (n, b) as the rows of a block-diagonal matrix (n, n·b)."""
+    return torch.block_diag(*unit.to(dtype))

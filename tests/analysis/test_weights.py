@@ -29,6 +29,7 @@ from ether_diffusion.commands import analyze as command
 from ether_diffusion.commands import inspect
 from ether_diffusion.errors import EtherFileError, InputError
 from ether_diffusion.tuner.model import ATTENTION
+from ether_diffusion.tuner.transforms import Vectors
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -37,15 +38,15 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def draw_vectors(method: str, sides: str, blocks: int, widths: tuple[int, int]) -> dict[str, torch.Tensor]:
-    """Raw vectors by the names of `adapt_weight`; widths: inputs and outputs."""
+def draw_vectors(method: str, sides: str, blocks: int, widths: tuple[int, int]) -> Vectors:
+    """Raw vectors; widths: inputs and outputs."""
     found = {}
     for seed, (suffix, width) in enumerate(zip(("", "_out"), widths, strict=True)):
         if suffix == "" or sides == "both":
             found[f"u{suffix}"] = 3 * draw(blocks, width // blocks, seed=seed)
             if method == "ether_plus":
                 found[f"v{suffix}"] = draw(blocks, width // blocks, seed=seed + 2)
-    return found
+    return Vectors(**found)
 
 
 def rotation(width: int) -> torch.Tensor:
@@ -103,11 +104,11 @@ def test_the_energy_of_a_convolution_is_that_of_its_flattened_kernels():
 @pytest.mark.parametrize(("shape", "blocks"), [((20, 12), 1), ((20, 12), 3), ((20, 12, 3, 3), 2)])
 def test_one_sided_ether_leaves_the_energy_and_ether_plus_does_not(shape, blocks):
     weight, widths = draw(*shape), (shape[1], shape[0])
-    reflected = dense_weight(weight, **draw_vectors("ether", "input", blocks, widths))
+    reflected = dense_weight(weight, *draw_vectors("ether", "input", blocks, widths))
     assert energy_change(weight, reflected) == pytest.approx(0, abs=1e-12)
     assert energy_change(weight, reflected, half_space=True) == pytest.approx(0, abs=1e-12)
     for sides in ("input", "both"):
-        relaxed = dense_weight(weight, **draw_vectors("ether_plus", sides, 1, widths))
+        relaxed = dense_weight(weight, *draw_vectors("ether_plus", sides, 1, widths))
         assert abs(energy_change(weight, relaxed)) > 1e-4
 
 
@@ -162,27 +163,27 @@ COMBINATIONS = [("ether", "input"), ("ether_plus", "input"), ("ether_plus", "bot
 def test_the_distance_of_a_weight_is_that_of_the_dense_definition(method, sides, shape, blocks, strength):
     weight = draw(*shape, seed=5)
     vectors = draw_vectors(method, sides, blocks, (shape[1], shape[0]))
-    wanted = (dense_weight(weight, **vectors, strength=strength) - weight).norm().item()
-    assert weight_distance(weight, **vectors, strength=strength) == pytest.approx(wanted, rel=1e-10, abs=1e-12)
+    wanted = (dense_weight(weight, *vectors, strength=strength) - weight).norm().item()
+    assert weight_distance(weight, vectors, strength) == pytest.approx(wanted, rel=1e-10, abs=1e-12)
 
 
 def test_a_reflection_moves_a_weight_by_twice_what_it_does_to_the_direction():
     weight, u = draw(6, 4), draw(1, 4, seed=1)
-    assert weight_distance(weight, u) == pytest.approx(2 * (weight @ (u[0] / u.norm())).norm().item())
+    assert weight_distance(weight, Vectors(u)) == pytest.approx(2 * (weight @ (u[0] / u.norm())).norm().item())
 
 
 def test_ether_plus_has_moved_by_nothing_at_its_start_and_by_little_near_it():
     weight, u = draw(12, 8), draw(2, 4, seed=1)
-    assert weight_distance(weight, u, -u) < 1e-13
+    assert weight_distance(weight, Vectors(u, -u)) < 1e-13
     near = -(u + 1e-9 * draw(2, 4, seed=2))
     wanted = (dense_weight(weight, u, near) - weight).norm().item()
-    assert weight_distance(weight, u, near) == pytest.approx(wanted, rel=1e-5) != 0
+    assert weight_distance(weight, Vectors(u, near)) == pytest.approx(wanted, rel=1e-5) != 0
 
 
 def test_float32_vectors_and_weights_are_measured_in_float64():
     weight, u = draw(6, 4).float(), draw(1, 4, seed=1).float()
     wanted = (dense_weight(weight, u) - weight.double()).norm().item()
-    assert weight_distance(weight.requires_grad_(), u.requires_grad_()) == pytest.approx(wanted, rel=1e-12)
+    assert weight_distance(weight.requires_grad_(), Vectors(u.requires_grad_())) == pytest.approx(wanted, rel=1e-12)
 
 
 def test_vectors_travel_by_the_angle_of_their_lines():

@@ -35,7 +35,7 @@ def test_speed_is_measured_for_every_method_and_drawn(tmp_path):
 
     table = call("inference.py", "--output_dir", tmp_path, "--rounds", 2)
     report = json.loads((tmp_path / "inference_cpu-small.json").read_text())
-    assert {"no adapter", "ETHER, unfused", "ETHER, fused", "ETHER, kept", "LoRA r=4, unfused"} <= set(report["step"])
+    assert {"no adapter", "ETHER, unfused", "ETHER, fused", "LoRA r=4, unfused"} <= set(report["step"])
     for calls in report["loading"].values():
         assert list(calls) == ["load", "activate", "fuse", "unfuse", "unload"]
         assert all(call["seconds"] > 0 and call["ratio"] > 0 for call in calls.values())

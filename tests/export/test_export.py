@@ -43,6 +43,7 @@ from ether_diffusion.export.lora import export_lora
 from ether_diffusion.export.lora_files import Factors, finish, gather_parts, write_kohya
 from ether_diffusion.export.merge import merge_adapters, open_adapted
 from ether_diffusion.export.names import kohya_place, stability_path
+from ether_diffusion.tuner.transforms import Adaptation, Vectors
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 CLIP = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
@@ -307,18 +308,16 @@ def test_a_stack_of_adapters_is_one_change_of_low_rank(shape):
     o, i, kernel = shape[0], shape[1], int(np.prod(shape[2:]))
     weight = torch.randn(shape)
     stack = [
-        {"u": torch.randn(2, i // 2), "strength": 0.3},
-        {"u": torch.randn(1, i), "v": torch.randn(1, i), "strength": 1.0},
-        {"u": torch.randn(2, i // 2), "v": torch.randn(2, i // 2), "u_out": torch.randn(2, o // 2)}
-        | {"v_out": torch.randn(2, o // 2), "strength": 0.8},
+        Adaptation(Vectors(torch.randn(2, i // 2)), 0.3),
+        Adaptation(Vectors(torch.randn(1, i), torch.randn(1, i)), 1.0),
+        Adaptation(Vectors(*(torch.randn(2, width // 2) for width in (i, i, o, o))), 0.8),
     ]
     for adapters, rank in ((stack[:1], 2 * kernel), (stack[1:2], 2 * kernel), (stack, (2 + 2 + 4) * kernel + 4)):
         exact = weight.double()
-        for arguments in adapters:
-            exact = dense_weight(exact, **arguments)
-        down, up = stacked_delta(
-            weight, [{k: v if k == "strength" else v.double() for k, v in a.items()} for a in adapters]
-        )
+        for vectors, strength in adapters:
+            exact = dense_weight(exact, *vectors, strength)
+        exactly = [Adaptation(vectors.map(torch.Tensor.double), strength) for vectors, strength in adapters]
+        down, up = stacked_delta(weight, exactly)
         assert len(down) == up.shape[1] == min(rank, o, i * kernel)
         assert torch.allclose((up @ down).view(shape), exact - weight, atol=1e-12)
 
@@ -327,14 +326,9 @@ def test_a_change_near_the_start_of_ether_plus_is_as_exact_as_any():
     """There v̂ ≈ −û: the terms of the change are ten thousand times as large as the change."""
     torch.manual_seed(0)
     weight, u, u_out = torch.randn(32, 48), torch.randn(1, 48), torch.randn(1, 32)
-    vectors = {
-        "u": u,
-        "v": -u + 1e-4 * torch.randn(1, 48),
-        "u_out": u_out,
-        "v_out": -u_out + 1e-4 * torch.randn(1, 32),
-    }
-    factors = stacked_delta(weight, [{name: vector.double() for name, vector in vectors.items()}])
-    exact = dense_weight(weight, **vectors) - weight
+    vectors = Vectors(u, -u + 1e-4 * torch.randn(1, 48), u_out, -u_out + 1e-4 * torch.randn(1, 32))
+    factors = stacked_delta(weight, [Adaptation(vectors.map(torch.Tensor.double))])
+    exact = dense_weight(weight, *vectors) - weight
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 1e-2)):
         down, up = (factor.to(dtype).double() for factor in factors)
         assert (up @ down - exact).norm() <= tolerance * exact.norm()
@@ -416,8 +410,9 @@ def test_without_conflict_exported_adapters_add_up_to_their_composition_and_with
     weight, u = torch.randn(6, 8).double(), torch.randn(1, 8).double()
     other = torch.randn(1, 8).double()
     for v, expected in ((other - (other @ u.T) / (u @ u.T) * u, 0.0), (u + 0.1 * other, None), (-3 * u, 1.0)):
-        found = alignment({"u": u, "strength": 1.0}, {"u": v, "strength": 1.0})
-        added = sum((up @ down for down, up in (stacked_delta(weight, [{"u": x}]) for x in (u, v))), start=weight)
+        found = alignment(Vectors(u), Vectors(v))
+        changes = [stacked_delta(weight, [Adaptation(Vectors(x))]) for x in (u, v)]
+        added = sum((up @ down for down, up in changes), start=weight)
         composed = dense_weight(dense_weight(weight, u), v)
         error = (added - composed).norm()
         assert expected is None or found == pytest.approx(expected, abs=1e-12)
@@ -427,12 +422,12 @@ def test_without_conflict_exported_adapters_add_up_to_their_composition_and_with
 
 def test_conflicts_look_at_every_direction_of_both_sides_and_at_any_blocks():
     e = torch.eye(4)
-    plus = {"u": e[:1], "v": e[1:2], "u_out": e[2:3], "v_out": e[3:]}
-    assert alignment(plus, {"u": e[2:3]}) == 0
-    assert alignment(plus, {"u": e[1:2]}) == 1
-    assert alignment({"u": e[2:3]}, {"u": e[:1], "u_out": e[2:3]}) == 0
-    assert alignment(plus, {"u": e[3:], "v": e[2:3], "u_out": e[3:], "v_out": e[:1]}) == 1
-    assert alignment({"u": torch.tensor([[3.0, 0.0], [0.0, 5.0]])}, {"u": e[3:]}) == 1
+    plus = Vectors(e[:1], e[1:2], e[2:3], e[3:])
+    assert alignment(plus, Vectors(e[2:3])) == 0
+    assert alignment(plus, Vectors(e[1:2])) == 1
+    assert alignment(Vectors(e[2:3]), Vectors(e[:1], u_out=e[2:3])) == 0
+    assert alignment(plus, Vectors(e[3:], e[2:3], e[3:], e[:1])) == 1
+    assert alignment(Vectors(torch.tensor([[3.0, 0.0], [0.0, 5.0]])), Vectors(e[3:])) == 1
 
 
 def test_the_report_tells_the_conflict_of_adapters_and_what_strengths_do(one, tiny_pipeline_folder, tmp_path):

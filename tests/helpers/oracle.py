@@ -6,6 +6,10 @@ Source: arXiv:2405.20271, equations 1 and 3, with block-diagonal matrices writte
 import torch
 from torch import Tensor
 
+from ether_diffusion.tuner.transforms import Vectors
+
+METHODS = ["ether", "ether_plus_one_sided", "ether_plus"]
+
 
 def unit(raw: Tensor) -> Tensor:
     return raw.double() / raw.double().norm(dim=-1, keepdim=True)
@@ -33,3 +37,11 @@ def dense_weight(weight, u, v=None, u_out=None, v_out=None, strength=1.0) -> Ten
     if u_out is not None:
         full = torch.einsum("po,oi...->pi...", dense(u_out, v_out), full)
     return w + strength * (full - w)
+
+
+def raw_vectors(method: str, shape: tuple[int, ...], n: int, dtype=torch.float64, trained=False) -> Vectors:
+    """Random vectors of a method, for a weight of a shape."""
+    generator = torch.Generator().manual_seed(0)
+    widths = [shape[1], shape[1], shape[0], shape[0]][: 2 ** METHODS.index(method)]
+    found = (3 * torch.randn(n, width // n, generator=generator, dtype=torch.float64) for width in widths)
+    return Vectors(*(vector.to(dtype).requires_grad_(trained) for vector in found))

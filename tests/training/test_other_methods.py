@@ -35,7 +35,7 @@ def stacked(*, ether_first: bool):
     outer, inner = model.linear, model.linear.base_layer
     ether, lora = (inner, outer) if ether_first else (outer, inner)
     vectors = ether.vectors("default")
-    return model, ether, lora, dense(vectors["u"], vectors["v"]), dense(vectors["u_out"], vectors["v_out"])
+    return model, ether, lora, *(dense(*side) for side in vectors.sides())
 
 
 @pytest.fixture
@@ -218,7 +218,7 @@ def test_layerwise_casting_stores_the_base_small_and_leaves_the_vectors(method):
     unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
     layers = [m for m in unet.modules() if isinstance(m, EtherLayer)]
     assert {layer.weight.dtype for layer in layers} == {torch.bfloat16}
-    assert {v.dtype for layer in layers for v in layer.vectors("default").values()} == {torch.float32}
+    assert {v.dtype for layer in layers for v in layer.vectors("default").named().values()} == {torch.float32}
     torch.testing.assert_close(answer(), full, rtol=0.1, atol=0.05)
 
 

@@ -30,7 +30,7 @@ def make(base: nn.Module, method="ether", sides="input", n=2, name="default") ->
 def oracle_weight(layer: EtherLayer, names: list[str]) -> torch.Tensor:
     weight = layer._pristine_weight()
     for name in names:
-        weight = dense_weight(weight, **layer.vectors(name), strength=layer.scaling[name])
+        weight = dense_weight(weight, *layer.vectors(name), layer.scaling[name])
     return weight
 
 
@@ -63,7 +63,7 @@ def test_forward_gradients_and_merge_follow_the_dense_definition(build, shape, m
     torch.testing.assert_close(result, expected)
 
     mask = torch.randn_like(result)
-    inputs = [x, *layer.vectors("default").values()]
+    inputs = [x, *layer.vectors("default").named().values()]
     ours, theirs = (torch.autograd.grad((y * mask).sum(), inputs) for y in (result, expected))
     for our, their in zip(ours, theirs, strict=True):
         torch.testing.assert_close(our, their)
@@ -196,7 +196,7 @@ def test_half_precision_layers_answer_in_half_precision_with_float32_vectors(dty
     half.get_base_layer().to(dtype)
     answer = half(x.to(dtype))
     assert answer.dtype == dtype
-    assert all(vector.dtype == torch.float32 for vector in half.vectors("default").values())
+    assert all(vector.dtype == torch.float32 for vector in half.vectors("default").named().values())
     assert F.cosine_similarity(answer.float().flatten(), exact.flatten(), dim=0) > 0.999
 
 
@@ -204,11 +204,11 @@ def test_half_precision_layers_answer_in_half_precision_with_float32_vectors(dty
 def test_casting_a_model_to_half_precision_leaves_the_vectors_in_float32(cast):
     model = nn.Sequential(make(nn.Linear(8, 8), "ether_plus", "both"))
     model(torch.randn(2, 8)).sum().backward()
-    before = {name: (v.detach().clone(), v.grad.clone()) for name, v in model[0].vectors("default").items()}
+    before = {name: (v.detach().clone(), v.grad.clone()) for name, v in model[0].vectors("default").named().items()}
     parameters = list(model[0].ether_u.values())
     cast(model)
     assert model[0].weight.dtype in (torch.float16, torch.bfloat16)
-    for name, vector in model[0].vectors("default").items():
+    for name, vector in model[0].vectors("default").named().items():
         assert torch.equal(vector, before[name][0]) and torch.equal(vector.grad, before[name][1])
     assert model[0].ether_u["default"] is parameters[0]  # an optimizer made before still trains it
     assert model.double()[0].ether_u["default"].dtype == torch.float64
@@ -222,7 +222,7 @@ def test_autocast_reflects_in_float32(method):
         answer = layer(x)
     assert answer.dtype == torch.bfloat16
     answer.float().square().sum().backward()
-    assert all(vector.grad.dtype == torch.float32 for vector in layer.vectors("default").values())
+    assert all(vector.grad.dtype == torch.float32 for vector in layer.vectors("default").named().values())
     torch.testing.assert_close(answer.float(), layer(x), rtol=0.05, atol=0.05)
 
 
@@ -230,7 +230,7 @@ def test_the_start_of_ether_is_a_unit_vector_and_that_of_ether_plus_the_identity
     for n in (1, 4):
         ether = EtherLinear(nn.Linear(8, 12), "default", EtherConfig(num_blocks=n))
         plus = EtherLinear(nn.Linear(8, 12), "default", EtherConfig(method="ether_plus", num_blocks=n))
-        for vector in (*ether.vectors("default").values(), *plus.vectors("default").values()):
+        for vector in (*ether.vectors("default").named().values(), *plus.vectors("default").named().values()):
             torch.testing.assert_close(vector.norm(dim=-1), torch.ones(n))
         x = torch.randn(3, 8)
         torch.testing.assert_close(plus(x), plus.base_layer(x), rtol=1e-5, atol=1e-5)

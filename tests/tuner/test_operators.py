@@ -3,29 +3,15 @@
 import pytest
 import torch
 import torch.utils.checkpoint
-from helpers.oracle import dense_weight
+from helpers.oracle import METHODS, dense, dense_weight, raw_vectors
 from torch import nn
 
 from ether_diffusion import EtherConfig
 from ether_diffusion.tuner.layer import EtherLinear
-from ether_diffusion.tuner.operators.dispatch import adapted_linear, adapted_weight, moved
-from ether_diffusion.tuner.transforms import displacement
+from ether_diffusion.tuner.operators import adapted_linear, adapted_weight, displacement
+from ether_diffusion.tuner.transforms import Vectors
 
-METHODS = {
-    "ether": ("u",),
-    "ether_plus_one_sided": ("u", "v"),
-    "ether_plus": ("u", "v", "u_out", "v_out"),
-}
 FORMS = ["weight", "low_rank"]
-
-
-def raw_vectors(method: str, inputs: int, outputs: int, n: int, dtype=torch.float64, seed=0) -> dict:
-    generator = torch.Generator().manual_seed(seed)
-    widths = {"u": inputs, "v": inputs, "u_out": outputs, "v_out": outputs}
-    return {
-        name: (2 * torch.randn(n, widths[name] // n, generator=generator, dtype=dtype)).requires_grad_()
-        for name in METHODS[method]
-    }
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -38,12 +24,12 @@ def test_values_and_gradients_are_those_of_the_dense_definition(form, method, n,
     weight = torch.randn(12, 8, dtype=torch.float64)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(12, dtype=torch.float64, requires_grad=True)
-    raw = raw_vectors(method, 8, 12, n)
-    ours = adapted_linear(x, weight, bias, **raw, strength=strength, form=form)
-    dense = x @ dense_weight(weight, **raw, strength=strength).T + bias
+    vectors = raw_vectors(method, (12, 8), n, trained=True)
+    ours = adapted_linear(x, weight, bias, vectors, strength, form)
+    dense = x @ dense_weight(weight, *vectors, strength=strength).T + bias
     torch.testing.assert_close(ours, dense)
     g = torch.randn_like(dense)
-    inputs = [x, bias, *raw.values()]
+    inputs = [x, bias, *vectors.named().values()]
     for our, their in zip(torch.autograd.grad(ours, inputs, g), torch.autograd.grad(dense, inputs, g), strict=True):
         torch.testing.assert_close(our, their)
 
@@ -54,33 +40,30 @@ def test_values_and_gradients_are_those_of_the_dense_definition(form, method, n,
 @pytest.mark.parametrize("shape", [(12, 8), (12, 8, 3, 1)])
 def test_the_adapted_weight_is_the_dense_definition(method, n, strength, shape):
     weight = torch.randn(shape, dtype=torch.float64)
-    raw = {name: vector.detach() for name, vector in raw_vectors(method, 8, 12, n).items()}
-    positions = weight.view(12, 8, -1).unbind(-1)  # of the kernel
-    dense = torch.stack([dense_weight(w, **raw, strength=strength) for w in positions], -1)
-    torch.testing.assert_close(adapted_weight(weight, **raw, strength=strength), dense.view(shape))
+    vectors = raw_vectors(method, shape, n)
+    torch.testing.assert_close(adapted_weight(weight, vectors, strength), dense_weight(weight, *vectors, strength))
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("n", [1, 2])
 def test_the_analytic_gradient_passes_gradcheck(form, method, n):
-    raw = raw_vectors(method, 4, 6, n)
+    vectors = raw_vectors(method, (6, 4), n, trained=True)
     x, weight = torch.randn(3, 4, dtype=torch.float64, requires_grad=True), torch.randn(6, 4, dtype=torch.float64)
 
-    def function(x, *vectors):
-        named = dict(zip(raw, vectors, strict=True))
-        return adapted_linear(x, weight, None, **named, strength=0.6, form=form)
+    def function(x, *raws):
+        return adapted_linear(x, weight, None, Vectors(*raws), 0.6, form)
 
-    assert torch.autograd.gradcheck(function, (x, *raw.values()))
+    assert torch.autograd.gradcheck(function, (x, *vectors.named().values()))
 
 
 @pytest.mark.parametrize("method", ["ether", "ether_plus_one_sided"])
 @pytest.mark.parametrize("n", [1, 3])
-def test_what_is_moved_is_the_displacement(method, n):
-    raw = raw_vectors(method, 6, 6, n)
+def test_the_displacement_is_the_dense_transform_less_the_identity(method, n):
+    u, v, *_ = raw_vectors(method, (6, 6), n, trained=True)
     x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(moved(x, **raw), displacement(x, **raw))
-    assert torch.autograd.gradcheck(lambda x, *vectors: moved(x, *vectors), (x, *raw.values()))
+    torch.testing.assert_close(displacement(x, u, v), x @ dense(u, v).T - x)
+    assert torch.autograd.gradcheck(displacement, (x, u) if v is None else (x, u, v))
 
 
 def adapted(base: nn.Module, method="ether_plus", n=1, seed=0) -> EtherLinear:
@@ -97,24 +80,26 @@ def adapted(base: nn.Module, method="ether_plus", n=1, seed=0) -> EtherLinear:
 @pytest.mark.parametrize("rows", [4, 512])
 def test_in_half_precision_no_form_errs_more_than_the_activation_side(form, method, n, dtype, rows):
     torch.manual_seed(0)
-    raw = {name: vector.detach().float() for name, vector in raw_vectors(method, 320, 640, n).items()}
+    vectors = raw_vectors(method, (640, 320), n, torch.float32)
     weight, x, bias = torch.randn(640, 320) / 18, torch.randn(rows, 320), torch.randn(640)
     weight, x, bias = (t.to(dtype) for t in (weight, x, bias))
-    exact = x.double() @ dense_weight(weight, **raw).T + bias.double()
-    z = (x + moved(x, raw["u"], raw.get("v"))).to(dtype) @ weight.T
-    activation_side = z + bias if "u_out" not in raw else (z + moved(z, raw["u_out"], raw["v_out"])).to(dtype) + bias
-    error = (adapted_linear(x, weight, bias, **raw, form=form).double() - exact).norm()
+    exact = x.double() @ dense_weight(weight, *vectors).T + bias.double()
+    z = (x + displacement(x, vectors.u, vectors.v)).to(dtype) @ weight.T
+    if vectors.u_out is not None:
+        z = (z + displacement(z, vectors.u_out, vectors.v_out)).to(dtype)
+    activation_side = z + bias
+    error = (adapted_linear(x, weight, bias, vectors, form=form).double() - exact).norm()
     assert error <= 1.02 * (activation_side.double() - exact).norm()
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_gradients_in_half_precision_are_float32_and_near_the_dense_definition(form, dtype):
-    raw = {k: v.detach().float().requires_grad_() for k, v in raw_vectors("ether_plus", 64, 96, 2).items()}
+    vectors = raw_vectors("ether_plus", (96, 64), 2, torch.float32, trained=True)
     weight, x = (torch.randn(96, 64) / 8).to(dtype), torch.randn(256, 64).to(dtype).requires_grad_()
     g = torch.randn(256, 96).to(dtype)
-    ours = torch.autograd.grad(adapted_linear(x, weight, None, **raw, form=form), [x, *raw.values()], g)
-    dense = torch.autograd.grad(x.double() @ dense_weight(weight, **raw).T, [x, *raw.values()], g.double())
+    ours = torch.autograd.grad(adapted_linear(x, weight, None, vectors, form=form), [x, *vectors], g)
+    dense = torch.autograd.grad(x.double() @ dense_weight(weight, *vectors).T, [x, *vectors], g.double())
     assert [grad.dtype for grad in ours] == [dtype] + [torch.float32] * 4
     for our, their in zip(ours, dense, strict=True):
         assert (our.double() - their.double()).norm() <= 0.01 * their.double().norm()
@@ -183,7 +168,7 @@ def test_autocast_gives_its_own_dtype_and_gradients_near_the_exact_ones(method, 
     torch.manual_seed(0)
     layer, x = adapted(nn.Linear(64, 96), method), torch.randn(rows, 64)
     exact = layer(x)
-    vectors = list(layer.vectors("default").values())
+    vectors = list(layer.vectors("default").named().values())
     theirs = torch.autograd.grad(exact.square().mean(), vectors)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
@@ -198,7 +183,7 @@ def test_autocast_gives_its_own_dtype_and_gradients_near_the_exact_ones(method, 
 @pytest.mark.parametrize("method", ["ether", "ether_plus"])
 def test_checkpointing_gives_the_same_gradients(method, reentrant):
     layer, x = adapted(nn.Linear(16, 24), method, n=2), torch.randn(40, 16, requires_grad=True)
-    inputs = [x, *layer.vectors("default").values()]
+    inputs = [x, *layer.vectors("default").named().values()]
     plain = torch.autograd.grad(layer(x).square().sum(), inputs)
     torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant).square().sum().backward()
     assert all(torch.equal(tensor.grad, grad) for tensor, grad in zip(inputs, plain, strict=True))
@@ -207,7 +192,7 @@ def test_checkpointing_gives_the_same_gradients(method, reentrant):
 @pytest.mark.parametrize("rows", [3, 200])
 def test_an_input_that_needs_no_gradient_changes_no_other(rows):
     layer, x = adapted(nn.Linear(16, 24), n=2), torch.randn(rows, 16)
-    vectors = list(layer.vectors("default").values())
+    vectors = list(layer.vectors("default").named().values())
     frozen = torch.autograd.grad(layer(x).square().sum(), vectors)
     free = torch.autograd.grad(layer(x.clone().requires_grad_()).square().sum(), vectors)
     assert all(torch.equal(a, b) for a, b in zip(frozen, free, strict=True))
@@ -217,11 +202,22 @@ def test_an_input_that_needs_no_gradient_changes_no_other(rows):
 @pytest.mark.parametrize("rows", [4, 256])
 def test_it_compiles_with_its_gradients_without_a_graph_break(method, rows):
     layer, x = adapted(nn.Linear(16, 24), method), torch.randn(rows, 16, requires_grad=True)
-    inputs = [x, *layer.vectors("default").values()]
+    inputs = [x, *layer.vectors("default").named().values()]
     plain = torch.autograd.grad(layer(x).square().sum(), inputs)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for our, their in zip(torch.autograd.grad(compiled(x).square().sum(), inputs), plain, strict=True):
         torch.testing.assert_close(our, their)
+
+
+@pytest.mark.parametrize("method", ["ether", "ether_plus"])
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("rows", [4, 256])
+def test_what_a_layer_answers_can_be_changed_in_place_as_a_linear_layers_can(method, n, rows):
+    layer, x = adapted(nn.Linear(16, 24), method, n), torch.randn(2, rows, 16)
+    vectors = list(layer.vectors("default").named().values())
+    expected = torch.autograd.grad((layer(x) + 1).square().sum(), vectors)
+    for ours, theirs in zip(torch.autograd.grad(layer(x).add_(1).square().sum(), vectors), expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_no_rows_are_no_trouble():

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from diffusers.hooks import apply_layerwise_casting
-from helpers.oracle import dense
+from helpers.oracle import dense_weight
 from peft import PeftModel, get_peft_model
 from torch import nn
 
@@ -94,14 +94,12 @@ def test_values_and_gradients_are_those_of_the_dequantised_weight(quantize, meth
     x = torch.randn(2, 7, 64, device=device, requires_grad=True)
     g = torch.randn(2, 7, 96, device=device)
 
-    adapted = weight @ dense(vectors["u"], vectors.get("v"))
-    if "u_out" in vectors:
-        adapted = dense(vectors["u_out"], vectors["v_out"]) @ adapted
+    adapted = dense_weight(weight, *vectors)
     expected, answer = x.double() @ adapted.T + bias, model(x)
     assert answer.dtype == torch.float32
     for ours, theirs in zip(
-        (answer, *torch.autograd.grad(answer, [x, *vectors.values()], g)),
-        (expected, *torch.autograd.grad(expected, [x, *vectors.values()], g.double())),
+        (answer, *torch.autograd.grad(answer, [x, *vectors.named().values()], g)),
+        (expected, *torch.autograd.grad(expected, [x, *vectors.named().values()], g.double())),
         strict=True,
     ):
         assert (ours - theirs).norm() <= KINDS[quantize] * theirs.norm()

@@ -1,4 +1,4 @@
-"""The operator of `operators.adapted_linear` for several blocks: terms of rank n, block rows kept as blocks.
+"""The operator for several blocks: terms of rank n, block rows kept as blocks.
 
 Axes: N rows of x, i inputs, o outputs, n blocks.
 """
@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from ether_diffusion.tuner.transforms import (
     Transform,
+    Vectors,
     accurate_dtype,
     add_along,
     gather,
@@ -33,9 +34,9 @@ class _Term(NamedTuple):
     on_input: bool  # the side of the raw vector: there its unit vectors are the blocks, on the other side are rows
 
 
-def _terms(weight: Tensor, raws: tuple[Tensor | None, ...], strength: float) -> list[_Term]:
+def _terms(weight: Tensor, vectors: Vectors, strength: float) -> list[_Term]:
     """The terms of W(α) − W, input side first. All in float32 (float64)."""
-    u, v, u_out, v_out = raws
+    u, v, u_out, v_out = vectors
     accurate = weight.to(torch.promote_types(accurate_dtype(weight.dtype), u.dtype))
     factors = (-2.0,) if v is None else (-1.0, 1.0)
     terms = []
@@ -84,39 +85,33 @@ def _updated(weight: Tensor, terms: list[_Term], dtype: torch.dtype) -> Tensor:
     return accurate.to(dtype)
 
 
-def adapted_by_blocks(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    u: Tensor,
-    v: Tensor | None,
-    u_out: Tensor | None,
-    v_out: Tensor | None,
-    strength: float,
-    low_rank: bool,
+def adapted_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, vectors: Vectors, strength: float, low_rank: bool
 ) -> tuple[Tensor, list[_Term], list[Tensor]]:
-    """y, and what its gradient needs: the terms, and on the low-rank side the products x Xᵀ."""
+    """y (..., o) for x (..., i), and what its gradient needs: the terms, and on the low-rank side x Xᵀ of each."""
     with torch.autocast(x.device.type, enabled=False):
-        terms = _terms(weight, (u, v, u_out, v_out), strength)
+        terms, flat = _terms(weight, vectors, strength), x.reshape(-1, x.shape[-1])  # (N, i)
         bias = None if bias is None else bias.to(x.dtype)
-        if not low_rank:
-            return F.linear(x, _updated(weight, terms, x.dtype), bias), terms, []
-        on_input = [term.on_input for term in terms]
-        products = _products(x, [term.x for term in terms], on_input)
-        y = F.linear(x, weight.to(x.dtype), bias)
-        y = _add(y, products, [t.g for t in terms], [not b for b in on_input], [t.factor for t in terms])
-        return y, terms, products
+        products = []
+        if low_rank:
+            on_input = [term.on_input for term in terms]
+            products = _products(flat, [term.x for term in terms], on_input)
+            y = F.linear(flat, weight.to(x.dtype), bias)
+            y = _add(y, products, [t.g for t in terms], [not b for b in on_input], [t.factor for t in terms])
+        else:
+            y = F.linear(flat, _updated(weight, terms, x.dtype), bias)
+    return y.view(*x.shape[:-1], len(weight)), terms, products
 
 
-class AdaptedByBlocks(torch.autograd.Function):
-    """(x, weight, bias, u, v, u_out, v_out, strength, low_rank) -> y; x is (N, i), raw vectors are (n, ·)."""
+class AdaptedLinear(torch.autograd.Function):
+    """The arguments of `adapted_linear`, the four vectors flat and last -> y."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, u, v, u_out, v_out, strength: float, low_rank: bool) -> Tensor:
-        y, terms, products = adapted_by_blocks(x, weight, bias, u, v, u_out, v_out, strength, low_rank)
+    def forward(ctx, x, weight, bias, strength: float, low_rank: bool, *vectors: Tensor | None) -> Tensor:
+        y, terms, products = adapted_linear(x, weight, bias, Vectors(*vectors), strength, low_rank)
         ctx.save_for_backward(x, weight, *(tensor for term in terms for tensor in term[:3]), *products)
         ctx.kinds, ctx.low_rank, ctx.strength = [term[3:] for term in terms], low_rank, strength
-        return y
+        return y.detach()  # as no view: PyTorch forbids to change a view that was made here in place
 
     @staticmethod
     @once_differentiable
@@ -128,7 +123,8 @@ class AdaptedByBlocks(torch.autograd.Function):
         off_input = [not b for b in on_input]
         gx = grad_bias = None
         grads: list[Tensor | None] = [None] * 4
-        trained = any(ctx.needs_input_grad[3:7])
+        trained = any(ctx.needs_input_grad[5:])
+        shape, x, g = x.shape, x.reshape(-1, x.shape[-1]), g.reshape(-1, len(weight))  # (N, i), (N, o)
         with torch.autocast(x.device.type, enabled=False):
             if trained or ctx.low_rank:
                 products_g = _products(g, [term.g for term in terms], off_input)  # g·Gᵀ, (N, n) each
@@ -138,6 +134,7 @@ class AdaptedByBlocks(torch.autograd.Function):
                     gx = _add(g @ weight.to(g.dtype), products_g, [t.x for t in terms], on_input, factors)
                 else:
                     gx = g @ _updated(weight, terms, g.dtype)
+                gx = gx.view(shape)
             if ctx.needs_input_grad[2]:
                 grad_bias = g.sum(0)
             if trained:
@@ -146,7 +143,7 @@ class AdaptedByBlocks(torch.autograd.Function):
                 of_input = [grad for grad, b in zip(found, on_input, strict=True) if b]
                 of_output = [grad for grad, b in zip(found, on_input, strict=True) if not b]
                 grads[: len(of_input)], grads[2 : 2 + len(of_output)] = of_input, of_output
-        return gx, None, grad_bias, *grads, None, None
+        return gx, None, grad_bias, None, None, *grads
 
 
 def _vector_gradients(

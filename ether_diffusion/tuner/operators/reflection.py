@@ -1,4 +1,4 @@
-"""The operator of `operators.adapted_linear` for the plainest case, ETHER on the input side with one block.
+"""The operator for the plainest case: ETHER in a single block.
 
 W(α) = W − 2α (Wû) ûᵀ is one rank-1 update, and everything but x, y and W is a vector. Small layers wait for the number
 of steps, not for the sums, so that this case has as few as there can be.
@@ -14,16 +14,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ether_diffusion.tuner.operators.single_block import dot_any, sum_any, without_autocast
-from ether_diffusion.tuner.transforms import accurate_dtype, normalize_backward, unit_and_length
+from ether_diffusion.tuner.transforms import Vectors, accurate_dtype, normalize_backward, unit_and_length
 
 
-def reflected(
-    x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, strength: float, low_rank: bool
+def adapted_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, vectors: Vectors, strength: float, low_rank: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """y (..., o) for x (..., i) and u (1, i); and what its gradient needs: û, |u|, Wû, on the low-rank side x·û."""
     with without_autocast(x.device.type):
-        accurate = weight.to(torch.promote_types(accurate_dtype(weight.dtype), u.dtype))
-        unit, length = unit_and_length(u[0])  # (i,), (1,)
+        accurate = weight.to(torch.promote_types(accurate_dtype(weight.dtype), vectors.u.dtype))
+        unit, length = unit_and_length(vectors.u[0])  # (i,), (1,)
         along = torch.mv(accurate, unit)  # (o,)
         bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
         if not low_rank:
@@ -35,21 +35,21 @@ def reflected(
         return y, unit, length, along, products
 
 
-class Reflected(torch.autograd.Function):
-    """(x, weight, bias, u, strength, low_rank) -> y; x is (..., i), u is (1, i)."""
+class AdaptedLinear(torch.autograd.Function):
+    """The arguments of `adapted_linear`, the four vectors flat and last -> y."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, u, strength: float, low_rank: bool) -> Tensor:
-        y, *saved = reflected(x, weight, bias, u, strength, low_rank)
+    def forward(ctx, x, weight, bias, strength: float, low_rank: bool, *vectors: Tensor | None) -> Tensor:
+        y, *saved = adapted_linear(x, weight, bias, Vectors(*vectors), strength, low_rank)
         ctx.save_for_backward(x, weight, *saved)
         ctx.factor = -2 * strength
-        return y
+        return y.detach()  # as no view: PyTorch forbids to change a view that was made here in place
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, unit, length, along, products = ctx.saved_tensors
-        shape, low_rank, trained = x.shape, products is not None, ctx.needs_input_grad[3]
+        shape, low_rank, trained = x.shape, products is not None, ctx.needs_input_grad[5]
         x, g = x.reshape(-1, len(unit)), g.reshape(-1, len(along))  # (N, i), (N, o)
         gx = grad_bias = grad_u = None
         with without_autocast(x.device.type):
@@ -67,7 +67,7 @@ class Reflected(torch.autograd.Function):
                 products = _project(x, unit) if products is None else products
                 grad = torch.addmv(_gather(x, products_g), weight.to(unit.dtype).T, _gather(g, products))
                 grad_u = normalize_backward(unit, length, grad).mul_(ctx.factor).unsqueeze(0)
-        return gx, None, grad_bias, grad_u, None, None
+        return gx, None, grad_bias, None, None, grad_u, None, None, None
 
 
 def _project(a: Tensor, vector: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The operator of `operators.adapted_linear` for one block: every term is of rank 1, and all are handled together.
+"""The operator for a single block: every term is of rank 1, and all are handled together.
 
 With the terms' rows stacked, W(α) = W + Σ_k f_k g_k x_kᵀ: X (r, i) = û, v̂, then H Wᵀũ, H Wᵀṽ; G (r, o) = Wû, Wv̂,
 then ũ, ṽ. r is 4 for two-sided ETHER+; one-sided ETHER has an operator of its own. On a CPU a product of few rows with
@@ -17,25 +17,27 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ether_diffusion.tuner.transforms import accurate_dtype, normalize_backward, unit_and_length
+from ether_diffusion.tuner.transforms import Vectors, accurate_dtype, normalize_backward, unit_and_length
 
 
-class AdaptedWhole(torch.autograd.Function):
-    """(x, weight, bias, u, v, u_out, v_out, strength, low_rank) -> y; x is (N, i), raw vectors are (1, ·)."""
+class AdaptedLinear(torch.autograd.Function):
+    """The arguments of `adapted_linear`, the four vectors flat and last -> y."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, u, v, u_out, v_out, strength: float, low_rank: bool) -> Tensor:
-        y, *saved = adapted_whole(x, weight, bias, u, v, u_out, v_out, strength, low_rank)
+    def forward(ctx, x, weight, bias, strength: float, low_rank: bool, *vectors: Tensor | None) -> Tensor:
+        vectors = Vectors(*vectors)
+        y, *saved = adapted_linear(x, weight, bias, vectors, strength, low_rank)
         ctx.save_for_backward(x, weight, *saved)
-        ctx.factors = _factors(1 if v is None else 2, strength)
-        return y
+        ctx.factors = _factors(1 if vectors.v is None else 2, strength)
+        return y.detach()  # as no view: PyTorch forbids to change a view that was made here in place
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rows_x, rows_g, lengths, lengths_out, products = ctx.saved_tensors
         factors, m, low_rank = ctx.factors, len(ctx.factors), products is not None
-        trained = any(ctx.needs_input_grad[3:7])
+        trained = any(ctx.needs_input_grad[5:])
+        shape, x, g = x.shape, x.reshape(-1, x.shape[-1]), g.reshape(-1, len(weight))  # (N, i), (N, o)
         gx = grad_bias = None
         grads: list[Tensor | None] = [None] * 4
         with without_autocast(x.device.type):
@@ -45,6 +47,7 @@ class AdaptedWhole(torch.autograd.Function):
                     gx = _add_terms_(g @ weight.to(g.dtype), products_g, rows_x, factors)
                 else:
                     gx = g @ _add_terms(weight.to(rows_x.dtype), rows_g, rows_x, factors).to(g.dtype)
+                gx = gx.view(shape)
             if ctx.needs_input_grad[2]:
                 grad_bias = g.sum(0)
             if trained:
@@ -61,22 +64,19 @@ class AdaptedWhole(torch.autograd.Function):
                     outer = sums_g[m:] + _dot(_transform(sums_x[m:], units), accurate.T)
                     grads[2:] = _raw_gradients(units_out, lengths_out, outer, factors)
                 grads[:2] = _raw_gradients(rows_x[:m], lengths, grads_u, factors)
-        return gx, None, grad_bias, *grads, None, None
+        return gx, None, grad_bias, None, None, *grads
 
 
-def adapted_weight_whole(
-    weight: Tensor, u: Tensor, v: Tensor | None, u_out: Tensor | None, v_out: Tensor | None, strength: float
-) -> Tensor:
+def adapted_weight(weight: Tensor, vectors: Vectors, strength: float) -> Tensor:
     """W(α) for one block, (o, i) in float32 (float64), written once."""
     with without_autocast(weight.device.type):
-        accurate, rows_x, rows_g, *_ = _terms(weight, u, v, u_out, v_out)
-        return _add_terms(accurate, rows_g, rows_x, _factors(1 if v is None else 2, strength))
+        accurate, rows_x, rows_g, *_ = _terms(weight, vectors)
+        return _add_terms(accurate, rows_g, rows_x, _factors(1 if vectors.v is None else 2, strength))
 
 
-def _terms(
-    weight: Tensor, u: Tensor, v: Tensor | None, u_out: Tensor | None, v_out: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+def _terms(weight: Tensor, vectors: Vectors) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """W in float32 (float64), X (r, i), G (r, o), and the lengths of the raw vectors of both sides."""
+    u, v, u_out, v_out = vectors
     accurate = weight.to(torch.promote_types(accurate_dtype(weight.dtype), u.dtype))
     units, lengths = unit_and_length(u if v is None else torch.cat((u, v)))
     rows_x, rows_g = units, _dot(units, accurate.T)
@@ -87,29 +87,21 @@ def _terms(
     return accurate, rows_x, torch.cat((rows_g, units_out)), lengths, lengths_out
 
 
-def adapted_whole(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    u: Tensor,
-    v: Tensor | None,
-    u_out: Tensor | None,
-    v_out: Tensor | None,
-    strength: float,
-    low_rank: bool,
+def adapted_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, vectors: Vectors, strength: float, low_rank: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """y, and what its gradient needs: X, G, the raw vectors' lengths on both sides, X xᵀ on the low-rank side."""
+    """y (..., o) for x (..., i), and what its gradient needs: X, G, the raw vectors' lengths, on the low-rank side X xᵀ."""
     with without_autocast(x.device.type):
-        accurate, rows_x, rows_g, lengths, lengths_out = _terms(weight, u, v, u_out, v_out)
-        factors = _factors(1 if v is None else 2, strength)
-        products = None
+        accurate, rows_x, rows_g, lengths, lengths_out = _terms(weight, vectors)
+        factors = _factors(1 if vectors.v is None else 2, strength)
+        products, flat = None, x.reshape(-1, x.shape[-1])  # (N, i)
         bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
         if low_rank:
-            products = dot_any(rows_x, x)  # (r, N)
-            y = _add_terms_(F.linear(x, weight.to(x.dtype), bias), products, rows_g, factors)
+            products = dot_any(rows_x, flat)  # (r, N)
+            y = _add_terms_(F.linear(flat, weight.to(x.dtype), bias), products, rows_g, factors)
         else:
-            y = F.linear(x, _add_terms(accurate, rows_g, rows_x, factors).to(x.dtype), bias)
-    return y, rows_x, rows_g, lengths, lengths_out, products
+            y = F.linear(flat, _add_terms(accurate, rows_g, rows_x, factors).to(x.dtype), bias)
+    return y.view(*x.shape[:-1], len(weight)), rows_x, rows_g, lengths, lengths_out, products
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:
