@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from helpers.lora import ATTENTION, CLIP, save_adapter
 from helpers.pipelines import adapt
 from helpers.scripts import reset_accelerate
 from helpers.tiny import make_pipeline, make_tokenizer
@@ -54,6 +55,13 @@ def tiny_pipeline(tiny_pipeline_folder) -> StableDiffusionPipeline:
 def trained(request, tiny_pipeline) -> StableDiffusionPipeline:
     """The tiny pipeline with an adapter of each method, called "default", on its denoiser and its text encoder."""
     return adapt(tiny_pipeline, request.param, num_blocks=2)
+
+
+@pytest.fixture(scope="session")
+def one(tmp_path_factory, tiny_pipeline_folder) -> Path:
+    """An ETHER adapter of the tiny Stable Diffusion pipeline."""
+    targets = {"unet": ATTENTION, "text_encoder": CLIP[:4]}
+    return save_adapter(tmp_path_factory.mktemp("one"), tiny_pipeline_folder, "dog", targets, 1)
 
 
 @pytest.fixture(scope="session")
