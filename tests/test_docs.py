@@ -15,7 +15,7 @@ from ether_diffusion.training.options.command_line import option, parse_options
 from ether_diffusion.training.options.groups import AdapterOptions, OptimizationOptions
 
 SCRIPTS = [DREAMBOOTH, *ROOT.glob("train_controlnet_ether.py")]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 LAUNCHERS = ("accelerate", "torchrun", "python")
 SHELL = re.compile(r"[|&;]|&&|\|\||\d?>{1,2}(&\d)?")
 
@@ -131,3 +131,17 @@ def test_links_lead_to_files_and_headings(page):
             headings = re.findall(r"^#+ (.*)$", target.read_text("utf-8"), re.MULTILINE)
             slugs = [re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings]
             assert heading in slugs, f"{page.name} links to {link}; the headings are {slugs}"
+
+
+def test_files_named_in_the_guide_for_contributors_are_there():
+    guide = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    named = set(re.findall(r"`(\w[\w/]*/(?:\w+\.(?:py|md))?)`", guide))
+    assert len(named) > 30
+    missing = [name for name in named if not ((ROOT / name).exists() or any((ROOT / "ether_diffusion").rglob(name)))]
+    assert not missing, f"CONTRIBUTING.md names {sorted(missing)}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_lines_are_not_longer_than_119_columns(page):
+    lines = page.read_text("utf-8").splitlines()
+    assert [line for line in lines if len(line) > 119 and not line.startswith("|")] == []
