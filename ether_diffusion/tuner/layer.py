@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ether_diffusion.tuner.base_layer import PLAIN_DTYPES, computes_as_written, offload_hook
+from ether_diffusion.tuner.base_layer import computes_as_written, offload_hook
 from ether_diffusion.tuner.config import EtherConfig
-from ether_diffusion.tuner.operators import adapted_linear, adapted_weight, displacement
-from ether_diffusion.tuner.transforms import Adaptation, Vectors, low_rank_delta
+from ether_diffusion.tuner.merging import MergingLayer
+from ether_diffusion.tuner.operators import adapted_linear, displacement
+from ether_diffusion.tuner.transforms import Vectors
 
 NO_MIXED_BATCHES = "ETHER does not mix adapters within a batch (adapter_names): set one with set_adapter"
 
@@ -23,7 +22,7 @@ def divisors(number: int) -> list[int]:
     return [k for k in range(1, number + 1) if number % k == 0]
 
 
-class EtherLayer(BaseTunerLayer):
+class EtherLayer(MergingLayer):
     """An adapted layer: y = f_j(x) over the active adapters in the order of their activation, on a frozen base f_0.
 
     f_j(x) = (1 − α) f_{j−1}(x) + α H̃ f_{j−1}(Hx), the bias left as it is; so the weights compose to `W H_1 H_2 …`.
@@ -55,11 +54,8 @@ class EtherLayer(BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.in_features, self.out_features = self._features(self.get_base_layer(), layer_name)
         self._disable_adapters = False
-        self.merged_adapters = []
         self.cast_input_dtype_enabled = True
-        self._unmerged_weight: Tensor | Callable[[], Tensor] | None = None  # or what brings it
-        self.merged_adaptations: dict[str, Adaptation] = {}  # as they were when merged
-        self._written: int | None = None  # `_checksum` of the weight as it was merged, where it is nothing but that
+        self._start_unmerged()
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, layer_name, vectors)
 
@@ -194,126 +190,6 @@ class EtherLayer(BaseTunerLayer):
     def lora_B(self) -> dict:
         return {}
 
-    # The adapted weight ---------------------------------------------------------------------------------------
-
-    def adapted_weight(self, adapter_names: list[str]) -> Tensor:
-        """The base weight as it is unmerged, under the named adapters, one after the other, at their present strength.
-
-        Shape and dtype of the weight; rounded once, at the end.
-        """
-        return self._adapted([self._adaptation(name) for name in self._own(adapter_names)])
-
-    def _adaptation(self, adapter_name: str) -> Adaptation:
-        """What an adapter does now to the weight: copies, on the device of the unmerged weight."""
-        device = self._plain_weight().device
-        vectors = self.vectors(adapter_name).map(lambda vector: vector.to(device, copy=True))
-        return Adaptation(vectors, self.scaling[adapter_name])
-
-    def _adapted(self, adaptations: Iterable[Adaptation]) -> Tensor:
-        base = self._plain_weight()
-        accurate = base if base.dtype == torch.float64 else base.float()
-        for adaptation in adaptations:
-            accurate = adapted_weight(accurate, *adaptation)
-        return base if accurate is base else accurate.to(base.dtype)
-
-    def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """W(α) − W of one adapter alone on the base weight, in the shape of the weight; float32 (float64)."""
-        base = self._plain_weight()
-        down, up = self.low_rank_delta(adapter_name)
-        return (up @ down).view(base.shape)
-
-    def low_rank_delta(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """Factors (A, B) of `get_delta_weight`, flattened to (o, i·k): see `functional.low_rank_delta`."""
-        return low_rank_delta(self._plain_weight(), *self._adaptation(adapter_name))
-
-    def _pristine_weight(self) -> Tensor:
-        kept = self._unmerged_weight
-        return self.weight.data if kept is None else kept() if callable(kept) else kept
-
-    def _plain_weight(self) -> Tensor:
-        """The weight below, as it is without ETHER, where it can be read and written as it is.
-
-        Raises:
-            ValueError: the weight is quantised, or elsewhere (on the meta device).
-        """
-        weight = self._pristine_weight()
-        if type(weight) is not Tensor or weight.dtype not in PLAIN_DTYPES or weight.device.type == "meta":
-            raise ValueError(
-                f"the weight of {type(self.get_base_layer()).__name__} is no plain floating-point tensor here "
-                f"({type(weight).__name__} of {weight.dtype} on {weight.device}): ETHER runs over such a layer, but "
-                "merging and export need a base model that is neither quantised nor offloaded"
-            )
-        return weight
-
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write the adapted weight into the base layer; keeps the old weight, so that `unmerge` is exact.
-
-        Costs one more copy of the weight while merged. A LoRA over this layer has to be merged after it: merged
-        before, it becomes a part of what is reflected.
-
-        Args:
-            safe_merge: check the result for NaN and infinity before anything changes.
-            adapter_names: default: the active ones.
-
-        Raises:
-            ValueError: the result is not finite (`safe_merge`), the weight is quantised or offloaded, or another
-                method's adapter lies between this one and the weight and is not merged.
-        """
-        names = self._own(check_adapters_to_merge(self, adapter_names))
-        if not names:
-            return
-        inner = self.base_layer
-        if isinstance(inner, BaseTunerLayer) and not inner.merged and inner._get_available_adapters():
-            raise ValueError(
-                f"a {type(inner).__name__} with unmerged adapters lies below this ETHER layer: merging into the "
-                "weight would drop it; merge or delete it first"
-            )
-        weight, pristine = self.get_base_layer().weight, self._plain_weight()
-        adaptations = self.merged_adaptations | {name: self._adaptation(name) for name in names}
-        merged = self._adapted(adaptations.values()).to(weight.device, weight.dtype)
-        added = self._added_since_merging() if self.merged else None
-        if added is not None:
-            merged = (merged + added).to(weight.dtype)
-        if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(f"NaN or infinity in the merged weight: adapter {', '.join(names)} seems to be broken")
-        self._unmerged_weight = pristine if self._unmerged_weight is None else self._unmerged_weight
-        self.merged_adaptations = adaptations
-        weight.data = merged.contiguous() if merged is not pristine else merged.clone()
-        self._written = _checksum(weight.data) if added is None else None
-        self.merged_adapters.extend(names)
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put the weight back as it was before the first merge, bit for bit.
-
-        What another method has merged into the weight since, a LoRA over this layer, stays in it (to rounding).
-        """
-        if not self.merged:
-            warnings.warn("nothing is merged, so there is nothing to unmerge", stacklevel=2)
-            return
-        self.get_base_layer().weight.data = self._weight_without_merged()
-        self._unmerged_weight = None
-        self.merged_adapters.clear()
-        self.merged_adaptations = {}
-
-    def _weight_without_merged(self) -> Tensor:
-        weight = self.get_base_layer().weight
-        pristine, added = self._pristine_weight().to(weight.device, weight.dtype), self._added_since_merging()
-        return pristine if added is None else (pristine + added).to(weight.dtype)
-
-    def _added_since_merging(self) -> Tensor | None:
-        """What the weight has besides that which `merge` wrote, if anything; float32 (float64)."""
-        weight = self.get_base_layer().weight.data
-        if _checksum(weight) == self._written:
-            return None
-        written = self._adapted(self.merged_adaptations.values()).to(weight.device, weight.dtype)
-        same = (weight == written) | ~torch.isfinite(written)
-        if same.all():
-            return None
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        return torch.where(same, 0, weight.to(dtype) - written.to(dtype))
-
     # Forward --------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -325,22 +201,8 @@ class EtherLayer(BaseTunerLayer):
         if "adapter_names" in kwargs:
             raise ValueError(NO_MIXED_BATCHES)
         if self.merged:
-            if self.disable_adapters:
-                weight = self._weight_without_merged()
-                return torch.func.functional_call(self.get_base_layer(), {"weight": weight}, (x, *args), kwargs)
-            self._refuse_adapters_below()
-            return self.base_layer(x, *args, **kwargs)
+            return self._merged_output(x, args, kwargs)
         return self._adapted_output(x, self.acting_adapters, args, kwargs)
-
-    def _refuse_adapters_below(self) -> None:
-        """Merged, this layer cannot act on what an unmerged adapter below it, activated since, adds to the weight."""
-        inner = self.base_layer
-        if isinstance(inner, BaseTunerLayer) and not inner.merged and not inner.disable_adapters:
-            if acting := set(inner.active_adapters) & set(inner._get_available_adapters()):
-                raise ValueError(
-                    f"{', '.join(sorted(acting))}, loaded before the ETHER adapter that is fused, has become active "
-                    "since, and fused ETHER cannot reflect it: call unfuse_ether first"
-                )
 
     def _adapted_output(self, x: Tensor, names: list[str], args: tuple, kwargs: dict) -> Tensor:
         """f_j(x): one operator over a plain linear layer; else, what goes in and what comes out is reflected."""
@@ -380,12 +242,6 @@ class EtherLayer(BaseTunerLayer):
 
     def __repr__(self) -> str:
         return f"ether.{super().__repr__()}"
-
-
-def _checksum(weight: Tensor) -> int:
-    """The sum of the bits of a tensor, read as integers: one pass, where making the merged weight again takes many."""
-    flat = weight.contiguous().view(-1)
-    return int(flat.view(torch.int64 if weight.nbytes % 8 == 0 else torch.uint8).sum())
 
 
 def _present(vectors: nn.ParameterDict, adapter_name: str) -> Tensor | None:

@@ -90,7 +90,7 @@ def _terms(weight: Tensor, vectors: Vectors) -> tuple[Tensor, Tensor, Tensor, Te
 def adapted_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, vectors: Vectors, strength: float, low_rank: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """y (..., o) for x (..., i), and what its gradient needs: X, G, the raw vectors' lengths, on the low-rank side X xᵀ."""
+    """y (..., o) for x (..., i), and what its gradient needs: X, G, the lengths of raw vectors, low-rank: X xᵀ."""
     with without_autocast(x.device.type):
         accurate, rows_x, rows_g, lengths, lengths_out = _terms(weight, vectors)
         factors = _factors(1 if vectors.v is None else 2, strength)
