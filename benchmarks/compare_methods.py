@@ -34,7 +34,7 @@ from ether_diffusion.miniature.quickstart import OTHER_PROMPTS
 from ether_diffusion.training import dreambooth
 from ether_diffusion.training.methods.configs import TITLES
 from ether_diffusion.training.objectives import denoising_loss
-from ether_diffusion.training.options.groups import DEFAULT_STEPS, LEARNING_RATES, METHODS, ValidationOptions
+from ether_diffusion.training.options import DEFAULT_STEPS, LEARNING_RATES, METHODS, ValidationOptions
 from ether_diffusion.training.preview import generate
 
 SIDE = 64  # of the miniature's images, in pixels

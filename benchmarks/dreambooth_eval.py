@@ -52,7 +52,7 @@ from ether_diffusion.miniature import FOLDER
 from ether_diffusion.miniature.quickstart import OTHER_PROMPTS, SETTINGS
 from ether_diffusion.training import dreambooth
 from ether_diffusion.training.data.views import center_cut
-from ether_diffusion.training.options.groups import DEFAULT_METHOD, LEARNING_RATES, METHODS, ValidationOptions
+from ether_diffusion.training.options import DEFAULT_METHOD, LEARNING_RATES, METHODS, ValidationOptions
 from ether_diffusion.training.preview import generate
 
 IDENTIFIER = "sks"

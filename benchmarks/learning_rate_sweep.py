@@ -30,7 +30,7 @@ from ether_diffusion.training.methods.configs import configs_of, read_method
 from ether_diffusion.training.methods.injection import add_adapters
 from ether_diffusion.training.objectives import DreamBoothObjective, denoising_loss
 from ether_diffusion.training.optimizers import parameter_groups
-from ether_diffusion.training.options.groups import ETHER_METHODS, METHODS, AdapterOptions, OptimizationOptions
+from ether_diffusion.training.options import ETHER_METHODS, METHODS, AdapterOptions, OptimizationOptions
 
 
 def measure(pipe: DiffusionPipeline, subject: Subject) -> tuple[float, float]:

@@ -17,7 +17,7 @@ from ether_diffusion.demo.library import IMAGE_NAME
 from ether_diffusion.errors import InputError
 from ether_diffusion.training.data.examples import TrainingImages, find_examples
 from ether_diffusion.training.objectives import DreamBoothObjective
-from ether_diffusion.training.options.groups import (
+from ether_diffusion.training.options import (
     AdapterOptions,
     InstanceDataOptions,
     ModelOptions,

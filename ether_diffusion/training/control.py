@@ -42,8 +42,8 @@ from ether_diffusion.training.methods.configs import configs_of, loading_code, s
 from ether_diffusion.training.methods.injection import ADAPTER_NAME, Configs, add_adapters, dry_run
 from ether_diffusion.training.objectives import DenoisingObjective, ImageSet
 from ether_diffusion.training.optimizers import parameter_groups
-from ether_diffusion.training.options.control import CONTROL_LEARNING_RATE, NO_METHOD, ControlTrainingOptions
-from ether_diffusion.training.options.control import ControlTrainingOptions as Options
+from ether_diffusion.training.options import CONTROL_LEARNING_RATE, NO_METHOD, ControlTrainingOptions
+from ether_diffusion.training.options import ControlTrainingOptions as Options
 from ether_diffusion.training.run import TrainingRun
 
 WHOLE_MODULES = ("controlnet_down_blocks", "controlnet_mid_block", "controlnet_cond_embedding")

@@ -12,7 +12,7 @@ from torch import nn
 from ether_diffusion.images import image_grid
 from ether_diffusion.training.control_objectives import CONTROLNET
 from ether_diffusion.training.families import Family
-from ether_diffusion.training.options.control import ControlValidationOptions
+from ether_diffusion.training.options import ControlValidationOptions
 from ether_diffusion.training.preview import Preview, generate
 
 

@@ -20,7 +20,7 @@ from ether_diffusion.training.data.examples import TrainingImages, examples_of, 
 from ether_diffusion.training.entry import run_script
 from ether_diffusion.training.loop import TrainingResult
 from ether_diffusion.training.objectives import DreamBoothObjective
-from ether_diffusion.training.options.groups import InstanceDataOptions, PriorOptions, TrainingOptions
+from ether_diffusion.training.options import InstanceDataOptions, PriorOptions, TrainingOptions
 from ether_diffusion.training.run import TrainingRun
 
 

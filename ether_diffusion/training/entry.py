@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from ether_diffusion.errors import InputError
 from ether_diffusion.training.checkpoints import Interrupted
-from ether_diffusion.training.options.command_line import parse_options
+from ether_diffusion.training.options import parse_options
 
 logger = logging.getLogger(__name__)
 

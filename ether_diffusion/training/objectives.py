@@ -17,7 +17,7 @@ from ether_diffusion.training.data.examples import TrainingImages
 from ether_diffusion.training.data.views import Framing, View, center_cut, center_view, frame
 from ether_diffusion.training.families import Family, family_of
 from ether_diffusion.training.families.base import Conditioning
-from ether_diffusion.training.options.groups import PerformanceOptions
+from ether_diffusion.training.options import PerformanceOptions
 from ether_diffusion.training.seeds import derive, generator
 
 _KEPT_VIEWS = 512

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ether_diffusion.images import image_grid
 from ether_diffusion.training.families import Family
-from ether_diffusion.training.options.groups import ValidationOptions
+from ether_diffusion.training.options import ValidationOptions
 from ether_diffusion.training.trackers import log_images
 
 

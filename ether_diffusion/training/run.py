@@ -22,8 +22,7 @@ from ether_diffusion.training.loop import WEIGHT_DTYPES, TrainingResult, check_o
 from ether_diffusion.training.methods.configs import configs_of, loading_code, read_method, save_trained
 from ether_diffusion.training.methods.injection import Configs, add_adapters, dry_run
 from ether_diffusion.training.optimizers import check_optimizer, check_schedule, parameter_groups
-from ether_diffusion.training.options.command_line import binding, flatten
-from ether_diffusion.training.options.groups import TrainingOptions
+from ether_diffusion.training.options import TrainingOptions, binding, flatten
 from ether_diffusion.training.preview import Preview, is_due
 
 VALIDATION_FOLDER = "validation"

@@ -33,8 +33,7 @@ from ether_diffusion.adapters.schema import WEIGHTS_NAME
 from ether_diffusion.control.encoder import ControlEncoder
 from ether_diffusion.training import control
 from ether_diffusion.training.control import ControlRun
-from ether_diffusion.training.options.command_line import parse_options
-from ether_diffusion.training.options.control import CONTROL_STEPS, ControlValidationOptions
+from ether_diffusion.training.options import CONTROL_STEPS, ControlValidationOptions, parse_options
 
 STEP = 1 / 255
 

@@ -17,7 +17,7 @@ from ether_diffusion.errors import InputError
 from ether_diffusion.images import find_images, read_image, to_pixels
 from ether_diffusion.training.data.examples import TrainingImages, examples_of, find_examples
 from ether_diffusion.training.data.views import View, center_cut, crop_size, frame, nearest_target, shrunk_size
-from ether_diffusion.training.options.groups import InstanceDataOptions
+from ether_diffusion.training.options import InstanceDataOptions
 
 
 def gradient(width=40, height=30) -> Image.Image:

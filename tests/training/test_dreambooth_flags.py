@@ -24,7 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import ether_diffusion  # noqa: F401  (gives pipelines their *_ether_* methods)
 from ether_diffusion.training import dreambooth
 from ether_diffusion.training.families import StableDiffusion
-from ether_diffusion.training.options.groups import METHODS
+from ether_diffusion.training.options import METHODS
 
 
 def same(one: Path, two: Path) -> bool:

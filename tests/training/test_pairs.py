@@ -14,7 +14,7 @@ from PIL import Image
 
 from ether_diffusion.errors import InputError
 from ether_diffusion.training.data.pairs import ControlImages, find_pairs
-from ether_diffusion.training.options.control import ControlDataOptions
+from ether_diffusion.training.options import ControlDataOptions
 
 
 @pytest.fixture(autouse=True)

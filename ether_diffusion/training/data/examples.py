@@ -28,7 +28,7 @@ from ether_diffusion.training.data.views import (
     place_view,
     shrink,
 )
-from ether_diffusion.training.options.groups import InstanceDataOptions
+from ether_diffusion.training.options import InstanceDataOptions
 from ether_diffusion.training.seeds import generator
 
 METADATA_NAME, METADATA_FILE_KEY, METADATA_CAPTION_KEY = "metadata.jsonl", "file_name", "text"

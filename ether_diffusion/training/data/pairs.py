@@ -28,7 +28,7 @@ from ether_diffusion.training.data.views import (
     place_view,
     shrink,
 )
-from ether_diffusion.training.options.control import ControlDataOptions
+from ether_diffusion.training.options import ControlDataOptions
 from ether_diffusion.training.seeds import derive, generator
 
 SHUFFLE_BUFFER = 1000
