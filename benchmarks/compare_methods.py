@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from denoising import denoising_loss
 from diffusers import DiffusionPipeline
 from measuring import machine
 from PIL import Image
@@ -33,7 +34,6 @@ from ether_diffusion.miniature import FOLDER, ClipScore
 from ether_diffusion.miniature.quickstart import OTHER_PROMPTS
 from ether_diffusion.training import dreambooth
 from ether_diffusion.training.methods.configs import TITLES
-from ether_diffusion.training.objectives import denoising_loss
 from ether_diffusion.training.options import DEFAULT_STEPS, LEARNING_RATES, METHODS, ValidationOptions
 from ether_diffusion.training.preview import generate
 

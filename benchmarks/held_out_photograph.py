@@ -16,13 +16,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from denoising import denoising_loss
 from diffusers import DiffusionPipeline
 from measuring import machine
 from subjects import SCRIPT, Subject, load_result, photographed
 
 from ether_diffusion import miniature
 from ether_diffusion.images import read_image
-from ether_diffusion.training.objectives import denoising_loss
 from ether_diffusion.training.options import DEFAULT_METHOD, METHODS
 
 

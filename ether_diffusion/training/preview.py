@@ -53,30 +53,61 @@ class Preview:
         prompts: one pair of rows each.
         options: images per prompt, steps, guidance.
         seed: of the first image of each row.
+        controls: control image of each prompt, which gets a row of its own; without them, control is not trained.
     """
 
-    def __init__(self, family: Family, prompts: Sequence[str], options: ValidationOptions, seed: int):
+    def __init__(
+        self,
+        family: Family,
+        prompts: Sequence[str],
+        options: ValidationOptions,
+        seed: int,
+        controls: Sequence[Image.Image] | None = None,
+    ):
         self.family, self.prompts, self.options, self.seed = family, list(prompts), options, seed
-        self.base = self._generate()
+        self.controls = controls
+        self.base = self._generate(family.pipe)
 
-    def compare(self) -> Image.Image:
-        """The grid, with the model as it is now."""
+    def compare(self, pipe: DiffusionPipeline | None = None) -> Image.Image:
+        """The grid, with the model as it is now.
+
+        pipe: generates in place of the family's pipeline; takes the control images.
+        """
         rows: list[tuple[str, list[Image.Image]]] = []
-        for prompt, before, after in zip(self.prompts, self.base, self._generate(), strict=True):
-            rows += [(f"base: {prompt}", before), (f"tuned: {prompt}", after)]
+        tuned = self._generate(pipe or self.family.pipe)
+        for k, prompt in enumerate(self.prompts):
+            if self.controls is not None:
+                rows.append(("control", [self.controls[k]]))
+            rows += [
+                (f"base: {prompt}", self.base[k]),
+                (f"{'tuned' if self.controls is None else 'controlled'}: {prompt}", tuned[k]),
+            ]
         return image_grid(rows)
 
-    def report(self, accelerator: Accelerator, path: Path, step: int) -> None:
-        """Save the grid, and send it to the trackers."""
-        grid = self.compare()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        grid.save(path)
-        log_images(accelerator, "validation", [grid], step)
+    def report(self, accelerator: Accelerator, path: Path, step: int, pipe: DiffusionPipeline | None = None) -> None:
+        """Save the grid, and send it to the trackers. Every process that generates calls it; the first one writes."""
+        grid = self.compare(pipe)
+        if accelerator.is_main_process:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            grid.save(path)
+            log_images(accelerator, "validation", [grid], step)
 
-    def _generate(self) -> list[list[Image.Image]]:
+    def _generate(self, pipe: DiffusionPipeline) -> list[list[Image.Image]]:
         """The images of every prompt, by the model as it is."""
         with self.family.on_device(*self.family.modules()):
-            return [generate(self.family.pipe, prompt, self.options, self.seed) for prompt in self.prompts]
+            return [
+                generate(pipe, prompt, self.options, self.seed, **self._inputs(pipe, k))
+                for k, prompt in enumerate(self.prompts)
+            ]
+
+    def _inputs(self, pipe: DiffusionPipeline, row: int) -> dict[str, Any]:
+        if self.controls is None:
+            return {}
+        control = self.controls[row]
+        size = {"width": control.width, "height": control.height}
+        if pipe is self.family.pipe:  # the base, which takes no control image
+            return size
+        return {**size, "image" if hasattr(pipe, "controlnet") else "control_image": control}
 
 
 def is_due(options: ValidationOptions, *, epoch_samples: int, step_samples: int, steps: int) -> Callable[[int], bool]:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ether_diffusion.errors import InputError
 from ether_diffusion.images import find_images, read_image, to_pixels
-from ether_diffusion.training.data.examples import TrainingImages, examples_of, find_examples
+from ether_diffusion.training.data import TrainingImages, examples_of, find_examples
 from ether_diffusion.training.data.views import View, center_cut, crop_size, frame, nearest_target, shrunk_size
 from ether_diffusion.training.options import InstanceDataOptions
 
@@ -159,7 +159,7 @@ def options(**given) -> InstanceDataOptions:
 
 
 def prompts(**given) -> list[str]:
-    return [example.prompt for example in find_examples(options(**given))]
+    return [example.captions[0] for example in find_examples(options(**given))]
 
 
 @pytest.fixture
@@ -248,7 +248,7 @@ def own_cache(tmp_path, monkeypatch):
 def test_a_data_set_gives_images_and_captions(parquet):
     given = {"dataset_name": str(parquet), "image_column": "photo"}
     examples = find_examples(options(**given, caption_column="caption"))
-    assert [example.prompt for example in examples] == ["one", "a photo of sks toy", "three"]
+    assert [example.captions for example in examples] == [("one",), ("a photo of sks toy",), ("three",)]
     assert [example.read().size for example in examples] == [(30, 30), (40, 30), (50, 30)]
     assert np.array_equal(np.asarray(examples[1].read()), np.asarray(gradient(40, 30)))
     assert prompts(**given) == ["a photo of sks toy"] * 3
@@ -260,7 +260,7 @@ def test_a_folder_of_images_is_a_data_set_too(folder):
         "\n".join(json.dumps({"file_name": f"{k}.png", "text": f"image {k}"}) for k in "abc")
     )
     examples = find_examples(options(dataset_name=str(folder), caption_column="text"))
-    assert sorted(example.prompt for example in examples) == ["image a", "image b", "image c"]
+    assert sorted(example.captions[0] for example in examples) == ["image a", "image b", "image c"]
     assert all(example.read().size == (40, 30) for example in examples)
 
 
@@ -277,7 +277,7 @@ def test_a_folder_of_images_is_a_data_set_too(folder):
 )
 def test_a_data_set_without_what_is_asked_for_says_what_it_has(parquet, given, message):
     with pytest.raises(InputError, match=message):
-        TrainingImages(find_examples(options(dataset_name=str(parquet), **given)), targets=[(16, 16)])
+        find_examples(options(dataset_name=str(parquet), **given))
 
 
 def test_a_data_set_that_is_not_there_or_has_no_images_is_refused(tmp_path):
@@ -287,7 +287,7 @@ def test_a_data_set_that_is_not_there_or_has_no_images_is_refused(tmp_path):
         tmp_path / "train.parquet"
     )
     with pytest.raises(InputError, match="row 0: has no image"):
-        TrainingImages(find_examples(options(dataset_name=str(tmp_path))), targets=[(16, 16)])
+        find_examples(options(dataset_name=str(tmp_path)))
 
 
 # Repeats, fixed crops and buckets.
@@ -316,10 +316,10 @@ def test_every_image_goes_to_the_bucket_of_its_shape(tmp_path):
     for k, size in enumerate([(50, 50), (100, 50), (40, 90), (60, 50)]):
         gradient(*size).save(tmp_path / f"{k}.png")
     images = TrainingImages(examples_of(find_images(tmp_path), "x"), targets=BUCKETS)
-    assert images.targets == [(16, 16), (12, 24), (24, 12), (16, 16)]
+    assert [images.target(k) for k in range(4)] == [(16, 16), (12, 24), (24, 12), (16, 16)]
     for sample in range(8):
         view = images.view(sample)
-        assert images.pixels(view).shape[1:] == images.targets[view.image] == images.framing(view).target_size
+        assert images.pixels(view).shape[1:] == images.target(view.image) == images.framing(view).target_size
 
 
 def test_of_two_buckets_of_one_shape_the_nearer_size_is_taken():
@@ -335,7 +335,7 @@ def test_samples_of_one_forward_pass_share_a_bucket_as_far_as_the_images_allow(t
     for epoch in range(4):
         samples = [images.view(12 * epoch + k).image for k in range(12)]
         assert sorted(samples) == list(range(12))
-        groups = [{images.targets[i] for i in samples[k : k + group]} for k in range(0, 12, group)]
+        groups = [{images.target(i) for i in samples[k : k + group]} for k in range(0, 12, group)]
         assert all(len(targets) == 1 for targets in groups)
 
 
