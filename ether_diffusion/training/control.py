@@ -9,6 +9,7 @@
 one file; --control_type controlnet trains a ControlNet whose copied weights are frozen under reflections, and leaves a
 stock ControlNet folder besides. Everything that can be wrong is checked before the weights are loaded. A run that was
 stopped goes on with --resume_from_checkpoint latest.
+Flags may also stand in a YAML or JSON file, by their names without dashes, given before all flags: maps.yaml --seed 1.
 """
 
 from __future__ import annotations

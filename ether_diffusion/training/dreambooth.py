@@ -7,6 +7,7 @@
 
 Without --pretrained_model_name_or_path it trains the miniature that comes with the package. Everything that can be
 wrong is checked before the weights are loaded. A run that was stopped goes on with --resume_from_checkpoint latest.
+Flags may also stand in a YAML or JSON file, by their names without dashes, given before all flags: dog.yaml --seed 1.
 Written to --output_dir: the adapter, a grid of sample images of base and tuned model, and a model card.
 """
 

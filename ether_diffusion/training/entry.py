@@ -22,7 +22,13 @@ WRONG_INPUT, FAILED = 2, 1
 
 
 def launch_command(script: str, arguments: Sequence[str]) -> str:
-    """The command as it was typed, but for the place of the script."""
+    """The command as it was typed, but for the place of the script.
+
+    script: the file, for a run that `python -m` has not started.
+    """
+    started = getattr(sys.modules["__main__"], "__spec__", None)  # a module's; a script has none
+    if started is not None and started.name.startswith(__package__):
+        return shlex.join(["accelerate", "launch", "-m", started.name, *arguments])
     return shlex.join(["accelerate", "launch", Path(script).name, *arguments])
 
 

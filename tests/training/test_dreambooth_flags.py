@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from helpers.pipelines import generate
-from helpers.scripts import DREAMBOOTH, STEADY, launch, vectors
+from helpers.scripts import STEADY, launch, vectors
 from helpers.zoo import sdxl
 from peft import PeftModel
 from PIL import Image
@@ -147,18 +147,25 @@ def test_a_variant_of_the_base_is_read(train, tiny_pipeline, tmp_path, capsys):
     assert stop.value.code == 2 and "cannot be read as a diffusers pipeline" in capsys.readouterr().err
 
 
-def test_a_revision_of_a_base_in_the_hubs_cache_is_read(tiny_pipeline, photographs, tmp_path):
+def test_the_module_is_launched_with_flags_in_a_file_and_reads_a_revision_in_the_hubs_cache(
+    tiny_pipeline, photographs, tmp_path
+):
     cache = tmp_path / "hub" / "models--me--tiny"
     (cache / "refs").mkdir(parents=True)
     (cache / "refs" / "better").write_text("abc")
     tiny_pipeline.save_pretrained(cache / "snapshots" / "abc")
-    flags = ["--pretrained_model_name_or_path", "me/tiny", "--revision", "better", "--instance_data_dir", photographs]
-    flags += ["--instance_prompt", "sks toy", "--output_dir", tmp_path / "out", "--max_train_steps", 1]
-    flags += ["--num_validation_images", 1, "--num_inference_steps", 2, "--guidance_scale", 1]
-    done = launch(DREAMBOOTH, *flags, HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
+    given = {"pretrained_model_name_or_path": "me/tiny", "instance_prompt": "sks toy"}
+    given |= {"num_validation_images": 1, "num_inference_steps": 2, "guidance_scale": 1, "max_train_steps": 1}
+    (tmp_path / "toy.json").write_text(json.dumps(given))
+    flags = [tmp_path / "toy.json", "--revision", "better", "--instance_data_dir", photographs]
+    flags += ["--output_dir", tmp_path / "out"]
+    done = launch(
+        "ether_diffusion.training.dreambooth", *flags, HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1"
+    )
     assert done.returncode == 0, done.stderr
     card = (tmp_path / "out" / "README.md").read_text()
     assert "base_model: me/tiny" in card and "from_pretrained('me/tiny', revision='better')" in card
+    assert f"accelerate launch -m ether_diffusion.training.dreambooth {tmp_path}" in card
 
 
 def test_guidance_reaches_the_images(train):
