@@ -7,7 +7,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from ether_diffusion.images import to_pixels
-from ether_diffusion.training.data.views import center_cut, center_view, frame
+from ether_diffusion.training.data.views import center_cut, frame, place_view
 from ether_diffusion.training.families import family_of
 from ether_diffusion.training.objectives import join_conditioning, sample_losses
 from ether_diffusion.training.seeds import generator
@@ -59,7 +59,7 @@ def denoising_loss(
     middles = [int((part + 0.5) * family.timestep_count / timesteps) for part in range(timesteps)]
     drawn = [torch.randn(latents.shape, generator=generator(seed, "held-out noise", each)) for each in range(noises)]
     grid = [(step, noise) for step in middles for noise in drawn]
-    framing = frame(image.size, center_view(image.size, target), target)
+    framing = frame(image.size, place_view(0, image.size, target, None), target)
     conditioning = {**family.encode_prompts([prompt]), **family.encode_framings([framing])}
     total = 0.0
     for start in range(0, len(grid), batch_size):

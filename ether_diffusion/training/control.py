@@ -31,8 +31,8 @@ from ether_diffusion.training.run import TrainingRun
 
 def run(options: Options, command: str) -> TrainingResult:
     """Train, then save, generate and describe what was learned. Raises InputError before anything heavy is loaded."""
-    adaptation = LightControl if options.control.control_type == "light" else ControlNetAdaptation
-    planned = TrainingRun(options, command, adaptation)
+    kind = LightControl if options.control.control_type == "light" else ControlNetAdaptation
+    planned = TrainingRun(options, command, kind)
     images = TrainingImages(
         find_pairs(options.data, seed=options.run.seed),
         interpolation=options.control.conditioning_interpolation,
@@ -43,12 +43,13 @@ def run(options: Options, command: str) -> TrainingResult:
     flag = "train_data_dir" if options.data.dataset_name is None else "dataset_name"
     checked = planned.check(epoch_samples=len(images), depends_on={flag: images.fingerprint})
     loaded = checked.load(prompts, controls)
-    optimization = options.optimization
-    objective = planned.adaptation.objective(
+    optimization, adaptation = options.optimization, planned.adaptation
+    drawn_from = ImageSet(images, loaded.family, seed=options.run.seed, noise_offset=optimization.noise_offset)
+    objective = adaptation.objective(
         loaded.family,
-        ImageSet(images, loaded.family, seed=options.run.seed, noise_offset=optimization.noise_offset),
-        loaded.attached.models[planned.adaptation.control],
-        trained=planned.adaptation.trained_components,
+        [drawn_from],
+        trained=adaptation.trained_components,
+        beside={adaptation.control: loaded.attached.models[adaptation.control]},
         snr_gamma=optimization.snr_gamma,
     )
     what = images.examples.describe()

@@ -28,7 +28,7 @@ from ether_diffusion.training.objectives import (
     CONTROLNET,
     ENCODER,
     ControlNetObjective,
-    ControlObjective,
+    DenoisingObjective,
     LightControlObjective,
 )
 from ether_diffusion.training.options import CONTROL_LEARNING_RATE, NO_METHOD, ControlTrainingOptions
@@ -56,7 +56,7 @@ class ControlAdaptation(Adaptation[ControlTrainingOptions]):
 
     tags = ("controlnet",)
     control: str
-    objective: type[ControlObjective]
+    objective: type[DenoisingObjective]
 
     def __init__(self, options: ControlTrainingOptions, method: Method, family: type[Family], blueprint: Blueprint):
         self.factor = blueprint.resolution_multiple

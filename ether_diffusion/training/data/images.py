@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 
 import torch
@@ -37,6 +37,7 @@ class _Images:
     original_size: Size
 
 
+@dataclass(eq=False)
 class TrainingImages:
     """Training views of examples, addressed by the global index of the sample.
 
@@ -62,26 +63,21 @@ class TrainingImages:
         fingerprint: of the examples.
     """
 
-    def __init__(
-        self,
-        examples: Examples,
-        *,
-        targets: Sequence[Target],
-        center_crop: bool = False,
-        random_flip: bool = False,
-        repeats: int = 1,
-        fixed_crops: bool = False,
-        group_size: int = 1,
-        interpolation: str = "nearest",
-        proportion_empty_prompts: float = 0.0,
-        seed: int = 0,
-    ):
-        self.examples, self.targets, self.fingerprint = examples, list(targets), examples.fingerprint
-        self.center_crop, self.random_flip, self.fixed_crops = center_crop, random_flip, fixed_crops
-        self.repeats, self.group_size, self.seed = repeats, group_size, seed
-        self.resample = INTERPOLATIONS[interpolation]
-        self.proportion_empty_prompts = proportion_empty_prompts
-        self._example = lru_cache(maxsize=_KEPT_EXAMPLES)(examples.__getitem__)
+    examples: Examples
+    _: KW_ONLY
+    targets: Sequence[Target]
+    center_crop: bool = False
+    random_flip: bool = False
+    repeats: int = 1
+    fixed_crops: bool = False
+    group_size: int = 1
+    interpolation: str = "nearest"
+    proportion_empty_prompts: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.fingerprint, self.resample = self.examples.fingerprint, INTERPOLATIONS[self.interpolation]
+        self._example = lru_cache(maxsize=_KEPT_EXAMPLES)(self.examples.__getitem__)
         self._images = lru_cache(maxsize=_KEPT_EXAMPLES)(self._read)
         self._order = lru_cache(maxsize=2)(self._shuffle)
 

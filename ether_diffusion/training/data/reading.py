@@ -90,14 +90,10 @@ def find_pairs(options: ControlDataOptions, *, seed: int) -> Examples:
         return {"path": str(folder / stored["path"])}  # an absolute path stays as it is
 
     def pair(row: Row, number: int) -> Example:
-        name, captions = f"{source}, row {number}", row[options.caption_column]
-        captions = list(captions) if isinstance(captions, (list, tuple)) else [captions]
-        if not all(caption is None or isinstance(caption, str) for caption in captions):
-            kind = type(captions[0]).__name__
-            raise InputError(f"{name}: its {options.caption_column} is a {kind}, needs a text or a list of texts")
-        texts = tuple((caption or "").strip() for caption in captions) or ("",)
+        name = f"{source}, row {number}"
+        texts = _texts(row[options.caption_column], name, options.caption_column)
         readers = [partial(_read_cell, cell(row, column), f"{name}, {column}") for column in columns]
-        return Example(name, texts, *readers)
+        return Example(name, tuple(texts) or ("",), *readers)
 
     if options.streaming:
         return StreamedExamples(rows, pair, source, seed)
@@ -174,11 +170,8 @@ def _examples_of_data_set(options: InstanceDataOptions) -> ListedExamples:
     examples = []
     for number, caption in enumerate(captions):
         name = f"{given}, row {number}"
-        if isinstance(caption, (list, tuple)):
-            caption = next(iter(caption), None)
-        if caption is not None and not isinstance(caption, str):
-            raise InputError(f"{name}: its {options.caption_column} is a {type(caption).__name__}, needs a text")
-        prompt = caption.strip() if caption and caption.strip() else options.instance_prompt
+        texts = _texts(caption, name, str(options.caption_column))
+        prompt = (texts[0] if texts else "") or options.instance_prompt
         examples.append(Example(name, (prompt,), partial(read, number)))
     return ListedExamples(examples)
 
@@ -238,3 +231,12 @@ def _read_cell(cell: Cell, name: str) -> Image.Image:
     if cell.get("bytes") is not None:
         return read_image(io.BytesIO(cell["bytes"]), name)
     return read_image(cell["path"], name)
+
+
+def _texts(cell: Any, name: str, column: str) -> list[str]:
+    """The captions in a cell: a text or a list of texts, where nothing is a blank one."""
+    captions = list(cell) if isinstance(cell, (list, tuple)) else [cell]
+    if not all(caption is None or isinstance(caption, str) for caption in captions):
+        kind = type(captions[0]).__name__
+        raise InputError(f"{name}: its {column} is a {kind}, needs a text or a list of texts")
+    return [(caption or "").strip() for caption in captions]

@@ -127,11 +127,7 @@ def place_view(
     return View(image, left, top, flip)
 
 
-def center_view(original_size: Size, target: Target) -> View:
-    """The central rectangle of an image that was read at this size, without any chance."""
-    return place_view(0, original_size, target, None)
-
-
 def center_cut(image: Image.Image, target: Target, resample: Image.Resampling = SMOOTH) -> Image.Image:
     """The central rectangle of an image at the target's size."""
-    return cut(shrink(image.convert("RGB"), target, resample), center_view(image.size, target), target, resample)
+    central = place_view(0, image.size, target, None)
+    return cut(shrink(image.convert("RGB"), target, resample), central, target, resample)

@@ -37,6 +37,7 @@ def option(
     choices: Sequence[str] | None = None,
     fits: Fits | None = None,
     needs: str | None = None,
+    without: str | None = None,
     free: bool = False,
 ) -> Any:
     """A dataclass field that is also a command-line flag. Without a default the flag is required.
@@ -46,9 +47,10 @@ def option(
         default: its value when it is not given.
         choices, fits: what its value may be.
         needs: another flag of the group, without which this one has no effect.
+        without: another flag of the group, with which this one has no effect.
         free: the adapter does not depend on it, so a run that goes on from a checkpoint may give another value.
     """
-    metadata = {"help": help, "choices": choices, "fits": fits, "needs": needs, "free": free}
+    metadata = {"help": help, "choices": choices, "fits": fits, "needs": needs, "without": without, "free": free}
     return field(default=default, metadata=metadata)
 
 
@@ -70,9 +72,11 @@ class OptionGroup:
                 raise InputError(f"--{each.name}: got {value!r}, needs one of {', '.join(choices)}")
             if fits and not fits.test(value):
                 raise InputError(f"--{each.name}: got {value!r}, needs {fits.words}")
-            needs = each.metadata["needs"]
+            needs, without = each.metadata["needs"], each.metadata["without"]
             if needs and value != each.default and not getattr(self, needs):
                 raise InputError(f"--{each.name}: has no effect without --{needs}; add it")
+            if without and value != each.default and getattr(self, without) is not None:
+                raise InputError(f"--{each.name}: has no effect with --{without}; drop one")
 
     def check_one_given(self, first: str, second: str) -> None:
         """Make sure that one of two flags is given, and not both."""

@@ -100,6 +100,7 @@ class ControlAdapterOptions(AdapterOptions):
         "stem and zero convolutions) alone. Default: ether_plus.",
         None,
         choices=(NO_METHOD, *METHODS),
+        without="adapter_config",
     )
 
     def __post_init__(self) -> None:

@@ -33,7 +33,10 @@ class ViewOptions(OptionGroup):
     """how images are cut"""
 
     resolution: int | None = option(
-        "Side of the square training images in pixels. Default: the model's native size.", None, fits=POSITIVE
+        "Side of the square training images in pixels. Default: the model's native size.",
+        None,
+        fits=POSITIVE,
+        without="aspect_ratio_buckets",
     )
     aspect_ratio_buckets: str | None = option(
         'Sizes of the training images in place of one square, as "height,width;height,width;…"; each image is cut '
@@ -43,11 +46,6 @@ class ViewOptions(OptionGroup):
     )
     center_crop: bool = option("Crop at the centre. Default: at a random place.", False)
     random_flip: bool = option("Mirror each image left to right with probability one half.", False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.resolution is not None and self.aspect_ratio_buckets is not None:
-            raise InputError("--resolution: has no effect with --aspect_ratio_buckets; drop one")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,5 @@
 """How the model is adapted."""
 
-import dataclasses
 from dataclasses import dataclass
 
 from ether_diffusion.errors import InputError
@@ -34,6 +33,7 @@ class AdapterOptions(OptionGroup):
         f"Default: {DEFAULT_METHOD}.",
         None,
         choices=METHODS,
+        without="adapter_config",
     )
     adapter_config: str | None = option(
         "In place of --method: a JSON file with a PEFT config, as adapter_config.json in a folder that PEFT saved.",
@@ -42,7 +42,10 @@ class AdapterOptions(OptionGroup):
         free=True,
     )
     num_blocks: int = option(
-        "Blocks per layer of ether and ether_plus; must divide the width of every adapted layer.", 1, fits=POSITIVE
+        "Blocks per layer of ether and ether_plus; must divide the width of every adapted layer.",
+        1,
+        fits=POSITIVE,
+        without="adapter_config",
     )
     rank: int | None = option(
         "Rank of the methods that have one. Default: "
@@ -50,6 +53,7 @@ class AdapterOptions(OptionGroup):
         + ".",
         None,
         fits=POSITIVE,
+        without="adapter_config",
     )
     target_modules: tuple[str, ...] | None = option(
         "Endings of the names of the denoiser's layers to adapt. Default: the attention projections.",
@@ -64,10 +68,6 @@ class AdapterOptions(OptionGroup):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.adapter_config is not None:
-            for name in ("method", "rank", "num_blocks"):
-                (default,) = (each.default for each in dataclasses.fields(self) if each.name == name)
-                if getattr(self, name) != default:
-                    raise InputError(f"--{name}: has no effect with --adapter_config; drop one")
             return
         method = self.method_name
         if self.num_blocks != 1 and method not in ETHER_METHODS:

@@ -37,7 +37,10 @@ class OptimizationOptions(OptionGroup):
         fits=POSITIVE,
     )
     num_train_epochs: int | None = option(
-        "In place of --max_train_steps: how often the training goes through all images.", None, fits=POSITIVE
+        "In place of --max_train_steps: how often the training goes through all images.",
+        None,
+        fits=POSITIVE,
+        without="max_train_steps",
     )
     train_batch_size: int = option("Images per process and forward pass.", 4, fits=POSITIVE)
     gradient_accumulation_steps: int = option("Forward passes per optimiser step.", 1, fits=POSITIVE)
@@ -98,8 +101,6 @@ class OptimizationOptions(OptionGroup):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_train_steps is not None and self.num_train_epochs is not None:
-            raise InputError("--num_train_epochs: has no effect with --max_train_steps; drop one")
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
             raise InputError(
                 f"--lr_warmup_steps: got {self.lr_warmup_steps}, has no effect with --lr_scheduler constant; "

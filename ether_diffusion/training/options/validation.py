@@ -21,15 +21,17 @@ class ValidationOptions(OptionGroup):
         free=True,
     )
     validation_epochs: int | None = option(
-        "Generate after every so many epochs, in place of --validation_steps.", None, fits=POSITIVE, free=True
+        "Generate after every so many epochs, in place of --validation_steps.",
+        None,
+        fits=POSITIVE,
+        without="validation_steps",
+        free=True,
     )
     num_inference_steps: int = option("Denoising steps per image.", 25, fits=POSITIVE, free=True)
     guidance_scale: float = option("Classifier-free guidance of the images.", 7.5, fits=FROM_ZERO, free=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.validation_steps is not None and self.validation_epochs is not None:
-            raise InputError("--validation_epochs: has no effect with --validation_steps; drop one")
         for name in ("validation_steps", "validation_epochs"):
             if getattr(self, name) is not None and not self.num_validation_images:
                 raise InputError(f"--{name}: has no effect with --num_validation_images 0; drop one")
