@@ -48,7 +48,7 @@ def run(options: Options, command: str) -> TrainingResult:
     objective = adaptation.objective(
         loaded.family,
         [drawn_from],
-        trained=adaptation.trained_components,
+        trained=[name for name in adaptation.configs if name != adaptation.control],
         beside={adaptation.control: loaded.attached.models[adaptation.control]},
         snr_gamma=optimization.snr_gamma,
     )

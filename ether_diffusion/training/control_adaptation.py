@@ -62,6 +62,8 @@ class ControlAdaptation(Adaptation[ControlTrainingOptions]):
         self.factor = blueprint.resolution_multiple
         self.interpolation = options.control.conditioning_interpolation
         self.path = options.control.controlnet_model_name_or_path
+        with torch.device("meta"):
+            self.planned_encoder = self.make_encoder(blueprint.models["unet"])
         super().__init__(options, method, family, blueprint)
 
     @property
@@ -106,11 +108,6 @@ class ControlAdaptation(Adaptation[ControlTrainingOptions]):
                 groups.append({**group, "params": [each for each in group["params"] if id(each) not in taken]})
         return [*groups, {"params": own, "lr": rate, "name": "control"}]
 
-    @property
-    def trained_components(self) -> list[str]:
-        """The components of the pipeline that are trained beside the control."""
-        return [name for name in self.configs if name != self.control]
-
     def make_encoder(self, unet: nn.Module) -> ControlEncoder:
         """An encoder for this UNet, its weights drawn from the global random numbers."""
         return ControlEncoder.for_unet(unet, factor=self.factor, interpolation=self.interpolation)
@@ -126,10 +123,8 @@ class LightControl(ControlAdaptation):
     control, objective = ENCODER, LightControlObjective
 
     def plan(self, options: ControlTrainingOptions, blueprint: Blueprint) -> tuple[Configs, int]:
-        with torch.device("meta"):
-            encoder = self.make_encoder(blueprint.models["unet"])
         configs, count = super().plan(options, blueprint)
-        return configs, count + count_parameters(encoder)
+        return configs, count + count_parameters(self.planned_encoder)
 
     def attach(self, family: Family, options: ControlTrainingOptions) -> Attached:
         # Before there are adapters, which are float32 in every precision; without a dtype, all would become float32.
@@ -172,11 +167,9 @@ class ControlNetAdaptation(ControlAdaptation):
     control, objective = CONTROLNET, ControlNetObjective
 
     def plan(self, options: ControlTrainingOptions, blueprint: Blueprint) -> tuple[Configs, int]:
-        configs, unet = configs_of(self.method, self.family_class, options.adapter), blueprint.models["unet"]
+        configs = configs_of(self.method, self.family_class, options.adapter)
         with torch.device("meta"):
-            # As many steps down as the encoder has: both bring a control image to the size of the latents.
-            self.widths = self.make_encoder(unet).config.block_out_channels
-            controlnet = self._plan_controlnet(unet)
+            controlnet = self._plan_controlnet(blueprint.models["unet"])
         configs = {self.control: configs["unet"]} if "unet" in configs else {}
         count = dry_run({self.control: controlnet}, configs)
         if configs.get(self.control, "none") is None:  # every weight is trained, these as well
@@ -244,8 +237,10 @@ class ControlNetAdaptation(ControlAdaptation):
         )
 
     def _copy_of(self, unet: nn.Module, **options: bool) -> ControlNetModel:
-        """A ControlNet that begins as this UNet, with a stem for the autoencoder's factor."""
-        return ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=self.widths, **options)
+        """A ControlNet that begins as this UNet."""
+        # As many steps down as the encoder has: either brings a control image to the size of the latents.
+        widths = self.planned_encoder.config.block_out_channels
+        return ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths, **options)
 
     def _plan_controlnet(self, unet: nn.Module) -> ControlNetModel:
         """The ControlNet to train, without weights. Raises `InputError` for one that does not fit the UNet."""

@@ -135,12 +135,12 @@ def test_a_caption_that_is_no_text_and_a_column_without_metadata_are_refused(fol
 @pytest.fixture
 def parquet(tmp_path) -> Path:
     """A data set as the Hub stores them: a folder of Parquet files."""
-    pictures = []
+    images = []
     for k in range(3):
         buffer = io.BytesIO()
         gradient(30 + 10 * k, 30).save(buffer, "PNG")
-        pictures.append({"bytes": buffer.getvalue(), "path": None})
-    rows = {"photo": pictures, "caption": ["one", None, "three"], "tags": [["x", "y"], [], ["z"]], "number": [1, 2, 3]}
+        images.append({"bytes": buffer.getvalue(), "path": None})
+    rows = {"photo": images, "caption": ["one", None, "three"], "tags": [["x", "y"], [], ["z"]], "number": [1, 2, 3]}
     features = datasets.Features(
         photo=datasets.Image(),
         caption=datasets.Value("string"),

@@ -210,7 +210,7 @@ def test_adamw_in_8_bits_learns_almost_the_same(train):
 
 def test_a_data_set_with_captions_is_trained_like_the_folder_it_came_from(train, photographs, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    folder, prompts = tmp_path / "pictures", ["one toy", "two toys", "a toy again"]
+    folder, prompts = tmp_path / "images", ["one toy", "two toys", "a toy again"]
     folder.mkdir()
     images = []
     for k, (path, prompt) in enumerate(zip(sorted(photographs.iterdir()), prompts, strict=True)):
@@ -230,7 +230,7 @@ def test_a_data_set_with_captions_is_trained_like_the_folder_it_came_from(train,
 
 
 def test_images_of_two_shapes_train_in_one_batch(train, tmp_path, monkeypatch):
-    folder, shapes = tmp_path / "pictures", []
+    folder, shapes = tmp_path / "images", []
     folder.mkdir()
     for k, size in enumerate([(40, 20), (20, 40), (40, 22), (30, 30)]):
         Image.effect_noise(size, 90).convert("RGB").save(folder / f"{k}.png")
@@ -417,7 +417,7 @@ def bases(tmp_path_factory, tiny_pipeline_folder) -> dict[str, Path]:
 
 @pytest.mark.parametrize("row", ROWS, ids=[f"{k}-{row['family']}-{row['method']}" for k, row in enumerate(ROWS)])
 def test_flags_work_together_and_the_result_loads(train, bases, photographs, tmp_path, row):
-    images = tmp_path / "pictures"
+    images = tmp_path / "images"
     images.mkdir()
     for k, size in enumerate([(24, 24), (40, 20)]):
         Image.effect_noise(size, 90).convert("RGB").save(images / f"{k}.png")

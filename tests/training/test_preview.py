@@ -21,8 +21,8 @@ def test_the_grid_shows_the_model_before_and_after(tiny_pipeline):
     assert grid.width > 2 * 128 and grid.height > 4 * 128
     row = grid.height // 4
 
-    def rows(picture: Image.Image) -> list[np.ndarray]:
-        return [np.asarray(picture)[k * row + 40 : (k + 1) * row] for k in range(4)]  # without the titles
+    def rows(image: Image.Image) -> list[np.ndarray]:
+        return [np.asarray(image)[k * row + 40 : (k + 1) * row] for k in range(4)]  # without the titles
 
     assert all(np.array_equal(rows(unchanged)[k], rows(unchanged)[k + 1]) for k in (0, 2))
     assert all(np.array_equal(rows(unchanged)[k], rows(grid)[k]) for k in (0, 2))
