@@ -36,7 +36,7 @@ from subjects import PROMPTS_WITHOUT, Subject, drawn, load_result, photographed
 
 from ether_diffusion.errors import InputError
 from ether_diffusion.files import checksum
-from ether_diffusion.images import find_images, read_image
+from ether_diffusion.images import find_images, image_grid, read_image
 from ether_diffusion.metrics import (
     ImageFeatures,
     Lpips,
@@ -52,8 +52,8 @@ from ether_diffusion.miniature import FOLDER
 from ether_diffusion.miniature.quickstart import OTHER_PROMPTS, SETTINGS
 from ether_diffusion.training import dreambooth
 from ether_diffusion.training.data.views import center_cut
-from ether_diffusion.training.options.groups import DEFAULT_METHOD, LEARNING_RATES, METHODS, ValidationOptions
-from ether_diffusion.training.preview import generate, side_by_side
+from ether_diffusion.training.options import DEFAULT_METHOD, LEARNING_RATES, METHODS, ValidationOptions
+from ether_diffusion.training.preview import generate
 
 IDENTIFIER = "sks"
 FIGURES = {
@@ -158,7 +158,7 @@ class Evaluation:
         said = [text.replace(f"{IDENTIFIER} ", "") for text in texts for _ in range(self.args.images)]
         rows = [("learned from", references), *zip(texts, groups, strict=True)]
         rows += [("base: without the subject", before), ("tuned: without the subject", others)]
-        side_by_side(rows).save(folder / "sheet.png")
+        image_grid(rows).save(folder / "sheet.png")
         judges = self.judges
         return {
             "dino": judges.dino and image_similarity(pictures, references, judges.dino),

@@ -16,14 +16,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from denoising import denoising_loss
 from diffusers import DiffusionPipeline
 from measuring import machine
 from subjects import SCRIPT, Subject, load_result, photographed
 
 from ether_diffusion import miniature
 from ether_diffusion.images import read_image
-from ether_diffusion.training.objectives import denoising_loss
-from ether_diffusion.training.options.groups import DEFAULT_METHOD, METHODS
+from ether_diffusion.training.options import DEFAULT_METHOD, METHODS
 
 
 def measure(subject: Subject, model: Path | str, method: str, output_dir: Path, flags: list[str]) -> dict[str, float]:

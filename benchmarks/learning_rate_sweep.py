@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from denoising import denoising_loss
 from diffusers import DiffusionPipeline
 from measuring import machine
 from result_file import ResultFile
@@ -23,14 +24,14 @@ from ether_diffusion.files import checksum
 from ether_diffusion.images import find_images
 from ether_diffusion.miniature import FOLDER, load_pipeline
 from ether_diffusion.miniature.world import VIEWS, Subject, draw_scene, subjects
-from ether_diffusion.training.data.examples import TrainingImages, examples_of
+from ether_diffusion.training.data import TrainingImages, examples_of
 from ether_diffusion.training.families import family_of
 from ether_diffusion.training.loop import train
 from ether_diffusion.training.methods.configs import configs_of, read_method
 from ether_diffusion.training.methods.injection import add_adapters
-from ether_diffusion.training.objectives import DreamBoothObjective, denoising_loss
+from ether_diffusion.training.objectives import DreamBoothObjective
 from ether_diffusion.training.optimizers import parameter_groups
-from ether_diffusion.training.options.groups import ETHER_METHODS, METHODS, AdapterOptions, OptimizationOptions
+from ether_diffusion.training.options import ETHER_METHODS, METHODS, AdapterOptions, OptimizationOptions
 
 
 def measure(pipe: DiffusionPipeline, subject: Subject) -> tuple[float, float]:

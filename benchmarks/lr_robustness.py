@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 from strips import strip
 from trials import BASE, IMAGES, Trial, Trials, Variant, add_settings, image_folder, pairs, read_settings
 
-from ether_diffusion.training.options.groups import LEARNING_RATES
+from ether_diffusion.training.options import LEARNING_RATES
 
 STUDIED = ("ether", "ether_plus", "lora", "oft", "hra", "full")
 RATES = [float(f"{10 ** (k / 2):.0e}") for k in range(-12, 9)]  # 1e-6, 3e-6, 1e-5, … 1e4

@@ -42,7 +42,7 @@ from ether_diffusion.training.methods.configs import configs_of, read_method
 from ether_diffusion.training.methods.injection import add_adapters
 from ether_diffusion.training.objectives import sample_losses
 from ether_diffusion.training.optimizers import make_optimizer, parameter_groups
-from ether_diffusion.training.options.groups import METHODS, AdapterOptions, OptimizationOptions
+from ether_diffusion.training.options import METHODS, AdapterOptions, OptimizationOptions
 
 LEFT_OUT = [
     "CUDA context",

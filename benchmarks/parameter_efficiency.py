@@ -24,7 +24,7 @@ from typing import Any
 from lr_robustness import ENOUGH, RATES, best_rate, means
 from trials import Trial, Trials, Variant, add_settings, pairs, read_settings
 
-from ether_diffusion.training.options.groups import LEARNING_RATES
+from ether_diffusion.training.options import LEARNING_RATES
 from ether_diffusion.tuner.model import ATTENTION
 
 REFERENCE = "LoRA r=4"

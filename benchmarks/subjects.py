@@ -16,7 +16,7 @@ from ether_diffusion.images import find_images, read_image
 from ether_diffusion.miniature import world
 from ether_diffusion.training.data.views import center_cut
 from ether_diffusion.training.methods.configs import read_method
-from ether_diffusion.training.options.groups import AdapterOptions
+from ether_diffusion.training.options import AdapterOptions
 
 SCRIPT = Path(__file__).resolve().parents[1] / "train_dreambooth_ether.py"
 MINIATURE, PHOTOGRAPHS = "miniature", "photographs"

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from denoising import denoising_loss
 from diffusers import DiffusionPipeline
 from measuring import machine
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -39,8 +40,7 @@ from ether_diffusion.training import dreambooth
 from ether_diffusion.training.families import ModelSource, family_at, family_of
 from ether_diffusion.training.methods.configs import TITLES, configs_of, read_method
 from ether_diffusion.training.methods.injection import dry_run
-from ether_diffusion.training.objectives import denoising_loss
-from ether_diffusion.training.options.groups import DEFAULT_STEPS, RANKED_METHODS, AdapterOptions
+from ether_diffusion.training.options import DEFAULT_STEPS, RANKED_METHODS, AdapterOptions
 from ether_diffusion.tuner.model import ATTENTION
 
 BASE, IMAGES = "base", "pictures"

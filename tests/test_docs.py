@@ -11,8 +11,7 @@ from helpers.scripts import CONTROLNET, DREAMBOOTH, ROOT
 
 from ether_diffusion.training import control, dreambooth
 from ether_diffusion.training.methods.configs import read_method
-from ether_diffusion.training.options.command_line import option, parse_options
-from ether_diffusion.training.options.groups import AdapterOptions, OptimizationOptions
+from ether_diffusion.training.options import AdapterOptions, OptimizationOptions, option, parse_options
 
 SCRIPTS = [DREAMBOOTH, *ROOT.glob("train_controlnet_ether.py")]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]

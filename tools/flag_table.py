@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ether_diffusion.training import control, dreambooth
-from ether_diffusion.training.options.command_line import OptionGroup
+from ether_diffusion.training.options import OptionGroup
 
 INTRODUCTION = """\
 # Flags of the training scripts

@@ -15,9 +15,9 @@ import torch
 
 from ether_diffusion.demo.library import IMAGE_NAME
 from ether_diffusion.errors import InputError
-from ether_diffusion.training.data.examples import TrainingImages, find_examples
+from ether_diffusion.training.data import TrainingImages, find_examples
 from ether_diffusion.training.objectives import DreamBoothObjective
-from ether_diffusion.training.options.groups import (
+from ether_diffusion.training.options import (
     AdapterOptions,
     InstanceDataOptions,
     ModelOptions,
@@ -70,10 +70,11 @@ def train(task: dict) -> None:
     options = options_of(task)
     run = TrainingRun(options, "ether-diffusion demo")
     examples = find_examples(options.data)
-    images = TrainingImages(examples, repeats=1, **run.view_options)
-    run.check(epoch_samples=len(images), depends_on={"instance_data_dir": images.fingerprint})
-    family = run.load((options.data.instance_prompt,))
-    objective = DreamBoothObjective(family, images, trained=list(run.configs), seed=options.run.seed)
+    images = TrainingImages(examples, **run.view_options)
+    checked = run.check(epoch_samples=len(images), depends_on={"instance_data_dir": images.fingerprint})
+    loaded = checked.load((options.data.instance_prompt,))
+    family, configs = loaded.family, run.adaptation.configs
+    objective = DreamBoothObjective(family, images, trained=list(configs), seed=options.run.seed)
     step = 0
 
     def told(_module: torch.nn.Module, _inputs: tuple, losses: torch.Tensor) -> None:
@@ -83,10 +84,10 @@ def train(task: dict) -> None:
 
     objective.register_forward_hook(told)
     what = f"{len(examples)} images"
-    run.finish(run.train(objective, what), prompt=options.data.instance_prompt, images=what)
+    loaded.finish(loaded.train(objective, what), prompt=options.data.instance_prompt, images=what)
     one = replace(options.validation, num_validation_images=1)
-    with run.family.on_device(*run.family.modules()):
-        (image,) = generate(run.family.pipe, options.data.instance_prompt, one, options.run.seed)
+    with family.on_device(*family.modules()):
+        (image,) = generate(family.pipe, options.data.instance_prompt, one, options.run.seed)
     image.save(run.output_dir / IMAGE_NAME)
 
 

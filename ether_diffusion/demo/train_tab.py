@@ -24,7 +24,7 @@ from ether_diffusion.demo.training import (
 )
 from ether_diffusion.demo.words import problem, progress, status
 from ether_diffusion.errors import InputError
-from ether_diffusion.training.options.groups import DEFAULT_METHOD
+from ether_diffusion.training.options import DEFAULT_METHOD
 
 LARGEST_CUT = 1024
 THUMBNAIL = 512

@@ -22,7 +22,7 @@ from ether_diffusion.demo.library import clean_name
 from ether_diffusion.demo.worker import Worker
 from ether_diffusion.errors import InputError
 from ether_diffusion.images import read_image
-from ether_diffusion.training.options.groups import ETHER_METHODS
+from ether_diffusion.training.options import ETHER_METHODS
 from ether_diffusion.training.run import VALIDATION_FOLDER
 
 FEWEST_PHOTOS, MOST_PHOTOS = 3, 8

@@ -34,7 +34,7 @@ from ether_diffusion.errors import InputError
 from ether_diffusion.files import replace_folder
 from ether_diffusion.training.ema import RunningAverage
 from ether_diffusion.training.methods.configs import INDEX_NAME
-from ether_diffusion.training.options.groups import StateOptions
+from ether_diffusion.training.options import StateOptions
 
 logger = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from ether_diffusion.images import find_images
 from ether_diffusion.training.checkpoints import random_state, set_random_state
 from ether_diffusion.training.distributed import on_main_process
 from ether_diffusion.training.families.base import Family, ModelSource
-from ether_diffusion.training.options.groups import PriorOptions
+from ether_diffusion.training.options import PriorOptions
 from ether_diffusion.training.seeds import generator
 
 PREFIX, SUFFIX, PARTIAL_SUFFIX = "class-", ".png", ".tmp"

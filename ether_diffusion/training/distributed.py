@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 
 from ether_diffusion.errors import InputError
 from ether_diffusion.training.methods.injection import Configs
-from ether_diffusion.training.options.groups import OptimizationOptions, TrainingOptions
+from ether_diffusion.training.options import OptimizationOptions, TrainingOptions
 
 Layout = Literal["replicated", "sharded", "partitioned"]
 

@@ -7,6 +7,7 @@
 
 Without --pretrained_model_name_or_path it trains the miniature that comes with the package. Everything that can be
 wrong is checked before the weights are loaded. A run that was stopped goes on with --resume_from_checkpoint latest.
+Flags may also stand in a YAML or JSON file, by their names without dashes, given before all flags: dog.yaml --seed 1.
 Written to --output_dir: the adapter, a grid of sample images of base and tuned model, and a model card.
 """
 
@@ -16,11 +17,11 @@ from pathlib import Path
 
 from ether_diffusion.errors import InputError
 from ether_diffusion.training.class_images import ClassImages, generate_class_images
-from ether_diffusion.training.data.examples import TrainingImages, examples_of, find_examples
+from ether_diffusion.training.data import TrainingImages, examples_of, find_examples
 from ether_diffusion.training.entry import run_script
 from ether_diffusion.training.loop import TrainingResult
 from ether_diffusion.training.objectives import DreamBoothObjective
-from ether_diffusion.training.options.groups import InstanceDataOptions, PriorOptions, TrainingOptions
+from ether_diffusion.training.options import InstanceDataOptions, PriorOptions, TrainingOptions
 from ether_diffusion.training.run import TrainingRun
 
 
@@ -39,45 +40,51 @@ class Options(TrainingOptions):
 def run(options: Options, command: str) -> TrainingResult:
     """Train, then save, generate and describe what was learned. Raises InputError before anything heavy is loaded."""
     data, prior = options.data, options.prior
-    training = TrainingRun(options, command)
+    planned = TrainingRun(options, command)
     examples = find_examples(data)
     if prior.with_prior_preservation:
         ClassImages.look(prior)
-    images = TrainingImages(examples, repeats=data.repeats, **training.view_options)
+    images = TrainingImages(examples, repeats=data.repeats, **planned.view_options)
     flag = "instance_data_dir" if data.dataset_name is None else "dataset_name"
-    training.check(
+    checked = planned.check(
         epoch_samples=len(images),
         depends_on={flag: images.fingerprint},
         later=["class_data_dir"] if prior.with_prior_preservation else (),
     )
-
     class_images = None
     if prior.with_prior_preservation:
-        paths = generate_class_images(
-            training.source,
-            training.family_class,
-            prior,
-            training.accelerator,
-            precision=training.precision,
-            seed=options.run.seed,
-        )
-        class_images = TrainingImages(examples_of(paths, str(prior.class_prompt)), **training.view_options)
-        training.checkpoints.bind("class_data_dir", class_images.fingerprint)
+        class_images = generated_class_images(planned)
+        checked.checkpoints.bind("class_data_dir", class_images.fingerprint)
 
+    loaded = checked.load(options.validation.validation_prompt or (data.instance_prompt,))
     objective = DreamBoothObjective(
-        training.load(options.validation.validation_prompt or (data.instance_prompt,)),
+        loaded.family,
         images,
-        trained=list(training.configs),
+        trained=list(planned.adaptation.configs),
         seed=options.run.seed,
         class_images=class_images,
         prior_loss_weight=prior.prior_loss_weight,
         snr_gamma=options.optimization.snr_gamma,
         noise_offset=options.optimization.noise_offset,
     )
-    what = f"{len(examples):,} images" + (f" and {len(class_images)} of the class" if class_images else "")
-    result = training.train(objective, what)
-    training.finish(result, prompt=data.instance_prompt, images=what)
+    what = examples.describe() + (f" and {len(class_images)} of the class" if class_images else "")
+    result = loaded.train(objective, what)
+    loaded.finish(result, prompt=data.instance_prompt, images=what)
     return result
+
+
+def generated_class_images(planned: TrainingRun[Options]) -> TrainingImages:
+    """The images of the class, when those that are missing have been generated."""
+    prior = planned.options.prior
+    paths = generate_class_images(
+        planned.source,
+        planned.family_class,
+        prior,
+        planned.accelerator,
+        precision=planned.precision,
+        seed=planned.options.run.seed,
+    )
+    return TrainingImages(examples_of(paths, str(prior.class_prompt)), **planned.view_options)
 
 
 def main(arguments: Sequence[str] | None = None) -> TrainingResult:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from ether_diffusion.errors import InputError
 from ether_diffusion.training.checkpoints import Interrupted
-from ether_diffusion.training.options.command_line import parse_options
+from ether_diffusion.training.options import parse_options
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,13 @@ WRONG_INPUT, FAILED = 2, 1
 
 
 def launch_command(script: str, arguments: Sequence[str]) -> str:
-    """The command as it was typed, but for the place of the script."""
+    """The command as it was typed, but for the place of the script.
+
+    script: the file, for a run that `python -m` has not started.
+    """
+    started = getattr(sys.modules["__main__"], "__spec__", None)  # a module's; a script has none
+    if started is not None and started.name.startswith(__package__):
+        return shlex.join(["accelerate", "launch", "-m", started.name, *arguments])
     return shlex.join(["accelerate", "launch", Path(script).name, *arguments])
 
 

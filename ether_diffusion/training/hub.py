@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 
 from ether_diffusion.errors import InputError
 from ether_diffusion.training.checkpoints import PREFIX
-from ether_diffusion.training.options.groups import RunOptions
+from ether_diffusion.training.options import RunOptions
 from ether_diffusion.training.trackers import PROJECT
 
 NOT_UPLOADED = (f"{PREFIX}*", ".*", "*/.*")

@@ -32,7 +32,7 @@ from ether_diffusion.training.distributed import LAYOUTS, Layout
 from ether_diffusion.training.ema import RunningAverage
 from ether_diffusion.training.memory import current_memory, format_bytes, peak_memory, start_measuring
 from ether_diffusion.training.optimizers import make_optimizer, make_schedule
-from ether_diffusion.training.options.groups import OptimizationOptions, PerformanceOptions, RunOptions
+from ether_diffusion.training.options import OptimizationOptions, PerformanceOptions, RunOptions
 from ether_diffusion.training.trackers import PROJECT, check_trackers, init_kwargs, tracker_names
 
 COLLECTIVE_TIMEOUT = timedelta(hours=2)

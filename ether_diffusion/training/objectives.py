@@ -1,4 +1,4 @@
-"""The denoising objective: what is trained on, and what is measured on images that were held out.
+"""What training minimises: the denoising loss of images, with images of the class or control images beside them.
 
 Axes: b samples, (c, h, w) latents.
 """
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline
-from PIL import Image
 from torch import Tensor, nn
 
-from ether_diffusion.images import to_pixels
-from ether_diffusion.training.data.examples import TrainingImages
-from ether_diffusion.training.data.views import Framing, View, center_cut, center_view, frame
-from ether_diffusion.training.families import Family, family_of
+from ether_diffusion.control.encoder import CONTROL, inject
+from ether_diffusion.training.data import TrainingImages
+from ether_diffusion.training.data.views import Framing, View
+from ether_diffusion.training.families import Family
 from ether_diffusion.training.families.base import Conditioning
-from ether_diffusion.training.options.groups import PerformanceOptions
+from ether_diffusion.training.options import PerformanceOptions
 from ether_diffusion.training.seeds import derive, generator
+
+ENCODER, CONTROLNET = CONTROL, "controlnet"
 
 _KEPT_VIEWS = 512
 _KEPT_PROMPTS = 512
@@ -116,16 +116,23 @@ class DenoisingObjective(nn.Module):
         family: the pipeline's family; its components are on their device.
         images: what samples are drawn from; the first set gives the loss unless a subclass says otherwise.
         trained: names of the components that are trained.
+        beside: more that is trained and belongs to no component of the pipeline, by name.
         snr_gamma: γ of `Family.min_snr_weights`; None weighs all timesteps alike.
     """
 
     def __init__(
-        self, family: Family, pictures: Sequence[ImageSet], *, trained: Sequence[str], snr_gamma: float | None = None
+        self,
+        family: Family,
+        images: Sequence[ImageSet],
+        *,
+        trained: Sequence[str],
+        beside: Mapping[str, nn.Module] | None = None,
+        snr_gamma: float | None = None,
     ):
         super().__init__()
         self.family = family
-        self.pictures = list(pictures)
-        self.components = nn.ModuleDict({name: family.component(name) for name in trained})
+        self.images = list(images)
+        self.components = nn.ModuleDict({**{name: family.component(name) for name in trained}, **(beside or {})})
         self.snr_gamma = snr_gamma
         family.freeze_unused()
         self._fixed_conditioning: dict[str, Conditioning] = {}
@@ -136,17 +143,17 @@ class DenoisingObjective(nn.Module):
 
         samples: global indices of the samples, b of them.
         """
-        return self._losses([self.pictures[0].draw(sample) for sample in samples])
+        return self._losses([self.images[0].draw(sample) for sample in samples])
 
     def prepare(self, options: PerformanceOptions) -> None:
         """Encode images and prompts now, where asked to, and take off the device what is not needed any more."""
         if options.cache_latents:
-            for each in self.pictures:
+            for each in self.images:
                 each.encode_all()
             self.family.offload("vae")
         if options.pre_compute_text_embeddings:
             with self.family.on_device(*self.family.text_encoders):
-                prompts = list(dict.fromkeys(prompt for each in self.pictures for prompt in each.images.prompts))
+                prompts = list(dict.fromkeys(prompt for each in self.images for prompt in each.images.prompts))
                 self._kept_prompts = len(prompts)
                 self._condition(prompts)
             self.family.offload(*self.family.text_encoders)
@@ -169,14 +176,13 @@ class DenoisingObjective(nn.Module):
             **self._condition([sample.prompt for sample in drawn]),
             **family.encode_framings([sample.framing for sample in drawn]),
         }
-        prediction = self._predict(noisy, timesteps, conditioning, drawn)
+        control = None if drawn[0].control is None else torch.stack([sample.control for sample in drawn])
+        prediction = self._predict(noisy, timesteps, conditioning, control)
         losses = sample_losses(prediction, family.target(latents, noise, timesteps))
         return losses if self.snr_gamma is None else losses * family.min_snr_weights(timesteps, self.snr_gamma)
 
-    def _predict(
-        self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, drawn: Sequence[Sample]
-    ) -> Tensor:
-        """The denoiser's answer for these samples."""
+    def _predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, control: Tensor | None) -> Tensor:
+        """The denoiser's answer for these samples; control: their control images (b, 3, height, width), or None."""
         return self.family.predict(noisy, timesteps, conditioning)
 
     def _condition(self, prompts: Sequence[str]) -> Conditioning:
@@ -224,11 +230,11 @@ class DreamBoothObjective(DenoisingObjective):
         snr_gamma: float | None = None,
         noise_offset: float = 0.0,
     ):
-        pictures = [ImageSet(images, family, seed=seed, noise_offset=noise_offset)]
+        sets = [ImageSet(images, family, seed=seed, noise_offset=noise_offset)]
         if class_images is not None:
             seed = derive(seed, "class pictures")
-            pictures.append(ImageSet(class_images, family, seed=seed, noise_offset=noise_offset))
-        super().__init__(family, pictures, trained=trained, snr_gamma=snr_gamma)
+            sets.append(ImageSet(class_images, family, seed=seed, noise_offset=noise_offset))
+        super().__init__(family, sets, trained=trained, snr_gamma=snr_gamma)
         self.prior_loss_weight = prior_loss_weight
 
     def forward(self, samples: Sequence[int]) -> Tensor:
@@ -236,73 +242,36 @@ class DreamBoothObjective(DenoisingObjective):
 
         samples: global indices of the samples, b of them.
         """
-        if len(self.pictures) == 1:
+        if len(self.images) == 1:
             return super().forward(samples)
-        own, prior = self._losses([pictures.draw(s) for pictures in self.pictures for s in samples]).chunk(2)
+        own, prior = self._losses([each.draw(sample) for each in self.images for sample in samples]).chunk(2)
         return own + self.prior_loss_weight * prior
+
+
+class LightControlObjective(DenoisingObjective):
+    """Denoise with the features that an encoder makes of the control images, added after the UNet's conv_in.
+
+    The encoder is the component `control_encoder`.
+
+    Source: ETHER, arXiv:2405.20271, section 5.1.2, after OFT, arXiv:2306.07280.
+    """
+
+    def _predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, control: Tensor | None) -> Tensor:
+        with inject(self.family.component(self.family.denoiser), self.components[ENCODER](control)):
+            return super()._predict(noisy, timesteps, conditioning, control)
+
+
+class ControlNetObjective(DenoisingObjective):
+    """Denoise with a frozen UNet, to whose activations a ControlNet, the component `controlnet`, adds.
+
+    Source: ControlNet, arXiv:2302.05543.
+    """
+
+    def _predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, control: Tensor | None) -> Tensor:
+        residuals = self.family.residuals(self.components[CONTROLNET], noisy, timesteps, conditioning, control)
+        return self.family.predict(noisy, timesteps, conditioning, **residuals)
 
 
 def join_conditioning(rows: Sequence[Conditioning]) -> Mapping[str, Tensor]:
     """The conditioning of several samples as one batch."""
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-
-
-@torch.no_grad()
-def denoising_loss(
-    pipe: DiffusionPipeline,
-    image: Image.Image,
-    prompt: str,
-    *,
-    resolution: int | None = None,
-    timesteps: int = 10,
-    noises: int = 4,
-    seed: int = 0,
-    batch_size: int = 8,
-) -> float:
-    """How well the pipeline denoises one image under a prompt: the training loss over a fixed grid.
-
-    The mean over `timesteps` x `noises` of |target − prediction|² (mean over the latent's elements): timesteps at the
-    middles of equal parts of the schedule, noises drawn from (seed, number of the noise), the latents the mean of the
-    autoencoder's distribution. Nothing else is random, so two pipelines can be compared on equal terms.
-
-    Args:
-        pipe: a pipeline that a family covers, adapters active or not.
-        image: any size; its central square is used.
-        prompt: what the image shows.
-        resolution: side in pixels of the square. Default: the model's native size.
-        timesteps: number of timesteps.
-        noises: number of noises at each timestep.
-        seed: of the noises.
-        batch_size: predictions at a time.
-
-    Returns:
-        The loss, dimensionless; 1.0 is what an all-zero answer scores on epsilon targets.
-
-    Raises:
-        InputError: no family covers the pipeline.
-        ValueError: an empty grid.
-    """
-    if timesteps < 1 or noises < 1 or batch_size < 1:
-        raise ValueError(
-            f"timesteps={timesteps}, noises={noises}, batch_size={batch_size}: each needs to be at least 1"
-        )
-    family = family_of(pipe)
-    side = family.native_resolution if resolution is None else resolution
-    target = (side, side)
-    latents = family.make_latents(family.encode_pixels(to_pixels(center_cut(image, target))), None)  # (c, h, w)
-    middles = [int((part + 0.5) * family.timestep_count / timesteps) for part in range(timesteps)]
-    drawn = [torch.randn(latents.shape, generator=generator(seed, "held-out noise", each)) for each in range(noises)]
-    grid = [(step, noise) for step in middles for noise in drawn]
-    framing = frame(image.size, center_view(image.size, target), target)
-    conditioning = {**family.encode_prompts([prompt]), **family.encode_framings([framing])}
-    total = 0.0
-    for start in range(0, len(grid), batch_size):
-        part = grid[start : start + batch_size]
-        steps = torch.tensor([step for step, _ in part], device=latents.device)
-        noise = torch.stack([each for _, each in part]).to(latents.device)
-        clean = latents.expand_as(noise)
-        prediction = family.predict(
-            family.add_noise(clean, noise, steps), steps, join_conditioning([conditioning] * len(part))
-        )
-        total += sample_losses(prediction, family.target(clean, noise, steps)).double().sum().item()
-    return total / len(grid)

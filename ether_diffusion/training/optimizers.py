@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from ether_diffusion.errors import InputError
-from ether_diffusion.training.options.groups import PRODIGY_LEARNING_RATE, OptimizationOptions
+from ether_diffusion.training.options import PRODIGY_LEARNING_RATE, OptimizationOptions
 
 POLYNOMIAL_END = 1e-7
 """Learning rate at which diffusers' polynomial schedule ends."""

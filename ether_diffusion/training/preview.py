@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from ether_diffusion.images import image_grid
 from ether_diffusion.training.families import Family
-from ether_diffusion.training.options.groups import ValidationOptions
+from ether_diffusion.training.options import ValidationOptions
 from ether_diffusion.training.trackers import log_images
-
-SMALLEST_CELL = 128  # pixels; smaller images are enlarged, so that a person can see them
-GAP, FONT_SIZE = 8, 16
 
 
 @torch.no_grad()
@@ -45,32 +43,6 @@ def generate(
         pipe.set_progress_bar_config(**{"disable": False, **quiet})
 
 
-def side_by_side(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
-    """Titled rows of equal images as one image."""
-    width, height = rows[0][1][0].size
-    factor = -(-SMALLEST_CELL // min(width, height)) if min(width, height) < SMALLEST_CELL else 1
-    cell = (width * factor, height * factor)
-    font = ImageFont.load_default(FONT_SIZE)
-    columns = max(len(pictures) for _, pictures in rows)
-    row_height = cell[1] + FONT_SIZE + 3 * GAP
-    canvas = Image.new("RGB", (columns * (cell[0] + GAP) + GAP, len(rows) * row_height), "white")
-    draw = ImageDraw.Draw(canvas)
-    for k, (title, pictures) in enumerate(rows):
-        draw.text((GAP, k * row_height + GAP), _shortened(title, canvas.width - 2 * GAP, font), "black", font)
-        for j, image in enumerate(pictures):
-            place = (GAP + j * (cell[0] + GAP), k * row_height + FONT_SIZE + 2 * GAP)
-            canvas.paste(image.resize(cell, Image.Resampling.NEAREST), place)
-    return canvas
-
-
-def _shortened(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
-
-
 class Preview:
     """Images of base and tuned model from the same seeds: for every prompt a row of the one above one of the other.
 
@@ -81,30 +53,61 @@ class Preview:
         prompts: one pair of rows each.
         options: images per prompt, steps, guidance.
         seed: of the first image of each row.
+        controls: control image of each prompt, which gets a row of its own; without them, control is not trained.
     """
 
-    def __init__(self, family: Family, prompts: Sequence[str], options: ValidationOptions, seed: int):
+    def __init__(
+        self,
+        family: Family,
+        prompts: Sequence[str],
+        options: ValidationOptions,
+        seed: int,
+        controls: Sequence[Image.Image] | None = None,
+    ):
         self.family, self.prompts, self.options, self.seed = family, list(prompts), options, seed
-        self.base = self._generate()
+        self.controls = controls
+        self.base = self._generate(family.pipe)
 
-    def compare(self) -> Image.Image:
-        """The grid, with the model as it is now."""
+    def compare(self, pipe: DiffusionPipeline | None = None) -> Image.Image:
+        """The grid, with the model as it is now.
+
+        pipe: generates in place of the family's pipeline; takes the control images.
+        """
         rows: list[tuple[str, list[Image.Image]]] = []
-        for prompt, before, after in zip(self.prompts, self.base, self._generate(), strict=True):
-            rows += [(f"base: {prompt}", before), (f"tuned: {prompt}", after)]
-        return side_by_side(rows)
+        tuned = self._generate(pipe or self.family.pipe)
+        for k, prompt in enumerate(self.prompts):
+            if self.controls is not None:
+                rows.append(("control", [self.controls[k]]))
+            rows += [
+                (f"base: {prompt}", self.base[k]),
+                (f"{'tuned' if self.controls is None else 'controlled'}: {prompt}", tuned[k]),
+            ]
+        return image_grid(rows)
 
-    def report(self, accelerator: Accelerator, path: Path, step: int) -> None:
-        """Save the grid, and send it to the trackers."""
-        grid = self.compare()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        grid.save(path)
-        log_images(accelerator, "validation", [grid], step)
+    def report(self, accelerator: Accelerator, path: Path, step: int, pipe: DiffusionPipeline | None = None) -> None:
+        """Save the grid, and send it to the trackers. Every process that generates calls it; the first one writes."""
+        grid = self.compare(pipe)
+        if accelerator.is_main_process:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            grid.save(path)
+            log_images(accelerator, "validation", [grid], step)
 
-    def _generate(self) -> list[list[Image.Image]]:
+    def _generate(self, pipe: DiffusionPipeline) -> list[list[Image.Image]]:
         """The images of every prompt, by the model as it is."""
         with self.family.on_device(*self.family.modules()):
-            return [generate(self.family.pipe, prompt, self.options, self.seed) for prompt in self.prompts]
+            return [
+                generate(pipe, prompt, self.options, self.seed, **self._inputs(pipe, k))
+                for k, prompt in enumerate(self.prompts)
+            ]
+
+    def _inputs(self, pipe: DiffusionPipeline, row: int) -> dict[str, Any]:
+        if self.controls is None:
+            return {}
+        control = self.controls[row]
+        size = {"width": control.width, "height": control.height}
+        if pipe is self.family.pipe:  # the base, which takes no control image
+            return size
+        return {**size, "image" if hasattr(pipe, "controlnet") else "control_image": control}
 
 
 def is_due(options: ValidationOptions, *, epoch_samples: int, step_samples: int, steps: int) -> Callable[[int], bool]:

@@ -1,29 +1,34 @@
-"""One training run from its options to what it leaves: what the scripts have in common."""
+"""One training run from its options to what it leaves, in four steps that every process takes.
+
+`TrainingRun` is planned from the options alone, `check` makes it a `CheckedRun`, which has looked at everything that
+can fail, `load` makes that a `LoadedRun`, which has the model in memory; it trains and leaves the result. Each step
+is made of the one before and changes nothing in it.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+from PIL import Image
 from torch import nn
 
 from ether_diffusion.errors import InputError
+from ether_diffusion.training.adaptation import Adaptation, Attached
 from ether_diffusion.training.card import GRID_NAME, figures_of, write_card
 from ether_diffusion.training.checkpoints import Checkpoints, with_fingerprint
 from ether_diffusion.training.distributed import check_layout, claim_layout, gathered, on_main_process, shard_frozen
 from ether_diffusion.training.entry import narrate
-from ether_diffusion.training.families import Blueprint, Family, ModelSource, family_at
+from ether_diffusion.training.families import Family, ModelSource, family_at
 from ether_diffusion.training.hub import check_hub, log_patterns, upload
 from ether_diffusion.training.loop import WEIGHT_DTYPES, TrainingResult, check_output_dir, make_accelerator, train
-from ether_diffusion.training.methods.configs import configs_of, loading_code, read_method, save_trained
-from ether_diffusion.training.methods.injection import Configs, add_adapters, dry_run
-from ether_diffusion.training.optimizers import check_optimizer, check_schedule, parameter_groups
-from ether_diffusion.training.options.command_line import binding, flatten
-from ether_diffusion.training.options.groups import TrainingOptions
+from ether_diffusion.training.methods.configs import read_method
+from ether_diffusion.training.optimizers import check_optimizer, check_schedule
+from ether_diffusion.training.options import TrainingOptions, binding, flatten
 from ether_diffusion.training.preview import Preview, is_due
 
 VALIDATION_FOLDER = "validation"
@@ -32,45 +37,36 @@ Options = TypeVar("Options", bound=TrainingOptions)
 
 
 class TrainingRun(Generic[Options]):
-    """A run: checked when it is made, then `check`, `load`, `train` and `finish`, in this order, by every process.
+    """A run as the options plan it.
 
     Args:
         options: of the script.
         command: as it was typed.
+        adaptation: what is trained.
 
     Attributes:
-        options: once `check` was called, with definite steps and learning rates.
+        method: that the options name.
         source, family_class: the base model.
-        method, configs: what is trained; component -> its config.
-        parameter_count: of what is trained.
+        adaptation: what is trained, tried on the base model without weights.
         targets: (height, width) that training images can have.
         output_dir: where everything goes; not made yet.
         accelerator: devices and processes.
         layout: what each process holds.
 
-    Class attributes:
-        tags: of the model card.
-        inputs_code: what the card's code calls the pipeline with besides the prompt.
-        can_shard: whether what is trained can be made beside a sharded denoiser.
-
     Raises:
         InputError: what the user gave cannot be used. No weights were read and nothing was written.
     """
 
-    tags: Sequence[str] = ("dreambooth",)
-    inputs_code: str = ""
-    can_shard: bool = True
-
-    def __init__(self, options: Options, command: str):
+    def __init__(self, options: Options, command: str, adaptation: type[Adaptation[Options]] = Adaptation):
         self.options, self.command = options, command
         check_optimizer(options.optimization)
         self.method = read_method(options.adapter)
-        if self.default_learning_rate is None and options.optimization.learning_rate is None:
-            raise InputError(f"--learning_rate: is missing; there is no default for {self.method.title}")
         self.source = ModelSource.from_options(options.model)
         self.family_class = family_at(self.source)
         blueprint = self.family_class.read_blueprint(self.source)
-        self.configs, self.parameter_count = self.plan(blueprint)
+        self.adaptation = adaptation(options, self.method, self.family_class, blueprint)
+        if self.adaptation.default_learning_rate is None and options.optimization.learning_rate is None:
+            raise InputError(f"--learning_rate: is missing; there is no default for {self.method.title}")
         self.targets = blueprint.targets(options.views)
         self.output_dir = check_output_dir(options.run.output_dir)
         layout = claim_layout()
@@ -79,30 +75,11 @@ class TrainingRun(Generic[Options]):
         )
         self.layout = layout if self.accelerator.num_processes > 1 else "replicated"
         denoiser = self.family_class.denoiser
-        check_layout(self.layout, options, self.configs, denoiser=denoiser, precision=self.precision)
-        if self.layout == "sharded" and not self.can_shard:
+        check_layout(self.layout, options, self.adaptation.configs, denoiser=denoiser, precision=self.precision)
+        if self.layout == "sharded" and not self.adaptation.can_shard:
             raise InputError(
                 "FSDP: what is trained here begins as a copy of the whole denoiser; launch with configs/ddp.yaml"
             )
-
-    def plan(self, blueprint: Blueprint) -> tuple[Configs, int]:
-        """What is trained, component -> config, and how many parameters that makes, tried on a model without weights.
-
-        Raises:
-            InputError: layers that are not there, or cannot be adapted so.
-        """
-        configs = configs_of(self.method, self.family_class, self.options.adapter)
-        return configs, dry_run(blueprint.models, configs)
-
-    @property
-    def deep(self) -> Collection[str]:
-        """Names of the models with trained parameters whose activations can be recomputed."""
-        return self.configs.keys()
-
-    @property
-    def default_learning_rate(self) -> float | None:
-        """Of the method; None where there is none."""
-        return self.method.learning_rate
 
     @property
     def precision(self) -> str:
@@ -121,8 +98,10 @@ class TrainingRun(Generic[Options]):
             "seed": self.options.run.seed,
         }
 
-    def check(self, *, epoch_samples: int, depends_on: Mapping[str, str], later: Sequence[str] = ()) -> None:
-        """The rest of what can fail, which needs to know the data.
+    def check(
+        self, *, epoch_samples: int, depends_on: Mapping[str, str], later: Sequence[str] = ()
+    ) -> CheckedRun[Options]:
+        """Check the rest of what can fail, which needs to know the data.
 
         Args:
             epoch_samples: images in one epoch.
@@ -132,66 +111,84 @@ class TrainingRun(Generic[Options]):
         Raises:
             InputError: nothing to go on from, too little room on the disk, or no way to the Hub.
         """
-        processes = self.accelerator.num_processes
-        optimization = self.options.optimization.resolve(
-            default_learning_rate=self.default_learning_rate or 0.0, epoch_samples=epoch_samples, processes=processes
-        )
-        check_schedule(optimization)
-        self.options = replace(self.options, optimization=optimization)
-        self.epoch_samples = epoch_samples
-        given = {**binding(self.options), **depends_on, "method": self.method.name}
+        options = self.adaptation.resolve(self.options, self.accelerator, epoch_samples=epoch_samples)
+        check_schedule(options.optimization)
+        given = {**binding(options), **depends_on, **self.adaptation.depends_on(), "method": self.method.name}
         base = "pretrained_model_name_or_path"
         given[base] = with_fingerprint(given[base], self.source.path)
-        given |= {"mixed_precision": self.precision, "num_processes": processes}
-        if self.options.adapter.adapter_config is not None:
-            content = Path(self.options.adapter.adapter_config).read_bytes()
+        given |= {"mixed_precision": self.precision, "num_processes": self.accelerator.num_processes}
+        if options.adapter.adapter_config is not None:
+            content = Path(options.adapter.adapter_config).read_bytes()
             given["adapter_config"] = f"sha256:{hashlib.sha256(content).hexdigest()[:16]}"
-        self.checkpoints = Checkpoints(self.output_dir, self.options.state, given, later=later)
-        self.checkpoints.check_space(self.parameter_count)
-        self.hub_id = on_main_process(self.accelerator, lambda: check_hub(self.options.run))
+        checkpoints = Checkpoints(self.output_dir, options.state, given, later=later)
+        checkpoints.check_space(self.adaptation.parameter_count)
+        hub_id = on_main_process(self.accelerator, lambda: check_hub(options.run))
+        return CheckedRun(self, options, epoch_samples, checkpoints, hub_id)
 
-    def load(self, prompts: Sequence[str]) -> Family:
-        """The model with its adapter, when it has generated what it makes of these prompts without one."""
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        performance = self.options.performance
+
+@dataclass(frozen=True)
+class CheckedRun(Generic[Options]):
+    """A run in which nothing that the user gave can fail any more.
+
+    options: with definite steps and learning rates.
+    epoch_samples: images in one epoch.
+    checkpoints: where it starts, and how it saves.
+    hub_id: the repository that the result goes to; None without one.
+    """
+
+    run: TrainingRun[Options]
+    options: Options
+    epoch_samples: int
+    checkpoints: Checkpoints
+    hub_id: str | None
+
+    def load(self, prompts: Sequence[str], controls: Sequence[Image.Image] | None = None) -> LoadedRun[Options]:
+        """Load the model, generate what it makes of these prompts, and attach what is trained.
+
+        controls: control image of each prompt, where control is trained.
+        """
+        run, options, configs = self.run, self.options, self.run.adaptation.configs
+        run.output_dir.mkdir(parents=True, exist_ok=True)
         # Weights that are all trained are kept in float32; those beside adapters stay as they are, in half precision.
-        dtype = torch.float32 if None in self.configs.values() else WEIGHT_DTYPES[self.precision]
-        self.family = self.family_class.load(self.source, dtype)
-        if self.layout == "sharded":
-            shard_frozen(self.family.component(self.family.denoiser), self.accelerator)
-        idle = self.family.modules().keys() - {self.family.denoiser, *self.configs}
-        self.family.freeze(self.accelerator.device, offloaded=sorted(idle) if performance.offload else ())
-        self.preview = None
-        if self.options.validation.num_validation_images and self._generates:
-            self.preview = self.make_preview(prompts)
-        self.models = self.adapt()
-        others = [model for name, model in self.models.items() if name in self.deep and name != self.family.denoiser]
-        self.family.speed_up(performance, [self.family.component(self.family.denoiser), *others])
-        return self.family
+        dtype = torch.float32 if None in configs.values() else WEIGHT_DTYPES[run.precision]
+        family = run.family_class.load(run.source, dtype)
+        denoiser = family.component(family.denoiser)
+        if run.layout == "sharded":
+            shard_frozen(denoiser, run.accelerator)
+        idle = family.modules().keys() - {family.denoiser, *configs}
+        family.freeze(run.accelerator.device, offloaded=sorted(idle) if options.performance.offload else ())
+        preview = None
+        # A sharded denoiser runs on all processes or on none.
+        generates = run.accelerator.is_main_process or run.layout == "sharded"
+        if options.validation.num_validation_images and generates:
+            preview = Preview(family, prompts, options.validation, options.run.seed, controls)
+        attached = run.adaptation.attach(family, options)
+        deep = [model for name, model in attached.models.items() if name in run.adaptation.deep]
+        family.speed_up(options.performance, [denoiser, *(model for model in deep if model is not denoiser)])
+        return LoadedRun(self, family, attached, preview)
+
+
+@dataclass(frozen=True)
+class LoadedRun(Generic[Options]):
+    """A run with its model in memory.
+
+    family: the base model.
+    attached: what is trained, on it.
+    preview: makes sample images; None where this process makes none.
+    """
+
+    checked: CheckedRun[Options]
+    family: Family
+    attached: Attached
+    preview: Preview | None
 
     @property
-    def _generates(self) -> bool:
-        """Whether this process takes part in generating: a sharded denoiser runs on all processes or on none."""
-        return self.accelerator.is_main_process or self.layout == "sharded"
-
-    def make_preview(self, prompts: Sequence[str]) -> Preview:
-        """What generates; it generates the base model now."""
-        return Preview(self.family, prompts, self.options.validation, self.options.run.seed)
-
-    def adapt(self) -> dict[str, nn.Module]:
-        """Add what is trained to the loaded model: component -> model with trained parameters."""
-        models = {name: self.family.component(name) for name in self.configs}
-        add_adapters(models, self.configs, seed=self.options.run.seed)
-        return models
+    def run(self) -> TrainingRun[Options]:
+        return self.checked.run
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What is trained, as optimisers take it."""
-        return parameter_groups(self.models, denoiser=self.family.denoiser, options=self.options.optimization)
-
-    def save(self, prompt: str) -> Path:
-        """Write what was trained to the output folder; the file or folder to tell of."""
-        metadata = {"prompt": prompt}
-        return save_trained(self.family.pipe, self.configs, self.output_dir, method=self.method, metadata=metadata)
+        return self.run.adaptation.parameter_groups(self.attached, self.checked.options)
 
     def train(self, objective: nn.Module, what: str) -> TrainingResult:
         """Minimise an objective, with all that the options say.
@@ -200,23 +197,24 @@ class TrainingRun(Generic[Options]):
             objective: maps global sample indices to a loss for each; what needs a gradient in it is trained.
             what: the data, in words, for the log.
         """
-        optimization, processes = self.options.optimization, self.accelerator.num_processes
-        objective.prepare(self.options.performance)
-        where = f"{processes} process{'es' * (processes > 1)} ({self.accelerator.device.type})"
-        name = self.source.name
-        narrate("%s: %d parameters on %s, %s, %s", self.method.title, self.parameter_count, name, what, where)
+        run, options = self.run, self.checked.options
+        optimization, processes = options.optimization, run.accelerator.num_processes
+        objective.prepare(options.performance)
+        where = f"{processes} process{'es' * (processes > 1)} ({run.accelerator.device.type})"
+        count = run.adaptation.parameter_count
+        narrate("%s: %d parameters on %s, %s, %s", run.method.title, count, run.source.name, what, where)
         return train(
-            self.accelerator,
+            run.accelerator,
             objective,
             self.parameter_groups(),
             optimization,
-            layout=self.layout,
-            checkpoints=self.checkpoints,
-            tracked={**flatten(self.options), "method": self.method.name},
-            validate=self._validate,
+            layout=run.layout,
+            checkpoints=self.checked.checkpoints,
+            tracked={**flatten(options), "method": run.method.name},
+            validate=lambda step: self._report(run.output_dir / VALIDATION_FOLDER / f"step-{step:06}.png", step),
             validate_after=is_due(
-                self.options.validation,
-                epoch_samples=self.epoch_samples,
+                options.validation,
+                epoch_samples=self.checked.epoch_samples,
                 step_samples=optimization.samples_per_step(processes),
                 steps=optimization.steps,
             ),
@@ -233,54 +231,49 @@ class TrainingRun(Generic[Options]):
         Raises:
             OSError: the disk is full, or the upload failed.
         """
+        run, hub_id = self.run, self.checked.hub_id
         # The weights first: whatever happens to the images, they are there.
-        with gathered(self.family.component(self.family.denoiser), self.accelerator):
-            if self.accelerator.is_main_process:
-                weights = self.save(prompt)
+        with gathered(self.family.component(self.family.denoiser), run.accelerator):
+            if run.accelerator.is_main_process:
+                weights = run.adaptation.save(self.attached, self.family, run.output_dir, {"prompt": prompt})
                 narrate("weights: %s", weights)
+        self._report(run.output_dir / GRID_NAME, len(result.losses))
         if self.preview is not None:
-            self._report(self.output_dir / GRID_NAME, len(result.losses))
-            narrate("images: %s", self.output_dir / GRID_NAME)
-        if self.accelerator.is_main_process:
+            narrate("images: %s", run.output_dir / GRID_NAME)
+        if run.accelerator.is_main_process:
             self._write_card(result, weights, prompt, images)
-            if self.hub_id is not None:
-                narrate("uploaded: %s", upload(self.output_dir, self.hub_id, ignore=log_patterns(self.options.run)))
-        self.accelerator.end_training()
-
-    def loading_code(self) -> str:
-        """Lines of Python that load the result, for the card."""
-        return loading_code(self.method, list(self.configs))
-
-    def _validate(self, step: int) -> None:
-        if self.preview is not None:
-            self._report(self.output_dir / VALIDATION_FOLDER / f"step-{step:06}.png", step)
+            if hub_id is not None:
+                ignore = log_patterns(run.options.run)
+                narrate("uploaded: %s", upload(run.output_dir, hub_id, ignore=ignore))
+        run.accelerator.end_training()
 
     def _report(self, path: Path, step: int) -> None:
-        if self.accelerator.is_main_process:
-            self.preview.report(self.accelerator, path, step)
-        else:
-            self.preview.compare()  # takes part in the generating, writes nothing
+        """Generate with the model as it is, if this process generates."""
+        if self.preview is not None:
+            with self.run.adaptation.generating(self.attached, WEIGHT_DTYPES[self.run.precision]):
+                self.preview.report(self.run.accelerator, path, step, self.attached.pipe)
 
     def _write_card(self, result: TrainingResult, weights: Path, prompt: str, images: str) -> None:
+        run, adaptation = self.run, self.run.adaptation
         write_card(
-            self.output_dir,
-            source=self.source,
-            title=self.method.title,
-            tags=[*self.tags, "peft", self.method.name],
-            paper=self.method.paper,
-            loading=self.loading_code(),
+            run.output_dir,
+            source=run.source,
+            title=run.method.title,
+            tags=[*adaptation.tags, "peft", run.method.name],
+            paper=run.method.paper,
+            loading=adaptation.loading_code(self.attached, run.source),
             weights=weights,
             prompt=prompt,
             prompts=() if self.preview is None else self.preview.prompts,
             figures=figures_of(
                 result,
                 images=images,
-                parameters=self.parameter_count,
+                parameters=adaptation.parameter_count,
                 weights=weights,
                 learning_rates={group["name"]: group["lr"] for group in self.parameter_groups()},
             ),
-            command=self.command,
+            command=run.command,
             with_images=self.preview is not None,
-            inputs=self.inputs_code,
-            hub_id=self.hub_id,
+            inputs=adaptation.inputs,
+            hub_id=self.checked.hub_id,
         )

@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from ether_diffusion import EtherConfig
 from ether_diffusion.images import find_images
-from ether_diffusion.training.data.examples import TrainingImages, examples_of
+from ether_diffusion.training.data import TrainingImages, examples_of
 
 ONE_GREY_LEVEL = 1 / 255
 

@@ -33,9 +33,13 @@ def reset_accelerate() -> None:
     GradientState._reset_state()
 
 
-def launch(script: Path, *flags: object, processes: int = 1, **environment: str) -> subprocess.CompletedProcess:
-    """`accelerate launch` on the CPU; more than one process through torchrun, which really starts them."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", str(script), *map(str, flags)]
+def launch(script: Path | str, *flags: object, processes: int = 1, **environment: str) -> subprocess.CompletedProcess:
+    """`accelerate launch` on the CPU; more than one process through torchrun, which really starts them.
+
+    script: a file, or the name of a module.
+    """
+    started = [str(script)] if isinstance(script, Path) else ["-m", script]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *started, *map(str, flags)]
     if processes > 1:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), *command[3:]]
     variables = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment}

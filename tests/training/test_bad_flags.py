@@ -17,6 +17,7 @@ CASES = [
     # unknown, missing, of the wrong type
     ("--no_such_flag", "unrecognized arguments: --no_such_flag"),
     ("--lr 1", "unrecognized arguments: --lr 1"),
+    ("--meth ether", "unrecognized arguments: --meth ether"),
     ("--max_train_steps many", "argument --max_train_steps: invalid int value: 'many'"),
     ("--learning_rate", "argument --learning_rate: expected one argument"),
     ("--method dora", "argument --method: invalid choice: 'dora'"),
@@ -24,8 +25,11 @@ CASES = [
     # out of range
     ("--max_train_steps 0", "--max_train_steps: got 0, needs a whole number from 1"),
     ("--train_batch_size -1", "--train_batch_size: got -1, needs a whole number from 1"),
+    ("--num_blocks 0", "--num_blocks: got 0, needs a whole number from 1"),
+    ("--learning_rate -1", "--learning_rate: got -1.0, needs a finite number above 0"),
     ("--learning_rate nan", "--learning_rate: got nan, needs a finite number above 0"),
     ("--learning_rate 0", "--learning_rate: got 0.0, needs a finite number above 0"),
+    ("--adam_beta1 1", "--adam_beta1: got 1.0, needs a number from 0 and below 1"),
     ("--adam_beta2 1", "--adam_beta2: got 1.0, needs a number from 0 and below 1"),
     ("--ema_decay 1 --use_ema", "--ema_decay: got 1.0, needs a number from 0 and below 1"),
     ("--max_grad_norm inf", "--max_grad_norm: got inf, needs a finite number above 0"),

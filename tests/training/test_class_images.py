@@ -24,7 +24,7 @@ from ether_diffusion.errors import InputError
 from ether_diffusion.images import find_images
 from ether_diffusion.training.class_images import ClassImages, generate_class_images
 from ether_diffusion.training.families import ModelSource, StableDiffusion
-from ether_diffusion.training.options.groups import PriorOptions
+from ether_diffusion.training.options import PriorOptions
 from ether_diffusion.training.seeds import derive
 
 PROMPT, SEED, STEPS = "a photo of a dog", 3, 2
@@ -347,7 +347,6 @@ import torch
 from accelerate import Accelerator
 from ether_diffusion.training.families import ModelSource, StableDiffusion
 from ether_diffusion.training.class_images import generate_class_images
-from ether_diffusion.training.options.groups import PriorOptions
 
 torch.set_num_threads(1)
 model, folder, number, size, *killed_at = sys.argv[1:]

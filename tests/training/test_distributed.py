@@ -31,7 +31,7 @@ from ether_diffusion.training.distributed import check_layout, claim_layout, gat
 from ether_diffusion.training.families.stable_diffusion import StableDiffusion
 from ether_diffusion.training.methods.configs import configs_of, read_method
 from ether_diffusion.training.methods.injection import add_adapters, trained_parameters
-from ether_diffusion.training.options.command_line import parse_options
+from ether_diffusion.training.options import parse_options
 from ether_diffusion.tuner.config import EtherConfig
 
 CONFIGS = ROOT / "configs"

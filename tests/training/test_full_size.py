@@ -56,7 +56,7 @@ def stable_diffusion(tmp_path_factory) -> Path:
 LOAD = """
 import sys, torch, ether_diffusion
 from diffusers import StableDiffusionPipeline
-from ether_diffusion.layers import EtherLayer
+from ether_diffusion.tuner.layer import EtherLayer
 pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1], dtype=torch.float32)
 pipe.load_ether_weights(sys.argv[2])
 layers = [module for module in pipe.unet.modules() if isinstance(module, EtherLayer)]

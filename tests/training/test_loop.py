@@ -1,102 +1,19 @@
 """Options, objective, loop and images, in this process."""
 
-from dataclasses import dataclass
-
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from helpers.scripts import reset_accelerate
-from PIL import Image
 
 from ether_diffusion import EtherConfig
 from ether_diffusion.errors import InputError
 from ether_diffusion.training.families import family_of
 from ether_diffusion.training.loop import train
 from ether_diffusion.training.methods.injection import add_adapters, check_targets, trained_parameters
-from ether_diffusion.training.objectives import denoising_loss, sample_losses
-from ether_diffusion.training.options.command_line import build_parser, flatten, parse_options
-from ether_diffusion.training.options.groups import (
-    AdapterOptions,
-    InstanceDataOptions,
+from ether_diffusion.training.objectives import sample_losses
+from ether_diffusion.training.options import (
     OptimizationOptions,
-    ValidationOptions,
-    ViewOptions,
 )
-from ether_diffusion.training.preview import Preview, is_due, side_by_side
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    data: InstanceDataOptions
-    views: ViewOptions
-    adapter: AdapterOptions
-    optimization: OptimizationOptions
-    validation: ValidationOptions
-
-
-NEEDED = ["--instance_data_dir", "photos", "--instance_prompt", "a dog"]
-
-
-def test_flags_become_options_and_defaults_stay():
-    options = parse_options(
-        Options, [*NEEDED, "--method", "ether", "--target_modules", "to_q", "to_v", "--random_flip"]
-    )
-    assert options.adapter.method == "ether" and options.adapter.target_modules == ("to_q", "to_v")
-    assert options.views.random_flip and not options.views.center_crop
-    assert options.optimization == OptimizationOptions()
-    flat = flatten(options)
-    assert flat["target_modules"] == "to_q, to_v" and flat["resolution"] == "default"
-    assert all(isinstance(value, (bool, int, float, str)) for value in flat.values())
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--num_blocks", "0"], "--num_blocks: got 0, needs a whole number from 1"),
-        (["--learning_rate", "-1"], "--learning_rate: got -1.0, needs a finite number above 0"),
-        (["--learning_rate", "nan"], "needs a finite number above 0"),
-        (["--adam_beta1", "1"], "below 1"),
-        (["--instance_prompt", " "], "--instance_prompt: got ' ', needs a text"),
-        (["--text_encoder_target_modules", "q_proj"], "has no effect without --train_text_encoder"),
-        (["--lr_warmup_steps", "5"], "use constant_with_warmup"),
-    ],
-)
-def test_a_value_that_does_not_fit_is_explained(flags, message):
-    with pytest.raises(InputError, match=message):
-        parse_options(Options, [*NEEDED, *flags])
-
-
-@pytest.mark.parametrize(
-    "flags", [["--no_such_flag"], ["--method", "dora"], ["--max_train_steps", "many"], ["--meth", "ether"]]
-)
-def test_unknown_flags_and_choices_end_the_program(flags, capsys):
-    with pytest.raises(SystemExit):
-        parse_options(Options, [*NEEDED, *flags])
-    assert flags[0] in capsys.readouterr().err
-
-
-def test_help_names_every_flag():
-    text = build_parser(Options).format_help()
-    for group in Options.__dataclass_fields__.values():
-        assert all(f"--{name}" in text for name in group.type.__dataclass_fields__)
-
-
-def test_steps_and_learning_rates_become_definite():
-    fixed = {"default_learning_rate": 0.25, "epoch_samples": 10, "processes": 2}
-    usual = OptimizationOptions().resolve(**fixed)
-    assert (usual.steps, usual.learning_rate, usual.text_encoder_lr) == (200, 0.25, None)
-    epochs = OptimizationOptions(num_train_epochs=3, train_batch_size=4, gradient_accumulation_steps=2).resolve(
-        **fixed
-    )
-    assert epochs.steps == 2  # 30 images, 16 a step
-    scaled = OptimizationOptions(learning_rate=0.5, text_encoder_lr=0.125, train_batch_size=4, scale_lr=True)
-    scaled = scaled.resolve(**fixed)
-    assert (scaled.learning_rate, scaled.text_encoder_lr) == (4.0, 1.0)
-    assert scaled.resolve(**fixed) == scaled
-    assert OptimizationOptions(optimizer="prodigy").resolve(**fixed).learning_rate == 1.0
-    with pytest.raises(ValueError, match="not resolved"):
-        _ = OptimizationOptions(num_train_epochs=3).steps
 
 
 def test_an_unknown_target_lists_the_names_there_are(tiny_pipeline):
@@ -132,17 +49,6 @@ def test_latents_are_scaled_draws_of_the_autoencoder(tiny_pipeline):
 def test_losses_of_different_shapes_are_not_broadcast():
     with pytest.raises(ValueError, match="prediction has shape"):
         sample_losses(torch.zeros(2, 4, 8, 8), torch.zeros(1, 4, 8, 8))
-
-
-def test_the_held_out_loss_is_repeatable_and_the_same_for_any_batch(tiny_pipeline):
-    image = Image.effect_noise((40, 30), 60).convert("RGB")
-    grid = {"timesteps": 3, "noises": 2}
-    loss = denoising_loss(tiny_pipeline, image, "a dog", **grid)
-    assert loss == denoising_loss(tiny_pipeline, image, "a dog", **grid)
-    assert loss == pytest.approx(denoising_loss(tiny_pipeline, image, "a dog", batch_size=1, **grid), rel=1e-5)
-    assert loss != denoising_loss(tiny_pipeline, image, "a dog", seed=1, **grid)
-    with pytest.raises(ValueError, match="at least 1"):
-        denoising_loss(tiny_pipeline, image, "a dog", timesteps=0)
 
 
 class Quadratic(torch.nn.Module):
@@ -215,40 +121,3 @@ def test_the_starts_follow_from_the_seed_and_leave_the_global_state(tiny_pipelin
         assert torch.equal(torch.get_rng_state(), state)
         starts.append(torch.cat([p.flatten() for p in trained_parameters({"unet": model}, config)]))
     assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
-
-
-def test_the_grid_shows_the_model_before_and_after(tiny_pipeline):
-    options = ValidationOptions(num_validation_images=2, num_inference_steps=2)
-    preview = Preview(family_of(tiny_pipeline), ["a dog", "a cat"], options, 0)
-    unchanged = preview.compare()
-    torch.manual_seed(0)
-    tiny_pipeline.unet.add_adapter(EtherConfig(init_weights=False))
-    grid = preview.compare()
-    assert grid.width > 2 * 128 and grid.height > 4 * 128
-    row = grid.height // 4
-
-    def rows(picture: Image.Image) -> list[np.ndarray]:
-        return [np.asarray(picture)[k * row + 40 : (k + 1) * row] for k in range(4)]  # without the titles
-
-    assert all(np.array_equal(rows(unchanged)[k], rows(unchanged)[k + 1]) for k in (0, 2))
-    assert all(np.array_equal(rows(unchanged)[k], rows(grid)[k]) for k in (0, 2))
-    assert not any(np.array_equal(rows(grid)[k], rows(grid)[k + 1]) for k in (0, 2))
-
-
-@pytest.mark.parametrize(
-    ("given", "generated"),
-    [
-        ({}, []),
-        ({"validation_steps": 3}, [3, 6, 9]),
-        ({"validation_epochs": 1}, [3, 5, 8]),
-        ({"validation_epochs": 2}, [5]),
-    ],
-)
-def test_images_are_due_after_steps_or_epochs_and_not_at_the_end(given, generated):
-    due = is_due(ValidationOptions(**given), epoch_samples=5, step_samples=2, steps=10)
-    assert [step for step in range(1, 11) if due(step)] == generated
-
-
-def test_large_images_are_not_enlarged():
-    grid = side_by_side([("a title that is far too long for one small image " * 3, [Image.new("RGB", (200, 200))])])
-    assert grid.width == 200 + 16

@@ -19,7 +19,7 @@ from ether_diffusion.errors import InputError
 from ether_diffusion.training.families import ModelSource, StableDiffusion, StableDiffusionXL
 from ether_diffusion.training.methods.configs import configs_of, loading_code, read_method, save_trained
 from ether_diffusion.training.methods.injection import add_adapters, dry_run, trained_parameters
-from ether_diffusion.training.options.groups import LEARNING_RATES, METHODS, AdapterOptions
+from ether_diffusion.training.options import LEARNING_RATES, METHODS, AdapterOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 WITH_TEXT = pytest.mark.parametrize("with_text", [False, True], ids=["unet", "unet+text_encoder"])

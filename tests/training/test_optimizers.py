@@ -14,7 +14,7 @@ from ether_diffusion import EtherConfig, EtherLayer
 from ether_diffusion.errors import InputError
 from ether_diffusion.training.ema import RunningAverage
 from ether_diffusion.training.optimizers import check_optimizer, make_optimizer, make_schedule, parameter_groups
-from ether_diffusion.training.options.groups import OptimizationOptions
+from ether_diffusion.training.options import OptimizationOptions
 from ether_diffusion.tuner.attention import enable_ether_attention
 from ether_diffusion.tuner.layer import EtherLinear
 

@@ -13,8 +13,8 @@ from helpers.control_data import COLOURS, label_map, write
 from PIL import Image
 
 from ether_diffusion.errors import InputError
-from ether_diffusion.training.data.pairs import ControlImages, find_pairs
-from ether_diffusion.training.options.control import ControlDataOptions
+from ether_diffusion.training.data import TrainingImages, find_pairs
+from ether_diffusion.training.options import ControlDataOptions
 
 
 @pytest.fixture(autouse=True)
@@ -22,10 +22,10 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def images(folder: Path, *, targets=((16, 16),), seed=0, **options) -> ControlImages:
+def images(folder: Path, *, targets=((16, 16),), seed=0, **options) -> TrainingImages:
     data = {name: options.pop(name) for name in ("streaming", "max_train_samples") if name in options}
     pairs = find_pairs(ControlDataOptions(train_data_dir=str(folder), **data), seed=seed)
-    return ControlImages(pairs, targets=targets, seed=seed, **options)
+    return TrainingImages(pairs, targets=targets, seed=seed, **options)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_a_stream_is_read_in_order_again_and_again_and_from_anywhere(tmp_path):
     assert captions(range(12), seed=1) != first
     assert set(captions(range(8), max_train_samples=2)) == {"image 0", "image 1"}
     with pytest.raises(TypeError, match="no length"):
-        len(images(folder, streaming=True).pairs)
+        len(images(folder, streaming=True).examples)
 
 
 def test_the_fingerprint_knows_captions_and_images(tmp_path):

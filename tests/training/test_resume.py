@@ -42,7 +42,7 @@ from ether_diffusion.training.checkpoints import (
     set_random_state,
 )
 from ether_diffusion.training.loop import TrainingResult, train
-from ether_diffusion.training.options.groups import OptimizationOptions, StateOptions
+from ether_diffusion.training.options import OptimizationOptions, StateOptions
 
 # The loop, on an objective of one vector ------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ from ether_diffusion.training.entry import launch_command
 from ether_diffusion.training.families import ModelSource
 from ether_diffusion.training.hub import check_hub, log_patterns, upload
 from ether_diffusion.training.loop import TrainingResult
-from ether_diffusion.training.options.groups import RunOptions
+from ether_diffusion.training.options import RunOptions
 from ether_diffusion.training.trackers import (
     PROJECT,
     TRACKERS,

@@ -61,7 +61,7 @@ def nearest_target(size: Size, targets: Sequence[Target]) -> int:
 
 
 def shrunk_size(size: Size, target: Target) -> Size:
-    """The size to which `shrink` brings a picture of this one."""
+    """The size to which `shrink` brings an image of this one."""
     width, height = size
     rows, columns = target
     if width <= columns or height <= rows:
@@ -119,7 +119,7 @@ def place_view(
 ) -> View:
     """The view of image number `image`, read at this size: central where `draw` is None."""
     size = shrunk_size(original_size, target)
-    margins = [whole - part for whole, part in zip(size, crop_size(size, target), strict=True)]
+    margins = [side - part for side, part in zip(size, crop_size(size, target), strict=True)]
     if draw is None:
         left, top = (margin // 2 for margin in margins)
     else:
@@ -127,11 +127,7 @@ def place_view(
     return View(image, left, top, flip)
 
 
-def center_view(original_size: Size, target: Target) -> View:
-    """The central rectangle of an image that was read at this size, without any chance."""
-    return place_view(0, original_size, target, None)
-
-
 def center_cut(image: Image.Image, target: Target, resample: Image.Resampling = SMOOTH) -> Image.Image:
     """The central rectangle of an image at the target's size."""
-    return cut(shrink(image.convert("RGB"), target, resample), center_view(image.size, target), target, resample)
+    central = place_view(0, image.size, target, None)
+    return cut(shrink(image.convert("RGB"), target, resample), central, target, resample)

@@ -15,7 +15,7 @@ from ether_diffusion import miniature
 from ether_diffusion.errors import InputError
 from ether_diffusion.files import MINIATURE_NAME, is_miniature
 from ether_diffusion.training.data.views import Framing, Target
-from ether_diffusion.training.options.groups import ModelOptions, PerformanceOptions, ViewOptions, parse_buckets
+from ether_diffusion.training.options import ModelOptions, PerformanceOptions, ViewOptions, parse_buckets
 from ether_diffusion.tuner.attention import enable_ether_attention
 
 Conditioning = Mapping[str, Tensor]

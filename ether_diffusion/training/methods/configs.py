@@ -30,7 +30,7 @@ from ether_diffusion.adapters.reading import PEFT_WEIGHTS_NAME
 from ether_diffusion.errors import InputError
 from ether_diffusion.training.families import Family
 from ether_diffusion.training.methods.injection import ADAPTER_NAME, FittedOFTConfig
-from ether_diffusion.training.options.groups import LEARNING_RATES, RANKED_METHODS, AdapterOptions
+from ether_diffusion.training.options import LEARNING_RATES, RANKED_METHODS, AdapterOptions
 from ether_diffusion.tuner.config import EtherConfig
 from ether_diffusion.tuner.model import ATTENTION, CLIP_ATTENTION
 

@@ -1,128 +1,101 @@
-"""A command line that is derived from dataclasses.
+"""The command line of a script, made from the dataclasses of its options.
 
-Each field holds its one default, one help text and one validator; a group of fields is a dataclass, a script's options
-are a dataclass of groups.
+transformers' `HfArgumentParser` makes a parser from dataclasses; here it learns our fields' metadata, and what a user
+needs: errors in one line, switches without a value, no abbreviations, and flags in a YAML or JSON file.
 """
 
 import argparse
 import dataclasses
-import math
+import json
+import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import yaml
+from transformers import HfArgumentParser
+
 from ether_diffusion.errors import InputError
+from ether_diffusion.training.options.base import groups_of
 
 Options = TypeVar("Options")
 
-
-@dataclass(frozen=True)
-class Fits:
-    """A validator: a test of one value, and the words that end "got …, needs …"."""
-
-    words: str
-    test: Callable[[Any], bool]
+CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
 
-POSITIVE = Fits("a whole number from 1", lambda value: value >= 1)
-NOT_NEGATIVE = Fits("a whole number from 0", lambda value: value >= 0)
-ABOVE_ZERO = Fits("a finite number above 0", lambda value: math.isfinite(value) and value > 0)
-FROM_ZERO = Fits("a finite number from 0", lambda value: math.isfinite(value) and value >= 0)
-BELOW_ONE = Fits("a number from 0 and below 1", lambda value: 0 <= value < 1)
-TEXT = Fits("a text that is not blank", lambda value: bool(value.strip()))
-TEXTS = Fits("one text or more, none blank", lambda values: bool(values) and all(value.strip() for value in values))
-
-
-def option(
-    help: str,
-    default: Any = dataclasses.MISSING,
-    *,
-    choices: Sequence[str] | None = None,
-    fits: Fits | None = None,
-    needs: str | None = None,
-    free: bool = False,
-) -> Any:
-    """A dataclass field that is also a command-line flag. Without a default the flag is required.
-
-    Args:
-        help: what the flag does.
-        default: its value when it is not given.
-        choices, fits: what its value may be.
-        needs: another flag of the group, without which this one has no effect.
-        free: the adapter does not depend on it, so a run that goes on from a checkpoint may give another value.
-    """
-    metadata = {"help": help, "choices": choices, "fits": fits, "needs": needs, "free": free}
-    return field(default=default, metadata=metadata)
-
-
-class OptionGroup:
-    """Base of the groups: checks every value when it is made, from the command line or from Python."""
-
-    def __post_init__(self) -> None:
-        for each in fields(self):
-            value, choices, fits = getattr(self, each.name), each.metadata["choices"], each.metadata["fits"]
-            if value is None:
-                continue
-            if choices and value not in choices:
-                raise InputError(f"--{each.name}: got {value!r}, needs one of {', '.join(choices)}")
-            if fits and not fits.test(value):
-                raise InputError(f"--{each.name}: got {value!r}, needs {fits.words}")
-            needs = each.metadata["needs"]
-            if needs and value != each.default and not getattr(self, needs):
-                raise InputError(f"--{each.name}: has no effect without --{needs}; add it")
-
-
-def _groups(options: type) -> dict[str, type]:
-    """Name -> dataclass of the groups that a script's options consist of."""
-    hints = typing.get_type_hints(options)
-    return {each.name: hints[each.name] for each in fields(options)}
-
-
-def _arguments(annotation: Any) -> dict[str, Any]:
-    """What argparse must know about a field's type: bool, a scalar, a tuple of texts, each of them perhaps None."""
-    if isinstance(annotation, types.UnionType):
-        (annotation,) = (each for each in annotation.__args__ if each is not type(None))
-    if annotation is bool:
-        return {"action": "store_true"}
-    if typing.get_origin(annotation) is tuple:
-        return {"nargs": "+", "type": typing.get_args(annotation)[0]}
-    return {"type": annotation}
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line; the usage of so many flags would hide them."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; --help lists the flags\n")
-
-
-def build_parser(options: type, description: str | None = None) -> argparse.ArgumentParser:
+class OptionParser(HfArgumentParser):
     """The command line of a dataclass of option groups.
 
     Args:
         options: a dataclass whose fields are annotated with subclasses of `OptionGroup`.
         description: what `--help` says first.
     """
-    # Abbreviated flags would change their meaning when a flag is added.
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    for group in _groups(options).values():
-        section = parser.add_argument_group((group.__doc__ or group.__name__).strip())
-        hints = typing.get_type_hints(group)
-        for each in fields(group):
-            arguments = _arguments(hints[each.name])
-            if each.default is dataclasses.MISSING:
-                arguments["required"] = True
-            elif arguments.get("action") != "store_true":
-                arguments["default"] = each.default
-            if each.metadata["choices"]:
-                arguments["choices"] = each.metadata["choices"]
-            text = each.metadata["help"]
-            if each.default not in (dataclasses.MISSING, None, False) and "Default" not in text:
-                text += f" Default: {each.default}."
-            section.add_argument(f"--{each.name}", help=text.replace("%", "%%"), **arguments)
-    return parser
+
+    def __init__(self, options: type, description: str | None = None):
+        super().__init__(
+            groups_of(options).values(),
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,  # an abbreviated flag would change its meaning when a flag is added
+        )
+
+    def error(self, message: str) -> NoReturn:
+        # One line: the usage of so many flags would hide it.
+        self.exit(2, f"error: {message}; --help lists the flags\n")
+
+    @staticmethod
+    def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
+        """Add the flag of one field: a switch, a scalar, or several texts, the latter two perhaps None."""
+        kind, arguments = field.type, {}
+        if isinstance(kind, types.UnionType):
+            (kind,) = (each for each in kind.__args__ if each is not type(None))
+        if kind is bool:
+            arguments["action"] = "store_true"
+        else:
+            several = typing.get_origin(kind) is tuple
+            arguments |= {"nargs": "+", "type": typing.get_args(kind)[0]} if several else {"type": kind}
+            arguments |= {"choices": field.metadata["choices"]}
+            required = field.default is dataclasses.MISSING
+            arguments |= {"required": True} if required else {"default": field.default}
+        text = field.metadata["help"]
+        if field.default not in (dataclasses.MISSING, None, False) and "Default" not in text:
+            text += f" Default: {field.default}."
+        parser.add_argument(f"--{field.name}", help=text.replace("%", "%%"), **arguments)
+
+    def read_config(self, path: str) -> None:
+        """Take the defaults of the flags from a YAML or JSON file, whose keys are named like them.
+
+        Raises:
+            InputError: a file that cannot be read, a key that is no flag, or a value of another kind.
+        """
+        try:
+            text = Path(path).read_text("utf-8")
+            given = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise InputError(f"{path}: cannot be read as a config file ({' '.join(str(error).split())})") from error
+        if not isinstance(given, dict):
+            raise InputError(f"{path}: holds {type(given).__name__}, needs names of flags with their values")
+        actions = {action.dest: action for action in self._actions if action.dest != "help"}
+        for name, value in given.items():
+            if name not in actions:
+                raise InputError(f"{path}: no flag is called {name!r}; --help lists the flags")
+            if value is not None:
+                actions[name].default, actions[name].required = _default_of(actions[name], value, path), False
+
+
+def _default_of(action: argparse.Action, value: Any, path: str) -> Any:
+    """A value from a config file as argparse takes a flag's default: scalars as text, which it then converts."""
+    kind, words = (str, int, float), "one number or text"
+    if action.nargs == 0:
+        kind, words = bool, "true or false"
+    elif action.nargs == "+":
+        kind, words = list, "a list of texts"
+    # In Python true and false are numbers, too.
+    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+        raise InputError(f"{path}: {action.dest} is {value!r}, needs {words}")
+    return tuple(map(str, value)) if kind is list else value if kind is bool else str(value)
 
 
 def parse_options(
@@ -131,36 +104,19 @@ def parse_options(
     """Read a command line into a dataclass of option groups.
 
     Args:
-        options: as for `build_parser`.
-        arguments: the words after the script's name; `sys.argv[1:]` if None.
+        options: as for `OptionParser`.
+        arguments: the words after the script's name; `sys.argv[1:]` if None. The first may be a YAML or JSON file
+            with values of flags; flags after it go before them.
         description: what `--help` says first.
 
     Raises:
         SystemExit: an unknown flag, a missing one, a value of the wrong type or outside the choices.
-        InputError: a value that does not fit.
+        InputError: a value that does not fit, or a config file that cannot be used.
     """
-    parsed = vars(build_parser(options, description).parse_args(arguments))
-    made = {}
-    for name, group in _groups(options).items():
-        values = {each.name: parsed[each.name] for each in fields(group)}
-        made[name] = group(
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        )
-    return options(**made)
-
-
-def flatten(options: Any) -> dict[str, bool | int | float | str]:
-    """All options as one flat dict of plain values, as experiment trackers take them."""
-    flat: dict[str, bool | int | float | str] = {}
-    for group in dataclasses.asdict(options).values():
-        for name, value in group.items():
-            if isinstance(value, tuple):
-                value = ", ".join(value)
-            flat[name] = "default" if value is None else value
-    return flat
-
-
-def binding(options: Any) -> dict[str, bool | int | float | str]:
-    """The flat options that the adapter depends on: a run that goes on from a checkpoint has to repeat them."""
-    free = {each.name for group in _groups(type(options)).values() for each in fields(group) if each.metadata["free"]}
-    return {name: value for name, value in flatten(options).items() if name not in free}
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = OptionParser(options, description)
+    if arguments and arguments[0].endswith(CONFIG_SUFFIXES):
+        parser.read_config(arguments.pop(0))
+    values = vars(parser.parse_args(arguments))
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return options(**dict(zip(groups_of(options), parser.parse_dict(values), strict=True)))

@@ -1,18 +1,15 @@
 """The options of control training, besides those of every training; named as in diffusers' examples/controlnet."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import ClassVar
 
 from ether_diffusion.errors import InputError
 from ether_diffusion.images import INTERPOLATIONS
-from ether_diffusion.training.options.command_line import ABOVE_ZERO, POSITIVE, TEXT, TEXTS, Fits, OptionGroup, option
-from ether_diffusion.training.options.groups import (
-    METHODS,
-    AdapterOptions,
-    OptimizationOptions,
-    RunOptions,
-    TrainingOptions,
-    ValidationOptions,
-)
+from ether_diffusion.training.options.base import ABOVE_ZERO, POSITIVE, TEXT, TEXTS, Fits, OptionGroup, option
+from ether_diffusion.training.options.method import METHODS, AdapterOptions
+from ether_diffusion.training.options.optimization import OptimizationOptions
+from ether_diffusion.training.options.run import RunOptions, TrainingOptions
+from ether_diffusion.training.options.validation import ValidationOptions
 
 CONTROL_TYPES = ("light", "controlnet")
 NO_METHOD = "none"
@@ -91,9 +88,7 @@ class ControlDataOptions(OptionGroup):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.train_data_dir is None) == (self.dataset_name is None):
-            arrived = "neither" if self.dataset_name is None else "both"
-            raise InputError(f"--train_data_dir, --dataset_name: got {arrived}, needs one of the two")
+        self.check_one_given("train_data_dir", "dataset_name")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +100,7 @@ class ControlAdapterOptions(AdapterOptions):
         "stem and zero convolutions) alone. Default: ether_plus.",
         None,
         choices=(NO_METHOD, *METHODS),
+        without="adapter_config",
     )
 
     def __post_init__(self) -> None:
@@ -118,22 +114,13 @@ class ControlAdapterOptions(AdapterOptions):
 class ControlOptimizationOptions(OptimizationOptions):
     """optimisation"""
 
+    default_steps: ClassVar[int] = CONTROL_STEPS
+
     max_train_steps: int | None = option(
         f"Optimiser steps in all. Default: {CONTROL_STEPS}, or as many as --num_train_epochs needs.",
         None,
         fits=POSITIVE,
     )
-
-    def resolve(self, *, default_learning_rate: float, epoch_samples: int, processes: int) -> OptimizationOptions:
-        """As in every training, with more steps where nothing says how many."""
-        if self.max_train_steps is None and self.num_train_epochs is None:
-            given = replace(self, max_train_steps=CONTROL_STEPS)
-            return given.resolve(
-                default_learning_rate=default_learning_rate, epoch_samples=epoch_samples, processes=processes
-            )
-        return super().resolve(
-            default_learning_rate=default_learning_rate, epoch_samples=epoch_samples, processes=processes
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

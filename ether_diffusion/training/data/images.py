@@ -1,0 +1,184 @@
+"""Training images: which part of which example each sample shows, under which prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
+from functools import lru_cache
+
+import torch
+from PIL import Image
+
+from ether_diffusion.errors import InputError
+from ether_diffusion.images import INTERPOLATIONS, to_pixels
+from ether_diffusion.training.data.examples import Examples
+from ether_diffusion.training.data.views import (
+    Framing,
+    Size,
+    Target,
+    View,
+    cut,
+    frame,
+    nearest_target,
+    place_view,
+    shrink,
+)
+from ether_diffusion.training.seeds import generator
+
+_KEPT_EXAMPLES = 64
+
+
+@dataclass(frozen=True)
+class _Images:
+    """The images of an example in memory, reduced for training; image and control image have one size."""
+
+    image: Image.Image
+    control: Image.Image | None
+    original_size: Size
+
+
+@dataclass(eq=False)
+class TrainingImages:
+    """Training views of examples, addressed by the global index of the sample.
+
+    An epoch visits every example `repeats` times, in an order of its own; sample s belongs to epoch s // len(images).
+    Of a stream, sample s is row s. The order, the place of the crop, the mirroring and the caption follow from
+    (seed, s) alone; a control image gets the crop and the mirroring of its image.
+
+    Args:
+        examples: what is trained on.
+        targets: (height, width) in pixels that a view can have; every image has the one whose aspect ratio is
+            nearest to its own.
+        center_crop: cut at the centre instead of at a random place.
+        random_flip: mirror with probability one half.
+        repeats: how often each example comes in an epoch.
+        fixed_crops: one crop for each repeat of an image, the same in every epoch, so that there are few views.
+        group_size: samples of one forward pass over all processes; where targets differ and the sizes of the images
+            are known, the order keeps so many samples of one target together.
+        interpolation: of control images, "nearest" or "lanczos".
+        proportion_empty_prompts: part of the samples without a prompt.
+        seed: of the run.
+
+    Attributes:
+        fingerprint: of the examples.
+    """
+
+    examples: Examples
+    _: KW_ONLY
+    targets: Sequence[Target]
+    center_crop: bool = False
+    random_flip: bool = False
+    repeats: int = 1
+    fixed_crops: bool = False
+    group_size: int = 1
+    interpolation: str = "nearest"
+    proportion_empty_prompts: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.fingerprint, self.resample = self.examples.fingerprint, INTERPOLATIONS[self.interpolation]
+        self._example = lru_cache(maxsize=_KEPT_EXAMPLES)(self.examples.__getitem__)
+        self._images = lru_cache(maxsize=_KEPT_EXAMPLES)(self._read)
+        self._order = lru_cache(maxsize=2)(self._shuffle)
+
+    def __len__(self) -> int:
+        """Samples in an epoch; of a stream, which has none, 1."""
+        return 1 if self.examples.endless else len(self.examples) * self.repeats
+
+    @property
+    def prompts(self) -> list[str]:
+        """Every prompt that can come."""
+        captions = {caption for number in range(len(self.examples)) for caption in self.examples[number].captions}
+        return sorted(captions | ({""} if self.proportion_empty_prompts else set()))
+
+    def view(self, sample: int) -> View:
+        """Which part of which image sample number `sample` shows."""
+        number = sample
+        if not self.examples.endless:
+            epoch, place = divmod(sample, len(self))
+            number = self._order(epoch)[place]
+        flip = self.random_flip and bool(torch.rand((), generator=generator(self.seed, "flip", sample)) < 0.5)
+        crop = generator(self.seed, *(("fixed crop", number) if self.fixed_crops else ("crop", sample)))
+        return self._crop(number, crop, flip)
+
+    def all_views(self) -> Iterator[View]:
+        """Every view that can come, where crops are fixed or central."""
+        for number in range(len(self)):
+            for flip in (False, True)[: 1 + self.random_flip]:
+                yield self._crop(number, generator(self.seed, "fixed crop", number), flip)
+
+    def prompt(self, view: View, sample: int) -> str:
+        """What the view is trained under: its caption, one drawn where it has several, or none by chance."""
+        draw = generator(self.seed, "caption", sample)
+        if float(torch.rand((), generator=draw)) < self.proportion_empty_prompts:
+            return ""
+        captions = self._example(view.image).captions
+        return captions[int(torch.randint(len(captions), (), generator=draw))]
+
+    def pixels(self, view: View) -> torch.Tensor:
+        """The view as (3, height, width) of its target, float32, from -1 (black) to 1 (white)."""
+        return to_pixels(cut(self._images(view.image).image, view, self.target(view.image)))
+
+    def control(self, view: View) -> torch.Tensor | None:
+        """The control image's view as (3, height, width), float32, from 0 to 1; None where there is none."""
+        if self._example(view.image).read_control is None:
+            return None
+        return (
+            to_pixels(cut(self._images(view.image).control, view, self.target(view.image), self.resample))
+            .add(1)
+            .div(2)
+        )
+
+    def framing(self, view: View) -> Framing:
+        """Size and crop of the view."""
+        return frame(self._size(view.image), view, self.target(view.image))
+
+    def target(self, image: int) -> Target:
+        """(height, width) of the views of an image."""
+        return self.targets[nearest_target(self._size(image), self.targets)]
+
+    def _size(self, image: int) -> Size:
+        sizes = self.examples.sizes
+        return self._images(image).original_size if sizes is None else sizes[image]
+
+    def _crop(self, number: int, draw: torch.Generator, flip: bool) -> View:
+        """The view of a number of an epoch's order."""
+        image = number if self.examples.endless else number % len(self.examples)
+        place = None if self.center_crop else draw
+        return place_view(image, self._size(image), self.target(image), place, flip=flip)
+
+    def _read(self, number: int) -> _Images:
+        example = self._example(number)
+        image, control = example.read(), None
+        shrunk = shrink(image, self.targets[nearest_target(image.size, self.targets)])
+        if example.read_control is not None:
+            control = example.read_control()
+            # One pixel of difference in the longer side comes from rounding alone.
+            if abs(image.width * control.height - image.height * control.width) > max(image.size) + max(control.size):
+                raise InputError(
+                    f"{example.name}: the control image has {control.width}x{control.height} pixels and the image "
+                    f"{image.width}x{image.height}; the two need one shape"
+                )
+            if control.size != shrunk.size:
+                control = control.resize(shrunk.size, self.resample)
+        return _Images(shrunk, control, image.size)
+
+    def _shuffle(self, epoch: int) -> list[int]:
+        """Number of the image, plus the count of images times number of the repeat, at each place of an epoch."""
+        draw = generator(self.seed, "order", epoch)
+        order = torch.randperm(len(self), generator=draw).tolist()
+        if self.examples.sizes is None:
+            return order
+        by_target: dict[Target, list[int]] = {}
+        for number in order:
+            by_target.setdefault(self.target(number % len(self.examples)), []).append(number)
+        if len(by_target) == 1:
+            return order
+        full, partial = [], []
+        for numbers in by_target.values():
+            groups = [numbers[k : k + self.group_size] for k in range(0, len(numbers), self.group_size)]
+            (full if len(groups[-1]) == self.group_size else partial).append(groups.pop())
+            full += groups
+        shuffled = [full[k] for k in torch.randperm(len(full), generator=draw)]
+        # What is left over of each target comes last, so that it breaks no group before it.
+        return [number for group in [*shuffled, *partial] for number in group]

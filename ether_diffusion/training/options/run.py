@@ -1,0 +1,90 @@
+"""Where a run writes and reports, how it goes on, and all options together."""
+
+from dataclasses import dataclass
+
+from ether_diffusion.errors import InputError
+from ether_diffusion.training.options.base import NOT_NEGATIVE, POSITIVE, TEXT, OptionGroup, option
+from ether_diffusion.training.options.data import ViewOptions
+from ether_diffusion.training.options.method import AdapterOptions
+from ether_diffusion.training.options.model import ModelOptions
+from ether_diffusion.training.options.optimization import OptimizationOptions
+from ether_diffusion.training.options.performance import PerformanceOptions
+from ether_diffusion.training.options.validation import ValidationOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateOptions(OptionGroup):
+    """stopping and going on"""
+
+    checkpointing_steps: int = option(
+        "Save a checkpoint, from which the run can go on, after every so many optimiser steps. Ctrl-C and SIGTERM "
+        "save one as well.",
+        500,
+        fits=POSITIVE,
+        free=True,
+    )
+    checkpoints_total_limit: int | None = option(
+        "Keep at most so many checkpoints; the oldest goes when a new one is complete. Default: keep all.",
+        None,
+        fits=POSITIVE,
+        free=True,
+    )
+    resume_from_checkpoint: str | None = option(
+        'Go on from a checkpoint: its folder or name, or "latest" for the last whole one in --output_dir (where there '
+        "is none, the run starts at the beginning). The result is that of a run that never stopped.",
+        None,
+        fits=TEXT,
+        free=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(OptionGroup):
+    """run"""
+
+    output_dir: str = option(
+        "Folder for the adapter, the model card and the images.", "ether-dreambooth", fits=TEXT, free=True
+    )
+    seed: int = option("Every random number follows from it; two runs with one seed agree.", 0, fits=NOT_NEGATIVE)
+    report_to: str = option(
+        "Where to log loss, learning rate, options and sample images.",
+        "none",
+        choices=("tensorboard", "wandb", "all", "none"),
+        free=True,
+    )
+    logging_dir: str = option("Folder of the logs, inside --output_dir unless absolute.", "logs", fits=TEXT, free=True)
+    push_to_hub: bool = option("Upload what the run leaves to the Hub when it is done.", False, free=True)
+    hub_model_id: str | None = option(
+        "Repository on the Hub. Default: the name of --output_dir, under the user's own name.",
+        None,
+        fits=TEXT,
+        needs="push_to_hub",
+        free=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """What every training script can be told. A script adds groups of its own.
+
+    Raises:
+        InputError: options of two groups that contradict each other.
+    """
+
+    model: ModelOptions
+    views: ViewOptions
+    adapter: AdapterOptions
+    optimization: OptimizationOptions
+    performance: PerformanceOptions
+    validation: ValidationOptions
+    state: StateOptions
+    run: RunOptions
+
+    def __post_init__(self) -> None:
+        encoders_train = self.adapter.train_text_encoder
+        if self.optimization.text_encoder_lr is not None and not encoders_train:
+            raise InputError("--text_encoder_lr: has no effect without --train_text_encoder; add it")
+        if self.performance.pre_compute_text_embeddings and encoders_train:
+            raise InputError(
+                "--pre_compute_text_embeddings: contradicts --train_text_encoder, which changes them; drop one"
+            )
