@@ -18,6 +18,8 @@ from peft.utils import get_peft_model_state_dict
 from torch import nn
 
 from ether_diffusion import EtherConfig
+from ether_diffusion.analysis import effect
+from ether_diffusion.analysis.report import describe
 from ether_diffusion.analysis.weights import (
     adapted_weights,
     angle_between,
@@ -26,7 +28,6 @@ from ether_diffusion.analysis.weights import (
     weight_distance,
 )
 from ether_diffusion.commands import analyze as command
-from ether_diffusion.commands import inspect
 from ether_diffusion.errors import EtherFileError, InputError
 from ether_diffusion.tuner.model import ATTENTION
 from ether_diffusion.tuner.transforms import Vectors
@@ -255,7 +256,7 @@ def test_analyze_measures_every_layer_and_writes_what_it_found(trained, file, ti
         for path, before, after in adapted_weights(getattr(trained, component))
     }
     assert len(report["layers"]) == len(weights)
-    sides = {(row["component"], row["path"], row["side"]): row for row in inspect.describe(file)["layers"]}
+    sides = {(row["component"], row["path"], row["side"]): row for row in describe(file)["layers"]}
     for row in report["layers"]:
         path = f"{row['component']}.{row['path']}"
         before, after = next(weights[name] for name in (path, path.replace("text_model.", "")) if name in weights)
@@ -274,7 +275,7 @@ def test_analyze_measures_every_layer_and_writes_what_it_found(trained, file, ti
 
 
 def test_an_adapter_clashes_with_itself_in_every_layer(file, tiny_pipeline_folder, capsys):
-    report = command.analyze(file, base=tiny_pipeline_folder, against=file)
+    report = effect.analyze(file, base=tiny_pipeline_folder, against=file)
     for side in itertools.chain.from_iterable(row["sides"].values() for row in report["layers"]):
         assert side["alignment"] == pytest.approx(1) and side["commutator"] == pytest.approx(0, abs=1e-6)
     assert "alignment, input" in analyze(capsys, file, "--base", tiny_pipeline_folder, "--against", file)
@@ -286,7 +287,7 @@ def test_adapters_without_a_layer_in_common_are_not_compared(tiny_pipeline_folde
         pipe.unet.add_adapter(EtherConfig(target_modules=[name]))
         pipe.save_ether_weights(tmp_path / name)
     with pytest.raises(InputError, match="--against: .*to_k adapts no layer that .*to_q does"):
-        command.analyze(tmp_path / "to_q", base=tiny_pipeline_folder, against=tmp_path / "to_k")
+        effect.analyze(tmp_path / "to_q", base=tiny_pipeline_folder, against=tmp_path / "to_k")
 
 
 def test_a_lora_is_measured_by_its_weights_alone(tiny_pipeline, tiny_pipeline_folder, tmp_path, capsys):
@@ -297,14 +298,14 @@ def test_a_lora_is_measured_by_its_weights_alone(tiny_pipeline, tiny_pipeline_fo
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(tiny_pipeline.unet, adapter_name="style"))
     type(tiny_pipeline).save_lora_weights(tmp_path, unet_lora_layers=layers)
     wanted = {path: (after - before).norm().item() for path, before, after in adapted_weights(tiny_pipeline.unet)}
-    report = command.analyze(tmp_path, base=tiny_pipeline_folder)
+    report = effect.analyze(tmp_path, base=tiny_pipeline_folder)
     assert {row["path"]: row["weight_distance"] for row in report["layers"]} == pytest.approx(wanted, rel=1e-4)
     assert all(row["sides"] == {} and row["component"] == "unet" for row in report["layers"])
     out = tmp_path / "out"
     shown = analyze(capsys, tmp_path, "--base", tiny_pipeline_folder, "--output_dir", out)
     assert "‖T − I‖" not in shown and (out / "analysis.png").is_file()
     with pytest.raises(InputError, match="--against: compares adapters of ETHER"):
-        command.analyze(tmp_path, base=tiny_pipeline_folder, against=tmp_path)
+        effect.analyze(tmp_path, base=tiny_pipeline_folder, against=tmp_path)
 
 
 def test_a_lora_for_another_base_is_refused(wider_pipeline_folder, tiny_pipeline_folder, tmp_path):
@@ -313,7 +314,7 @@ def test_a_lora_for_another_base_is_refused(wider_pipeline_folder, tiny_pipeline
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet, adapter_name="style"))
     type(pipe).save_lora_weights(tmp_path, unet_lora_layers=layers)
     with pytest.raises(InputError, match="pytorch_lora_weights.safetensors: is no LoRA for"):
-        command.analyze(tmp_path, base=tiny_pipeline_folder)
+        effect.analyze(tmp_path, base=tiny_pipeline_folder)
 
 
 def test_what_cannot_be_analysed_is_said_in_one_sentence_and_nothing_is_written(

@@ -21,6 +21,7 @@ from ether_diffusion import ControlEncoder, EtherConfig
 from ether_diffusion.adapters.reading import read_adapter_file
 from ether_diffusion.adapters.schema import WEIGHTS_NAME, AdapterFile
 from ether_diffusion.adapters.writing import write_adapter_file
+from ether_diffusion.analysis.report import CONTROLLED
 from ether_diffusion.analysis.weights import angles_from_start, conflict, transform_distance, transform_of
 from ether_diffusion.commands import export, merge
 from ether_diffusion.commands import inspect as command
@@ -279,7 +280,7 @@ def test_a_file_that_cannot_be_loaded_is_not_described(tmp_path, capsys):
 def save_control(kind: str, base: Path, folder: Path, *, vectors: bool = True) -> Path:
     """What control training leaves: "light", with an encoder, or "controlnet", with two modules."""
     stock = DiffusionPipeline.from_pretrained(base)
-    light, with_controlnet = command.CONTROLLED[type(stock)]
+    light, with_controlnet = CONTROLLED[type(stock)]
     encoder = ControlEncoder.for_unet(stock.unet, factor=stock.vae_scale_factor)
     if kind == "light":
         pipe, component = light.from_pipe(stock), "unet"
