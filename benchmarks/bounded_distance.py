@@ -42,7 +42,8 @@ from trials import BASE, GUIDANCE, denoiser, finite
 from ether_diffusion import EtherConfig
 from ether_diffusion.analysis.weights import adapted_weights, transform_distance, transform_of
 from ether_diffusion.files import checksum
-from ether_diffusion.metrics import TextImageFeatures, drift, load_features, text_similarity
+from ether_diffusion.evaluation.features import load_features
+from ether_diffusion.metrics import TextImageFeatures, drift, text_similarity
 from ether_diffusion.metrics.similarity import CLIP
 from ether_diffusion.miniature import FOLDER
 from ether_diffusion.miniature.quickstart import OTHER_PROMPTS

@@ -37,6 +37,7 @@ from subjects import PROMPTS_WITHOUT, Subject, drawn, load_result, photographed
 from ether_diffusion.errors import InputError
 from ether_diffusion.files import checksum
 from ether_diffusion.images import find_images, read_image
+from ether_diffusion.evaluation.features import MINIATURE, load_features
 from ether_diffusion.metrics import (
     ImageFeatures,
     Lpips,
@@ -44,10 +45,9 @@ from ether_diffusion.metrics import (
     diversity,
     drift,
     image_similarity,
-    load_features,
     text_similarity,
 )
-from ether_diffusion.metrics.similarity import CLIP, DINO, DINOV2, LPIPS_NETS, MINIATURE
+from ether_diffusion.metrics.similarity import CLIP, DINO, DINOV2, LPIPS_NETS
 from ether_diffusion.miniature import FOLDER
 from ether_diffusion.miniature.quickstart import OTHER_PROMPTS, SETTINGS
 from ether_diffusion.training import dreambooth

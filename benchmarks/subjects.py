@@ -24,7 +24,7 @@ MINIATURE, PHOTOGRAPHS = "miniature", "photographs"
 # Prompts without a subject, for models of the whole world; our own.
 PROMPTS_WITHOUT = (
     "a photo of a mountain lake", "a photo of a crowded street in the rain", "a bowl of fruit on a wooden table",
-    "an oil generating of a harbour", "a portrait of an old man", "a photo of a red bicycle", "a house in the snow",
+    "an oil painting of a harbour", "a portrait of an old man", "a photo of a red bicycle", "a house in the snow",
     "a field of sunflowers",
 )  # fmt: skip
 

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from ether_diffusion.analysis.weights import adapted_weights, energy_change
 from ether_diffusion.files import checksum
 from ether_diffusion.images import read_image
-from ether_diffusion.metrics import drift, image_similarity, load_features, text_similarity
+from ether_diffusion.evaluation.features import load_features
+from ether_diffusion.metrics import drift, image_similarity, text_similarity
 from ether_diffusion.metrics.similarity import CLIP
 from ether_diffusion.miniature import FOLDER
 from ether_diffusion.miniature.quickstart import OTHER_PROMPTS, SETTINGS

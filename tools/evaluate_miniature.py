@@ -24,16 +24,9 @@ from tqdm import tqdm
 from ether_diffusion.files import checksum
 from ether_diffusion.miniature import FOLDER
 from ether_diffusion.miniature.render import COLOURS, PATTERNS, SIZE, to_tensor
+from ether_diffusion.miniature.scene import Scene, Shape
 from ether_diffusion.miniature.shapes import SHAPES
-from ether_diffusion.miniature.world import (
-    POSITIONS,
-    SIZES,
-    Scene,
-    Shape,
-    article,
-    describe_background,
-    held_out_pairs,
-)
+from ether_diffusion.miniature.world import POSITIONS, SIZES, article, describe_background, held_out_pairs
 
 KINDS = ("shape", "colour", "background")
 NAMES = {"shape": tuple(SHAPES), "colour": tuple(COLOURS), "background": tuple(COLOURS)}

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from ether_diffusion.miniature.render import SIZE
 from ether_diffusion.miniature.world import draw_scene
 
-STAGES = ("pictures", "vae", "decoder", "clip", "unet", "export")
+STAGES = ("images", "vae", "decoder", "clip", "unet", "export")
 CHECKPOINT_SECONDS = 120
 
 

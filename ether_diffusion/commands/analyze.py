@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "file", help="An adapter: a file, a folder (ours or PEFT's), or an id on the Hub; or a local LoRA."
     )
     parser.add_argument(
-        "--base", default=str(MINIATURE_FOLDER), help="A pipeline: a folder or an id on the Hub. Default: the miniature."
+        "--base", default=MINIATURE_FOLDER, help="A pipeline: a folder or an id on the Hub. Default: the miniature."
     )
     parser.add_argument("--against", metavar="OTHER", help="A second adapter: where do the two clash?")
     parser.add_argument("--scale", type=float, default=1.0, help="Strength of the adapter. Default: 1.")

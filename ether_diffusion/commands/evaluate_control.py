@@ -91,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--fid_features",
-        choices=(*metrics.FEATURES, "none"),
+        choices=(*FRECHET_FEATURES, "none"),
         help="Extractor of the Fréchet distance. Default: inception, with --miniature its own, which is not "
         "comparable with published FIDs.",
     )

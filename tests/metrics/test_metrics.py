@@ -19,8 +19,8 @@ from ether_diffusion.commands import evaluate_control
 from ether_diffusion.commands import main as cli
 from ether_diffusion.control.encoder import ControlEncoder
 from ether_diffusion.control.pipelines import EtherControlPipeline
+from ether_diffusion.evaluation.features import MiniatureFeatures
 from ether_diffusion.metrics import (
-    MiniatureFeatures,
     UperNetSegmenter,
     class_iou,
     confusion,
@@ -212,14 +212,14 @@ def test_images_of_several_sizes_can_be_compared():
     pytest.importorskip("torchmetrics")
     shown = images(4)
     mixed = [image.resize((96, 96)) if k % 2 else image for k, image in enumerate(shown)]
-    assert frechet_distance(mixed, shown, features="miniature") >= -1e-3
+    assert frechet_distance(mixed, shown, features=MiniatureFeatures()) >= -1e-3
 
 
 def test_a_distance_that_cannot_be_had_says_what_is_needed():
-    with pytest.raises(ValueError, match="got 'clip', needs one of inception, miniature, or a module"):
+    with pytest.raises(ValueError, match="got 'clip', needs 'inception' or a module"):
         frechet_distance(images(2), images(2), features="clip")
     with pytest.raises(ValueError, match="got 1 images and 2 references, needs two of each"):
-        frechet_distance(images(1), images(2), features="miniature")
+        frechet_distance(images(1), images(2))
 
 
 # The miniature's judge and data ---------------------------------------------------------------------------------

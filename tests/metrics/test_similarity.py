@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from ether_diffusion import miniature
+from ether_diffusion.evaluation.features import load_features
 from ether_diffusion.metrics import (
     ClassTokenFeatures,
     ClipFeatures,
@@ -27,7 +28,6 @@ from ether_diffusion.metrics import (
     diversity,
     drift,
     image_similarity,
-    load_features,
     text_similarity,
 )
 
