@@ -28,14 +28,14 @@ from subjects import MINIATURE, PHOTOGRAPHS, Subject, drawn, load_result, photog
 from trials import BASE, Variant
 
 from ether_diffusion.files import checksum
-from ether_diffusion.images import read_image
+from ether_diffusion.images import image_grid, read_image
 from ether_diffusion.miniature import FOLDER, ClipScore
 from ether_diffusion.miniature.quickstart import OTHER_PROMPTS
 from ether_diffusion.training import dreambooth
 from ether_diffusion.training.methods.configs import TITLES
 from ether_diffusion.training.objectives import denoising_loss
 from ether_diffusion.training.options.groups import DEFAULT_STEPS, LEARNING_RATES, METHODS, ValidationOptions
-from ether_diffusion.training.preview import generate, side_by_side
+from ether_diffusion.training.preview import generate
 
 SIDE = 64  # of the miniature's images, in pixels
 SEEDS, GUIDANCE = 4, 5.0
@@ -110,7 +110,7 @@ def draw_sheet(subject: Subject, methods: Sequence[str], images_dir: Path) -> Pa
         folder = image_folder(images_dir, subject, name)
         rows.append((TITLES.get(name, name), [read_image(folder / f"{k}.png") for k in range(SEEDS)]))
     path = images_dir / f"{subject.origin}_{subject.name}.png"
-    side_by_side(rows).save(path)
+    image_grid(rows).save(path)
     return path
 
 

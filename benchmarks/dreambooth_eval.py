@@ -35,9 +35,9 @@ from result_file import ResultFile
 from subjects import PROMPTS_WITHOUT, Subject, drawn, load_result, photographed
 
 from ether_diffusion.errors import InputError
-from ether_diffusion.files import checksum
-from ether_diffusion.images import find_images, read_image
 from ether_diffusion.evaluation.features import MINIATURE, load_features
+from ether_diffusion.files import checksum
+from ether_diffusion.images import find_images, image_grid, read_image
 from ether_diffusion.metrics import (
     ImageFeatures,
     Lpips,
@@ -53,7 +53,7 @@ from ether_diffusion.miniature.quickstart import OTHER_PROMPTS, SETTINGS
 from ether_diffusion.training import dreambooth
 from ether_diffusion.training.data.views import center_cut
 from ether_diffusion.training.options.groups import DEFAULT_METHOD, LEARNING_RATES, METHODS, ValidationOptions
-from ether_diffusion.training.preview import generate, side_by_side
+from ether_diffusion.training.preview import generate
 
 IDENTIFIER = "sks"
 FIGURES = {
@@ -158,7 +158,7 @@ class Evaluation:
         said = [text.replace(f"{IDENTIFIER} ", "") for text in texts for _ in range(self.args.images)]
         rows = [("learned from", references), *zip(texts, groups, strict=True)]
         rows += [("base: without the subject", before), ("tuned: without the subject", others)]
-        side_by_side(rows).save(folder / "sheet.png")
+        image_grid(rows).save(folder / "sheet.png")
         judges = self.judges
         return {
             "dino": judges.dino and image_similarity(pictures, references, judges.dino),

@@ -8,12 +8,14 @@ from __future__ import annotations
 import re
 import struct
 import zlib
+from bisect import bisect_right
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ether_diffusion.errors import InputError
 
@@ -101,3 +103,40 @@ def to_pixels(image: Image.Image) -> torch.Tensor:
     """An RGB image as a tensor: (3, height, width), float32, from -1 (black) to 1 (white)."""
     values = torch.from_numpy(np.array(image, dtype=np.float32))  # (h, w, 3)
     return values.permute(2, 0, 1).div(127.5).sub(1.0)
+
+
+SMALLEST_CELL = 128  # pixels; smaller images are enlarged, so that a person can see them
+GAP, FONT_SIZE = 8, 16  # pixels
+
+
+def image_grid(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
+    """Titled rows of images as one image, such as the same prompts before and after a training.
+
+    Args:
+        rows: (title, images) each, at least one image in the first row. All images are brought to the size of the
+            first one, which is enlarged by a whole factor where it is small; a title that is too long is cut short.
+    """
+    width, height = rows[0][1][0].size
+    factor = max(1, -(-SMALLEST_CELL // min(width, height)))
+    cell = (width * factor, height * factor)
+    font = ImageFont.load_default(FONT_SIZE)
+    columns = max(len(images) for _, images in rows)
+    row_height = cell[1] + FONT_SIZE + 3 * GAP
+    canvas = Image.new("RGB", (columns * (cell[0] + GAP) + GAP, len(rows) * row_height), "white")
+    draw = ImageDraw.Draw(canvas)
+    for k, (title, images) in enumerate(rows):
+        draw.text((GAP, k * row_height + GAP), _shortened(title, canvas.width - 2 * GAP, font), "black", font)
+        for j, image in enumerate(images):
+            corner = (GAP + j * (cell[0] + GAP), k * row_height + FONT_SIZE + 2 * GAP)
+            # Nearest: no pixel is shown that the model did not generate, and a label map keeps its colours.
+            canvas.paste(image.resize(cell, Image.Resampling.NEAREST), corner)
+    return canvas
+
+
+def _shortened(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """The text, or as much of its beginning as fits into so many pixels with an ellipsis."""
+    if font.getlength(text) <= width:
+        return text
+    # Measuring takes as long as the text is, and prompts can be very long: so search by halves.
+    too_long = bisect_right(range(len(text)), width, key=lambda length: font.getlength(text[:length] + "…"))
+    return text[: max(too_long - 1, 0)] + "…"

@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ether_diffusion.images import image_grid
 from ether_diffusion.training.control_objectives import CONTROLNET
 from ether_diffusion.training.families import Family
 from ether_diffusion.training.options.control import ControlValidationOptions
-from ether_diffusion.training.preview import Preview, generate, side_by_side
+from ether_diffusion.training.preview import Preview, generate
 
 
 class ControlPreview(Preview):
@@ -39,7 +40,7 @@ class ControlPreview(Preview):
         rows: list[tuple[str, list[Image.Image]]] = []
         for (control, prompt), before, after in zip(self.pairs, self.base, self._generate(), strict=True):
             rows += [("control", [control]), (f"base: {prompt}", before), (f"controlled: {prompt}", after)]
-        return side_by_side(rows)
+        return image_grid(rows)
 
     def _generate(self) -> list[list[Image.Image]]:
         controlnet = getattr(self.pipe, CONTROLNET, None)

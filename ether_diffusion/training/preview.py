@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from ether_diffusion.images import image_grid
 from ether_diffusion.training.families import Family
 from ether_diffusion.training.options.groups import ValidationOptions
 from ether_diffusion.training.trackers import log_images
-
-SMALLEST_CELL = 128  # pixels; smaller images are enlarged, so that a person can see them
-GAP, FONT_SIZE = 8, 16
 
 
 @torch.no_grad()
@@ -45,32 +43,6 @@ def generate(
         pipe.set_progress_bar_config(**{"disable": False, **quiet})
 
 
-def side_by_side(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
-    """Titled rows of equal images as one image."""
-    width, height = rows[0][1][0].size
-    factor = -(-SMALLEST_CELL // min(width, height)) if min(width, height) < SMALLEST_CELL else 1
-    cell = (width * factor, height * factor)
-    font = ImageFont.load_default(FONT_SIZE)
-    columns = max(len(pictures) for _, pictures in rows)
-    row_height = cell[1] + FONT_SIZE + 3 * GAP
-    canvas = Image.new("RGB", (columns * (cell[0] + GAP) + GAP, len(rows) * row_height), "white")
-    draw = ImageDraw.Draw(canvas)
-    for k, (title, pictures) in enumerate(rows):
-        draw.text((GAP, k * row_height + GAP), _shortened(title, canvas.width - 2 * GAP, font), "black", font)
-        for j, image in enumerate(pictures):
-            place = (GAP + j * (cell[0] + GAP), k * row_height + FONT_SIZE + 2 * GAP)
-            canvas.paste(image.resize(cell, Image.Resampling.NEAREST), place)
-    return canvas
-
-
-def _shortened(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
-
-
 class Preview:
     """Images of base and tuned model from the same seeds: for every prompt a row of the one above one of the other.
 
@@ -92,7 +64,7 @@ class Preview:
         rows: list[tuple[str, list[Image.Image]]] = []
         for prompt, before, after in zip(self.prompts, self.base, self._generate(), strict=True):
             rows += [(f"base: {prompt}", before), (f"tuned: {prompt}", after)]
-        return side_by_side(rows)
+        return image_grid(rows)
 
     def report(self, accelerator: Accelerator, path: Path, step: int) -> None:
         """Save the grid, and send it to the trackers."""

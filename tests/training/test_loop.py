@@ -23,7 +23,7 @@ from ether_diffusion.training.options.groups import (
     ValidationOptions,
     ViewOptions,
 )
-from ether_diffusion.training.preview import Preview, is_due, side_by_side
+from ether_diffusion.training.preview import Preview, is_due
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,8 +247,3 @@ def test_the_grid_shows_the_model_before_and_after(tiny_pipeline):
 def test_images_are_due_after_steps_or_epochs_and_not_at_the_end(given, generated):
     due = is_due(ValidationOptions(**given), epoch_samples=5, step_samples=2, steps=10)
     assert [step for step in range(1, 11) if due(step)] == generated
-
-
-def test_large_images_are_not_enlarged():
-    grid = side_by_side([("a title that is far too long for one small image " * 3, [Image.new("RGB", (200, 200))])])
-    assert grid.width == 200 + 16
