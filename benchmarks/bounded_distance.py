@@ -41,12 +41,12 @@ from trials import BASE, GUIDANCE, denoiser, finite
 
 from ether_diffusion import EtherConfig
 from ether_diffusion.analysis.weights import adapted_weights, transform_distance, transform_of
-from ether_diffusion.files import checksum
+from ether_diffusion.commands.quickstart import OTHER_PROMPTS
 from ether_diffusion.evaluation.features import load_features
+from ether_diffusion.files import checksum
 from ether_diffusion.metrics import TextImageFeatures, drift, text_similarity
 from ether_diffusion.metrics.similarity import CLIP
 from ether_diffusion.miniature import FOLDER
-from ether_diffusion.miniature.quickstart import OTHER_PROMPTS
 from ether_diffusion.training.families import family_of
 from ether_diffusion.training.seeds import generator
 from ether_diffusion.tuner.layer import EtherLayer

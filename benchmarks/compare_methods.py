@@ -27,10 +27,10 @@ from result_file import ResultFile
 from subjects import MINIATURE, PHOTOGRAPHS, Subject, drawn, load_result, photographed, squares
 from trials import BASE, Variant
 
+from ether_diffusion.commands.quickstart import OTHER_PROMPTS
 from ether_diffusion.files import checksum
 from ether_diffusion.images import image_grid, read_image
 from ether_diffusion.miniature import FOLDER, ClipScore
-from ether_diffusion.miniature.quickstart import OTHER_PROMPTS
 from ether_diffusion.training import dreambooth
 from ether_diffusion.training.methods.configs import TITLES
 from ether_diffusion.training.objectives import denoising_loss

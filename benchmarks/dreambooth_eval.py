@@ -34,6 +34,7 @@ from PIL import Image
 from result_file import ResultFile
 from subjects import PROMPTS_WITHOUT, Subject, drawn, load_result, photographed
 
+from ether_diffusion.commands.quickstart import OTHER_PROMPTS, SETTINGS
 from ether_diffusion.errors import InputError
 from ether_diffusion.evaluation.features import MINIATURE, load_features
 from ether_diffusion.files import checksum
@@ -49,7 +50,6 @@ from ether_diffusion.metrics import (
 )
 from ether_diffusion.metrics.similarity import CLIP, DINO, DINOV2, LPIPS_NETS
 from ether_diffusion.miniature import FOLDER
-from ether_diffusion.miniature.quickstart import OTHER_PROMPTS, SETTINGS
 from ether_diffusion.training import dreambooth
 from ether_diffusion.training.data.views import center_cut
 from ether_diffusion.training.options.groups import DEFAULT_METHOD, LEARNING_RATES, METHODS, ValidationOptions

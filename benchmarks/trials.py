@@ -29,13 +29,13 @@ from subjects import MINIATURE, PROMPTS_WITHOUT, Subject, drawn, load_result, ph
 from torch import Tensor, nn
 
 from ether_diffusion.analysis.weights import adapted_weights, energy_change
+from ether_diffusion.commands.quickstart import OTHER_PROMPTS, SETTINGS
+from ether_diffusion.evaluation.features import load_features
 from ether_diffusion.files import checksum
 from ether_diffusion.images import read_image
-from ether_diffusion.evaluation.features import load_features
 from ether_diffusion.metrics import drift, image_similarity, text_similarity
 from ether_diffusion.metrics.similarity import CLIP
 from ether_diffusion.miniature import FOLDER
-from ether_diffusion.miniature.quickstart import OTHER_PROMPTS, SETTINGS
 from ether_diffusion.training import dreambooth
 from ether_diffusion.training.families import ModelSource, family_at, family_of
 from ether_diffusion.training.methods.configs import TITLES, configs_of, read_method

@@ -33,7 +33,6 @@ from ether_diffusion.commands.tables import UNKNOWN, name_layer, shorten, show, 
 from ether_diffusion.errors import InputError
 from ether_diffusion.files import MINIATURE_FOLDER
 
-HELP = "measure what an adapter does to the weights of a base model"
 MOST_MOVED = 5
 
 

@@ -29,7 +29,6 @@ from rich.table import Table
 from ether_diffusion.analysis.report import METHODS, describe
 from ether_diffusion.commands.tables import UNKNOWN, name_layer, shorten, show, table
 
-HELP = "show what is in an adapter file, how far it has moved, and what it fits"
 STRONGEST = 3
 """Conflicts in the summary; --json has all."""
 
