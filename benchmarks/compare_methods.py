@@ -30,6 +30,7 @@ from trials import BASE, Variant
 from ether_diffusion.commands.quickstart import OTHER_PROMPTS
 from ether_diffusion.files import checksum
 from ether_diffusion.images import image_grid, read_image
+from ether_diffusion.metrics import image_similarity, text_similarity
 from ether_diffusion.miniature import FOLDER, ClipScore
 from ether_diffusion.training import dreambooth
 from ether_diffusion.training.methods.configs import TITLES
@@ -55,7 +56,7 @@ class Comparison:
     def __init__(self, *, steps: int, seed: int, num_inference_steps: int, images_dir: Path):
         self.steps, self.seed, self.images_dir = steps, seed, images_dir
         self.num_inference_steps = num_inference_steps
-        self.score, self.script = ClipScore(), dreambooth
+        self.clip, self.script = ClipScore(), dreambooth
 
     def base(self, subject: Subject) -> dict[str, float]:
         """The figures of the model as it is."""
@@ -88,8 +89,8 @@ class Comparison:
         others = [self._generate(pipe, prompt, 1)[0] for prompt in OTHER_PROMPTS]
         return {
             "held_out": denoising_loss(pipe, read_image(subject.held_out), subject.prompt, seed=self.seed),
-            "clip_i": self.score.image_similarity(own, squares(subject, (SIDE, SIDE))),
-            "clip_t": self.score.text_similarity(others, OTHER_PROMPTS),
+            "clip_i": image_similarity(own, squares(subject, (SIDE, SIDE)), self.clip),
+            "clip_t": text_similarity(others, OTHER_PROMPTS, self.clip),
         }
 
     def _generate(self, pipe: DiffusionPipeline, prompt: str, count: int) -> list[Image.Image]:

@@ -28,6 +28,7 @@ from ether_diffusion.adapters.schema import WEIGHTS_NAME
 from ether_diffusion.commands.evaluate_control import evaluate_and_show
 from ether_diffusion.evaluation.control import ControlEvaluation
 from ether_diffusion.images import image_grid
+from ether_diffusion.metrics import image_similarity, text_similarity
 from ether_diffusion.miniature import ClipScore, load_pipeline
 from ether_diffusion.miniature.control_data import TRAINING_SEED, write_control_data
 from ether_diffusion.miniature.world import Subject, subjects
@@ -89,7 +90,7 @@ def learn_subject(args: argparse.Namespace, output_dir: Path) -> None:
     train("dreambooth", [*flags, "--output_dir", adapter, "--seed", 0, *args.other_flags])
 
     own_prompts = [f"{prompt} {setting}" for setting in SETTINGS]
-    pipe, score = load_pipeline(), ClipScore()
+    pipe, clip = load_pipeline(), ClipScore()
     pipe.set_progress_bar_config(disable=True)
     before = generate(pipe, own_prompts, args.seeds), generate(pipe, OTHER_PROMPTS, 1)
     pipe.load_ether_weights(adapter)
@@ -109,8 +110,8 @@ def learn_subject(args: argparse.Namespace, output_dir: Path) -> None:
     size = (adapter / WEIGHTS_NAME).stat().st_size
     print(f"\n{'parameters':42}{count:>10,}\n{'file size':42}{size / 1024:>8.0f} kB")
     print(f"\n{'':42}{'before':>10}{'after':>10}")
-    subject_scores = [score.image_similarity(own, photographs) for own, _ in (before, after)]
-    prompt_scores = [score.text_similarity(others, OTHER_PROMPTS) for _, others in (before, after)]
+    subject_scores = [image_similarity(own, photographs, clip) for own, _ in (before, after)]
+    prompt_scores = [text_similarity(others, OTHER_PROMPTS, clip) for _, others in (before, after)]
     print(f"{'similarity to the subject (CLIP-I)':42}{subject_scores[0]:>10.3f}{subject_scores[1]:>10.3f}")
     print(f"{'similarity to prompts without it (CLIP-T)':42}{prompt_scores[0]:>10.3f}{prompt_scores[1]:>10.3f}")
     print(f"\n{output_dir / 'grid.png'}")

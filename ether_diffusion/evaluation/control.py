@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    ControlNetModel,
-    DiffusionPipeline,
-    StableDiffusionControlNetPipeline,
-    StableDiffusionXLControlNetPipeline,
-    StableDiffusionXLPipeline,
-)
+from diffusers import ControlNetModel, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from peft import PeftModel
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from ether_diffusion import metrics
+from ether_diffusion.analysis.report import CONTROLLED
 from ether_diffusion.control.encoder import CONTROL, ControlEncoder
-from ether_diffusion.control.pipelines import EtherControlPipeline, EtherControlXLPipeline
 from ether_diffusion.errors import InputError
 from ether_diffusion.evaluation.features import MINIATURE, MiniatureFeatures
 from ether_diffusion.evaluation.samples import IGNORED, Sample, held_out, read_samples
@@ -85,11 +79,11 @@ def evaluate(options: ControlEvaluation) -> tuple[dict[str, Any], Image.Image]:
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
     samples = _samples(options, side)
     _check_features(features, len(samples))
-    controlled, inputs = _controlled(pipe, options)
+    controlled, argument = _controlled(pipe, options)
     evaluator = make_evaluator(options, device)
-    with_control = _generate(controlled.to(device), samples, options, "with control", inputs)
+    with_control = _generate(controlled.to(device), samples, options, argument)
     del pipe, controlled  # the adapter stays in their models, so the base is opened anew
-    without = _generate(_open(base).to(device), samples, options, "without control")
+    without = _generate(_open(base).to(device), samples, options)
 
     real = [sample.real for sample in samples]
     rows = {"real": real, "with_control": with_control, "without_control": without}
@@ -170,29 +164,29 @@ def _open(base: str) -> DiffusionPipeline:
     return pipe
 
 
-def _controlled(
-    pipe: DiffusionPipeline, options: ControlEvaluation
-) -> tuple[DiffusionPipeline, Callable[[list[Image.Image]], dict[str, Any]]]:
-    """The pipeline under control, and what its calls take besides for a list of control images."""
-    scale, folder = options.controlnet_conditioning_scale, Path(options.adapter)
+def _controlled(pipe: DiffusionPipeline, options: ControlEvaluation) -> tuple[DiffusionPipeline, str]:
+    """The pipeline under control, and the argument of its calls that takes the control images."""
+    folder = Path(options.adapter)
     large = isinstance(pipe, StableDiffusionXLPipeline)
+    light, with_controlnet = CONTROLLED[StableDiffusionXLPipeline if large else StableDiffusionPipeline]
     net = next((each for each in (folder, folder / "controlnet") if _is_controlnet(each)), None)
     if net is not None:
-        kind = StableDiffusionXLControlNetPipeline if large else StableDiffusionControlNetPipeline
-        controlled = kind.from_pipe(pipe, controlnet=ControlNetModel.from_pretrained(net))
-        controlled.set_progress_bar_config(disable=True)
-        return controlled, lambda maps: {"image": maps, "controlnet_conditioning_scale": scale}
-    light = EtherControlXLPipeline if large else EtherControlPipeline
-    if (folder / CONTROL).is_dir():  # beside what training with another method has left
+        controlled, argument = (
+            with_controlnet.from_pipe(pipe, controlnet=ControlNetModel.from_pretrained(net)),
+            "image",
+        )
+    elif (folder / CONTROL).is_dir():  # beside what training with another method has left
         controlled = light.from_pipe(_with_peer(pipe, folder))
         controlled.add_control("control", ControlEncoder.from_pretrained(folder / CONTROL))
     else:
         controlled = light.from_pipe(pipe)
         controlled.load_ether_weights(options.adapter)
+        if not controlled.controls:
+            raise InputError(
+                f"--adapter {options.adapter}: holds no control encoder, so images would ignore their maps"
+            )
     controlled.set_progress_bar_config(disable=True)
-    if not controlled.controls:
-        raise InputError(f"--adapter {options.adapter}: holds no control encoder, so images would ignore their maps")
-    return controlled, lambda maps: {"control_image": maps, "controlnet_conditioning_scale": scale}
+    return controlled, "control_image" if net is None else "image"
 
 
 def _with_peer(pipe: DiffusionPipeline, folder: Path) -> DiffusionPipeline:
@@ -213,22 +207,26 @@ def _is_controlnet(folder: Path) -> bool:
 
 
 def _generate(
-    pipe: DiffusionPipeline,
-    samples: Sequence[Sample],
-    options: ControlEvaluation,
-    name: str,
-    inputs: Callable[[list[Image.Image]], dict[str, Any]] = lambda maps: {},
+    pipe: DiffusionPipeline, samples: Sequence[Sample], options: ControlEvaluation, argument: str | None = None
 ) -> list[Image.Image]:
-    """One image for each sample. Sample k starts from the same noise in any batch, with control and without."""
+    """One image for each sample. Sample k starts from the same noise in any batch, with control and without.
+
+    argument: the pipeline's for control images; None for a pipeline without control.
+    """
     images: list[Image.Image] = []
-    for start in tqdm(range(0, len(samples), options.batch_size), desc=name, mininterval=5):
+    title = "without control" if argument is None else "with control"
+    for start in tqdm(range(0, len(samples), options.batch_size), desc=title, mininterval=5):
         part = samples[start : start + options.batch_size]
+        control: dict[str, Any] = {}
+        if argument is not None:
+            control[argument] = [sample.control for sample in part]
+            control["controlnet_conditioning_scale"] = options.controlnet_conditioning_scale
         images += pipe(
             [sample.text for sample in part],
             num_inference_steps=options.num_inference_steps,
             guidance_scale=options.guidance_scale,
             generator=[generator(options.seed, "evaluation", start + k) for k in range(len(part))],
-            **inputs([sample.control for sample in part]),
+            **control,
         ).images
     return images
 
