@@ -171,10 +171,7 @@ def _controlled(pipe: DiffusionPipeline, options: ControlEvaluation) -> tuple[Di
     light, with_controlnet = CONTROLLED[StableDiffusionXLPipeline if large else StableDiffusionPipeline]
     net = next((each for each in (folder, folder / "controlnet") if _is_controlnet(each)), None)
     if net is not None:
-        controlled, argument = (
-            with_controlnet.from_pipe(pipe, controlnet=ControlNetModel.from_pretrained(net)),
-            "image",
-        )
+        controlled = with_controlnet.from_pipe(pipe, controlnet=ControlNetModel.from_pretrained(net))
     elif (folder / CONTROL).is_dir():  # beside what training with another method has left
         controlled = light.from_pipe(_with_peer(pipe, folder))
         controlled.add_control("control", ControlEncoder.from_pretrained(folder / CONTROL))
