@@ -9,14 +9,13 @@ world names each pixel of what was generated. Rows that are in the JSON already 
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from measuring import machine
+from measuring import machine, make_parser
 from result_file import ResultFile
 
 from ether_diffusion.commands.quickstart import CONTROL_FLAGS, train_control
@@ -52,8 +51,7 @@ def trained_parameters(adapter: Path) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser = make_parser(__doc__)
     parser.add_argument("--methods", nargs="+", choices=list(LEARNING_RATES), default=list(LEARNING_RATES))
     parser.add_argument("--kind", choices=KINDS, default=KINDS[0], help="semantic maps, or edges of filled circles")
     parser.add_argument("--pairs", type=int, default=2000)
