@@ -2,13 +2,13 @@
 
 import math
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from helpers.oracle import dense, dense_weight, unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from measuring import LiveBytes
 from peft import HRAConfig, LoraConfig, OFTConfig, get_peft_model
 from torch import nn
 
@@ -25,8 +25,6 @@ from ether_diffusion.analysis.weights import (
     weight_distance,
 )
 from ether_diffusion.tuner.transforms import Vectors
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -132,10 +130,7 @@ def test_a_single_neuron_has_no_energy_to_change():
 
 
 @pytest.mark.slow
-def test_the_energy_of_a_wide_layer_needs_no_matrix_of_all_pairs_and_takes_seconds(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from measuring import LiveBytes
-
+def test_the_energy_of_a_wide_layer_needs_no_matrix_of_all_pairs_and_takes_seconds():
     weight = torch.randn(10_240, 1_280, generator=torch.Generator().manual_seed(0))
     started = time.process_time()
     with LiveBytes() as live:
