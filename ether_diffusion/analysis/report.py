@@ -19,8 +19,8 @@ from diffusers import (
 )
 from torch import Tensor
 
+from ether_diffusion.adapters import fit as fitting
 from ether_diffusion.adapters.attach import attach
-from ether_diffusion.adapters.fit import plan
 from ether_diffusion.adapters.locate import find_adapter_file
 from ether_diffusion.adapters.reading import PEFT_WEIGHTS_NAME
 from ether_diffusion.adapters.schema import AdapterFile, canonical_path
@@ -177,9 +177,9 @@ def check_fit(
         EtherFileError: `other` does not name its component, and it fits none or several of the pipeline's.
     """
     if other is not None and None in other.configs:
-        other, _ = plan(pipe, other)
+        other = fitting.fit(pipe, other).file
     try:
-        adapter, _ = plan(pipe, adapter)
+        adapter = fitting.fit(pipe, adapter).file
     except EtherFileError as error:
         return adapter, other, {"verdict": "does not fit", "error": str(error)}
     attach(pipe, adapter, ADAPTER)
