@@ -14,10 +14,10 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 quickstart: $(READY)
-	$(BIN)/python -m ether_diffusion.miniature.quickstart --output_dir out/quickstart
+	$(BIN)/ether-diffusion quickstart --output_dir out/quickstart
 
 control: $(READY)
-	$(BIN)/python -m ether_diffusion.miniature.control_quickstart --output_dir out/control
+	$(BIN)/ether-diffusion quickstart --control --output_dir out/control
 
 test: $(READY) lint
 	$(PYTEST)

@@ -18,7 +18,6 @@ This is the perturbation study of the ETHER paper, arXiv:2405.20271, by default 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +28,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from measuring import machine
+from measuring import machine, make_parser
 from peft import HRAConfig, LoraConfig, OFTConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
@@ -41,11 +40,12 @@ from trials import BASE, GUIDANCE, denoiser, finite
 
 from ether_diffusion import EtherConfig
 from ether_diffusion.analysis.weights import adapted_weights, transform_distance, transform_of
+from ether_diffusion.commands.quickstart import OTHER_PROMPTS
+from ether_diffusion.evaluation.features import load_features
 from ether_diffusion.files import checksum
-from ether_diffusion.metrics import TextImageFeatures, drift, load_features, text_similarity
+from ether_diffusion.metrics import TextImageFeatures, drift, text_similarity
 from ether_diffusion.metrics.similarity import CLIP
 from ether_diffusion.miniature import FOLDER
-from ether_diffusion.miniature.quickstart import OTHER_PROMPTS
 from ether_diffusion.training.families import family_of
 from ether_diffusion.training.seeds import generator
 from ether_diffusion.tuner.layer import EtherLayer
@@ -186,7 +186,7 @@ def transform_distances(layer: nn.Module) -> Iterator[float]:
         yield (transform - torch.eye(len(transform), device=transform.device)).norm().item()
 
 
-class Painter:
+class Sampler:
     """Generates prompts with a denoiser, and compares the images with those of the base.
 
     Args:
@@ -216,10 +216,10 @@ class Painter:
     def figures(self, model: nn.Module, seed: int) -> tuple[list[Image.Image], dict[str, float]]:
         if seed not in self._base_images:
             self._base_images[seed] = self.generate(self.base, seed)
-        pictures = self.generate(model, seed)
-        return pictures, {
-            "drift": drift(pictures, self._base_images[seed], self.features),
-            "clip_t": text_similarity(pictures, self.prompts, self.features),
+        images = self.generate(model, seed)
+        return images, {
+            "drift": drift(images, self._base_images[seed], self.features),
+            "clip_t": text_similarity(images, self.prompts, self.features),
         }
 
 
@@ -239,8 +239,7 @@ HEAD = f"{'':18}{'strength':>8}{'|ΔW|/|W|':>12}{'|T − I|':>12}{'drift':>12}{'
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser = make_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="of the transforms and of the images")
     parser.add_argument("--pretrained_model_name_or_path", default=MINIATURE)
     parser.add_argument("--clip_model", help=f"default: {CLIP}, on the miniature its own")
@@ -265,23 +264,23 @@ def main() -> None:
     pipe = DiffusionPipeline.from_pretrained(FOLDER if model == MINIATURE else model).to(device)
     prompts = OTHER_PROMPTS[2:] if model == MINIATURE else PROMPTS_WITHOUT[:4]
     features = load_features(settings["clip_model"], device=device)
-    painter = Painter(pipe, prompts, args.num_inference_steps, features)
+    sampler = Sampler(pipe, prompts, args.num_inference_steps, features)
 
     def measure(name: str, strength: float, seed: int, changed: nn.Module, moved: dict[str, float | None]) -> dict:
-        pictures, figures = painter.figures(changed, seed)
+        images, figures = sampler.figures(changed, seed)
         if seed == 0:
             path = image_path(images_dir, name, strength)
             path.parent.mkdir(parents=True, exist_ok=True)
-            pictures[SHOWN_PROMPT].save(path)
+            images[SHOWN_PROMPT].save(path)
         return results.add({"method": name, "strength": strength, "seed": seed, **moved, **figures})
 
     studied = [(each, strength) for each in STUDIED for strength in each.strengths[: args.strengths]]
     for seed in range(args.seeds):
         if results.find(method=BASE, seed=seed) is None:
-            measure(BASE, 0, seed, painter.base, {"relative_distance": 0.0, "transform_distance": 0.0})
+            measure(BASE, 0, seed, sampler.base, {"relative_distance": 0.0, "transform_distance": 0.0})
         for perturbation, strength in studied:
             if results.find(method=perturbation.name, strength=strength, seed=seed) is None:
-                measure(perturbation.name, strength, seed, *perturbed(painter.base, perturbation, strength, seed))
+                measure(perturbation.name, strength, seed, *perturbed(sampler.base, perturbation, strength, seed))
 
     def figures_of(**key: Any) -> dict[str, float | None]:
         return averages([results.find(**key, seed=seed) for seed in range(args.seeds)])

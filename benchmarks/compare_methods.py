@@ -14,7 +14,6 @@ subject; prints the means over the miniature's subjects and over the photographe
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,17 +21,17 @@ from typing import Any
 
 from denoising import denoising_loss
 from diffusers import DiffusionPipeline
-from measuring import machine
+from measuring import machine, make_parser
 from PIL import Image
 from result_file import ResultFile
-from subjects import MINIATURE, PHOTOGRAPHS, Subject, drawn, load_result, photographed, squares
+from subjects import MINIATURE, PHOTOGRAPHS, Subject, drawn, learn, load_result, photographed, squares
 from trials import BASE, Variant
 
+from ether_diffusion.commands.quickstart import OTHER_PROMPTS
 from ether_diffusion.files import checksum
 from ether_diffusion.images import image_grid, read_image
+from ether_diffusion.metrics import image_similarity, text_similarity
 from ether_diffusion.miniature import FOLDER, ClipScore
-from ether_diffusion.miniature.quickstart import OTHER_PROMPTS
-from ether_diffusion.training import dreambooth
 from ether_diffusion.training.methods.configs import TITLES
 from ether_diffusion.training.options import DEFAULT_STEPS, LEARNING_RATES, METHODS, ValidationOptions
 from ether_diffusion.training.preview import generate
@@ -55,7 +54,7 @@ class Comparison:
     def __init__(self, *, steps: int, seed: int, num_inference_steps: int, images_dir: Path):
         self.steps, self.seed, self.images_dir = steps, seed, images_dir
         self.num_inference_steps = num_inference_steps
-        self.score, self.script = ClipScore(), dreambooth
+        self.clip = ClipScore()
 
     def base(self, subject: Subject) -> dict[str, float]:
         """The figures of the model as it is."""
@@ -65,17 +64,8 @@ class Comparison:
         """The figures after the training, and the seconds that it took."""
         with tempfile.TemporaryDirectory() as folder:
             seen, output_dir = subject.copy_seen(Path(folder, "seen")), Path(folder, "result")
-            flags = {
-                "instance_data_dir": seen,
-                "instance_prompt": subject.prompt,
-                "output_dir": output_dir,
-                "method": method,
-                "learning_rate": rate,
-                "max_train_steps": self.steps,
-                "seed": self.seed,
-                "num_validation_images": 0,
-            }
-            result = self.script.main([str(word) for name, value in flags.items() for word in (f"--{name}", value)])
+            flags = {"method": method, "learning_rate": rate, "max_train_steps": self.steps, "seed": self.seed}
+            result = learn(seen, subject.prompt, output_dir, flags)
             pipe = load_result(FOLDER, output_dir, method)
             return {"seconds": result.seconds, **self._measure(pipe, subject, method)}
 
@@ -88,8 +78,8 @@ class Comparison:
         others = [self._generate(pipe, prompt, 1)[0] for prompt in OTHER_PROMPTS]
         return {
             "held_out": denoising_loss(pipe, read_image(subject.held_out), subject.prompt, seed=self.seed),
-            "clip_i": self.score.image_similarity(own, squares(subject, (SIDE, SIDE))),
-            "clip_t": self.score.text_similarity(others, OTHER_PROMPTS),
+            "clip_i": image_similarity(own, squares(subject, (SIDE, SIDE)), self.clip),
+            "clip_t": text_similarity(others, OTHER_PROMPTS, self.clip),
         }
 
     def _generate(self, pipe: DiffusionPipeline, prompt: str, count: int) -> list[Image.Image]:
@@ -152,8 +142,7 @@ def read_rates(words: Sequence[str]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser = make_parser(__doc__)
     parser.add_argument("--method", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--learning_rate", nargs="+", default=[], metavar="METHOD=RATE")
     parser.add_argument("--max_train_steps", type=int, default=DEFAULT_STEPS)

@@ -2,32 +2,31 @@
 
     python benchmarks/control.py --output_dir out/control
 
-Every method is trained by `train_controlnet_ether.py` on the same pairs, at a learning rate that suits it, and judged
-by `ether-diffusion evaluate-control` on the same held-out maps: a segmentation network of the miniature's world names
-each pixel of what was generated. Rows that are in the JSON already are not repeated. Prints a table.
+Every method is trained by `ether_diffusion.training.control` on the same pairs, at a learning rate that suits it, and
+measured by `ether-diffusion evaluate-control` on the same held-out maps: a segmentation network of the miniature's
+world names each pixel of what was generated. Rows that are in the JSON already are not repeated. Prints a table.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from measuring import machine
+from measuring import machine, make_parser
 from result_file import ResultFile
 
+from ether_diffusion.commands.quickstart import CONTROL_FLAGS, train_control
 from ether_diffusion.miniature import FOLDER
-from ether_diffusion.miniature.control_data import KINDS, write_control_data
-from ether_diffusion.miniature.control_quickstart import SETTINGS, TRAINING_SEED, train
+from ether_diffusion.miniature.control_data import HELD_OUT, KINDS, TRAINING_SEED, write_control_data
 
 # Of the method; the encoder has --control_lr. "none" is the paper's encoder-only baseline.
 LEARNING_RATES = {"none": None, "ether": 2e-3, "ether_plus": 2e-3, "lora": 1e-3, "oft": 5e-4}
 
 
-def evaluate(adapter: Path, output_dir: Path, held_out: int, judge_dir: Path, kind: str) -> dict:
+def evaluate(adapter: Path, output_dir: Path, held_out: int, evaluator_dir: Path, kind: str) -> dict:
     """The report of `evaluate-control`."""
     command = [sys.executable, "-m", "ether_diffusion.commands.main", "evaluate-control", "--adapter", str(adapter)]
     if kind == "scenes":
@@ -35,9 +34,9 @@ def evaluate(adapter: Path, output_dir: Path, held_out: int, judge_dir: Path, ki
     else:
         data = output_dir.parent / "held_out"
         if not data.exists():
-            write_control_data(data, held_out, "control held out", kind)
-        command += ["--base", str(FOLDER), "--data_dir", str(data), "--judge", "edges", "--fid_features", "none"]
-    command += ["--output_dir", str(output_dir), "--judge_dir", str(judge_dir)]
+            write_control_data(data, held_out, HELD_OUT, kind)
+        command += ["--base", str(FOLDER), "--data_dir", str(data), "--evaluator", "edges", "--fid_features", "none"]
+    command += ["--output_dir", str(output_dir), "--evaluator_dir", str(evaluator_dir)]
     command += ["--num_inference_steps", "10", "--batch_size", "16"]
     subprocess.run(command, check=True)
     return json.loads((output_dir / "report.json").read_text())
@@ -52,26 +51,25 @@ def trained_parameters(adapter: Path) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser = make_parser(__doc__)
     parser.add_argument("--methods", nargs="+", choices=list(LEARNING_RATES), default=list(LEARNING_RATES))
     parser.add_argument("--kind", choices=KINDS, default=KINDS[0], help="semantic maps, or edges of filled circles")
     parser.add_argument("--pairs", type=int, default=2000)
     parser.add_argument("--held_out", type=int, default=200)
     parser.add_argument("--max_train_steps", type=int, default=800)
-    parser.add_argument("--judge_dir", type=Path, help="where the judge is kept; default: in --output_dir")
+    parser.add_argument("--evaluator_dir", "--judge_dir", type=Path, help="default: in --output_dir")
     parser.add_argument("--quick", action="store_true", help="a few steps of two methods, to see that it runs")
     args = parser.parse_args()
     if args.quick:
         args.methods, args.pairs, args.held_out, args.max_train_steps = ["none", "ether_plus"], 16, 4, 3
-        args.kind = "circles"  # judged by their edges, without a network to train
+        args.kind = "circles"  # evaluated by their edges, without a network to train
 
     data = args.output_dir / "data"
     if not (data / "metadata.jsonl").exists():
         write_control_data(data, args.pairs, TRAINING_SEED, args.kind)
     settings = {name: getattr(args, name) for name in ("kind", "pairs", "held_out", "max_train_steps")}
-    k = SETTINGS.index("--max_train_steps")
-    settings["flags"] = SETTINGS[:k] + SETTINGS[k + 2 :]  # the steps are said above
+    k = CONTROL_FLAGS.index("--max_train_steps")
+    settings["flags"] = CONTROL_FLAGS[:k] + CONTROL_FLAGS[k + 2 :]  # the steps are a setting of their own
     results = ResultFile(args.output_dir / "control.json", settings, machine=machine())
     for method in args.methods:
         if results.find(method=method):
@@ -80,12 +78,12 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         rate = LEARNING_RATES[method]
         flags = ["--method", method, *(["--learning_rate", str(rate)] if rate else [])]
-        train(data, folder / "adapter", [*flags, "--max_train_steps", str(args.max_train_steps)])
+        train_control(data, folder / "adapter", [*flags, "--max_train_steps", str(args.max_train_steps)])
         report = evaluate(
             folder / "adapter",
             folder / "evaluation",
             args.held_out,
-            args.judge_dir or args.output_dir / "judge",
+            args.evaluator_dir or args.output_dir / "evaluator",
             args.kind,
         )
         count = trained_parameters(folder / "adapter")

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import io
 import json
 import os
 import shutil
@@ -29,13 +30,15 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from measuring import machine
+from measuring import machine, make_parser
 from PIL import Image
-from result_file import ResultFile
-from subjects import PROMPTS_WITHOUT, Subject, drawn, load_result, photographed
+from result_file import ResultFile, write_json
+from subjects import PROMPTS_WITHOUT, Subject, drawn, learn, load_result, photographed
 
+from ether_diffusion.commands.quickstart import OTHER_PROMPTS, SETTINGS
 from ether_diffusion.errors import InputError
-from ether_diffusion.files import checksum
+from ether_diffusion.evaluation.features import MINIATURE, load_features
+from ether_diffusion.files import checksum, replace_file
 from ether_diffusion.images import find_images, image_grid, read_image
 from ether_diffusion.metrics import (
     ImageFeatures,
@@ -44,13 +47,10 @@ from ether_diffusion.metrics import (
     diversity,
     drift,
     image_similarity,
-    load_features,
     text_similarity,
 )
-from ether_diffusion.metrics.similarity import CLIP, DINO, DINOV2, LPIPS_NETS, MINIATURE
+from ether_diffusion.metrics.similarity import CLIP, DINO, DINOV2, LPIPS_NETS
 from ether_diffusion.miniature import FOLDER
-from ether_diffusion.miniature.quickstart import OTHER_PROMPTS, SETTINGS
-from ether_diffusion.training import dreambooth
 from ether_diffusion.training.data.views import center_cut
 from ether_diffusion.training.options import DEFAULT_METHOD, LEARNING_RATES, METHODS, ValidationOptions
 from ether_diffusion.training.preview import generate
@@ -109,8 +109,8 @@ MINIATURE_PROMPTS = tuple(
 
 
 @dataclass(frozen=True)
-class Judges:
-    """What measures. A figure whose judge is missing is None, for the reason in `missing`."""
+class Extractors:
+    """What measures. A figure whose extractor is missing is None, for the reason in `missing`."""
 
     dino: ImageFeatures | None
     dinov2: ImageFeatures | None
@@ -119,21 +119,21 @@ class Judges:
     missing: dict[str, str]
 
     @classmethod
-    def load(cls, args: argparse.Namespace) -> Judges:
-        judges: dict[str, Any] = {"clip": load_features(args.image_model, device=args.device)}
-        if not hasattr(judges["clip"], "embed_texts"):
+    def load(cls, args: argparse.Namespace) -> Extractors:
+        extractors: dict[str, Any] = {"clip": load_features(args.image_model, device=args.device)}
+        if not hasattr(extractors["clip"], "embed_texts"):
             raise SystemExit(f"error: --image_model {args.image_model}: has no text tower, needs a CLIP")
         missing = {}
         for name in ("dino", "dinov2"):
             model = getattr(args, f"{name}_model")
-            judges[name] = None if model == "none" else load_features(model, device=args.device)
+            extractors[name] = None if model == "none" else load_features(model, device=args.device)
             if model == "none":
                 missing[name] = f"--{name}_model none"
         try:
-            judges["lpips"] = Lpips(args.lpips, device=args.device)
+            extractors["lpips"] = Lpips(args.lpips, device=args.device)
         except (ImportError, OSError) as error:  # not installed, or no network for its weights
-            judges["lpips"], missing["lpips"] = None, str(error)
-        return cls(**judges, missing=missing)
+            extractors["lpips"], missing["lpips"] = None, str(error)
+        return cls(**extractors, missing=missing)
 
 
 class Evaluation:
@@ -141,7 +141,7 @@ class Evaluation:
 
     def __init__(self, args: argparse.Namespace, prompts_without: Sequence[str]):
         self.args, self.folder, self.prompts_without = args, args.output_dir, prompts_without
-        self.script, self.judges = dreambooth, Judges.load(args)
+        self.extractors = Extractors.load(args)
 
     def run(self, subject: Subject, templates: Sequence[str]) -> dict[str, Any]:
         adapter = self.learn(subject)
@@ -153,21 +153,21 @@ class Evaluation:
         )
         groups = self.generate(tuned, folder / "subject", texts, self.args.images)
         others = sum(self.generate(tuned, folder / "without", self.prompts_without, 1), [])
-        pictures = sum(groups, [])
-        references = [center_cut(read_image(path), pictures[0].size) for path in find_images(subject.folder)]
-        said = [text.replace(f"{IDENTIFIER} ", "") for text in texts for _ in range(self.args.images)]
+        images = sum(groups, [])
+        references = [center_cut(read_image(path), images[0].size) for path in find_images(subject.folder)]
+        without = [text.replace(f"{IDENTIFIER} ", "") for text in texts for _ in range(self.args.images)]
         rows = [("learned from", references), *zip(texts, groups, strict=True)]
         rows += [("base: without the subject", before), ("tuned: without the subject", others)]
         image_grid(rows).save(folder / "sheet.png")
-        judges = self.judges
+        extractors = self.extractors
         return {
-            "dino": judges.dino and image_similarity(pictures, references, judges.dino),
-            "dinov2": judges.dinov2 and image_similarity(pictures, references, judges.dinov2),
-            "clip_i": image_similarity(pictures, references, judges.clip),
-            "clip_t": text_similarity(pictures, said, judges.clip),
-            "lpips": judges.lpips and diversity(groups, distance=judges.lpips),
-            "drift": drift(others, before, judges.clip),
-            "missing": judges.missing,
+            "dino": extractors.dino and image_similarity(images, references, extractors.dino),
+            "dinov2": extractors.dinov2 and image_similarity(images, references, extractors.dinov2),
+            "clip_i": image_similarity(images, references, extractors.clip),
+            "clip_t": text_similarity(images, without, extractors.clip),
+            "lpips": extractors.lpips and diversity(groups, distance=extractors.lpips),
+            "drift": drift(others, before, extractors.clip),
+            "missing": extractors.missing,
         }
 
     def base(self) -> DiffusionPipeline:
@@ -182,25 +182,22 @@ class Evaluation:
         shutil.rmtree(partial, ignore_errors=True)  # of a training that was stopped
         flags = {
             "pretrained_model_name_or_path": args.pretrained_model_name_or_path,
-            "instance_data_dir": subject.folder,
-            "instance_prompt": subject.prompt,
-            "output_dir": partial,
             "method": args.method,
             "learning_rate": args.learning_rate,
             "max_train_steps": args.max_train_steps,
             "seed": args.seed,
-            "num_validation_images": 0,
         }
         if args.resolution:
             flags["resolution"] = args.resolution
+        words = []
         if args.with_prior_preservation:
             flags |= {
                 "class_prompt": f"a photo of a {subject.class_name}",
                 "class_data_dir": self.folder / "class_images" / subject.name,  # no two processes write into one
                 "num_class_images": args.num_class_images,
             }
-        words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-        self.script.main([*words, *(["--with_prior_preservation"] if args.with_prior_preservation else [])])
+            words = ["--with_prior_preservation"]
+        learn(subject.folder, subject.prompt, partial, flags, words)
         partial.rename(folder)
         return folder
 
@@ -220,11 +217,9 @@ class Evaluation:
             if not all(path.exists() for path in paths):
                 pipe = pipe or load().to(self.args.device)
                 for path, image in zip(paths, generate(pipe, prompt, options, self.args.seed), strict=True):
-                    partial = path.with_suffix(
-                        f".{os.getpid()}"
-                    )  # every process generates the base's: the same images
-                    image.save(partial, format="PNG")
-                    os.replace(partial, path)
+                    content = io.BytesIO()
+                    image.save(content, format="PNG")
+                    replace_file(path, content.getvalue())  # every process generates the base's: the same images
             groups.append([read_image(path) for path in paths])
         return groups
 
@@ -270,9 +265,7 @@ def check_settings(path: Path, settings: dict[str, Any], subjects: dict[str, Any
             raise SystemExit(f"error: {path.parent}: was begun with another {what}; take another --output_dir")
         wanted["subjects"] = held["subjects"] | wanted["subjects"]
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(wanted, indent=2) + "\n")
-    os.replace(partial, path)
+    write_json(path, wanted)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -295,8 +288,7 @@ def read_shard(word: str) -> tuple[int, int]:
 
 
 def read_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser = make_parser(__doc__)
     parser.add_argument("--data_dir", type=Path, help="one folder of photographs for each subject")
     parser.add_argument("--classes", type=Path, help='JSON: {folder: {"class": "dog", "live": true}}')
     parser.add_argument("--pretrained_model_name_or_path", default=str(FOLDER), help="default: the miniature")
@@ -377,10 +369,7 @@ def main() -> None:
     if len(rows) < len(chosen):
         print(f"{len(rows)} of {len(chosen)} subjects are done")
         return
-    path = args.output_dir / "dreambooth_eval.json"
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps({**settings, "machine": machine(), "rows": rows}, indent=2) + "\n")
-    os.replace(partial, path)
+    write_json(args.output_dir / "dreambooth_eval.json", {**settings, "machine": machine(), "rows": rows})
 
 
 if __name__ == "__main__":

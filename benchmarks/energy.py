@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from result_file import write_json
 from trials import BASE
 
 CHANGES = {
@@ -106,7 +107,7 @@ def main() -> None:
                 found = report[name][f"{change}, {outcome}"] = with_interval(own, change, outcome)
                 text += f"{'–' if found is None else '{:+.2f} [{:+.2f}, {:+.2f}]'.format(*found):>26}"
         print(text)
-    args.results.with_name("energy.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json(args.results.with_name("energy.json"), report)
 
 
 if __name__ == "__main__":

@@ -2,36 +2,34 @@
 
     python benchmarks/held_out_photograph.py --data_dir photos_by_subject --output_dir out/held_out
 
-For every folder of photographs in --data_dir, trains on all but the last with `accelerate launch
-train_dreambooth_ether.py` (other flags go to it) and compares the denoising loss on the last one, over fixed
+For every folder of photographs in --data_dir, trains on all but the last with `accelerate launch -m
+ether_diffusion.training.dreambooth` (other flags go to it) and compares the denoising loss on the last one, over fixed
 noises and timesteps, between the base model and the tuned one. Prints a table and writes it as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 from denoising import denoising_loss
 from diffusers import DiffusionPipeline
 from measuring import machine
-from subjects import SCRIPT, Subject, load_result, photographed
+from result_file import write_json
+from subjects import Subject, load_result, photographed
 
 from ether_diffusion import miniature
+from ether_diffusion.commands.quickstart import train
 from ether_diffusion.images import read_image
 from ether_diffusion.training.options import DEFAULT_METHOD, METHODS
 
 
 def measure(subject: Subject, model: Path | str, method: str, output_dir: Path, flags: list[str]) -> dict[str, float]:
     photographs, result = subject.copy_seen(output_dir / "photographs"), output_dir / "result"
-    command = [sys.executable, "-m", "accelerate.commands.launch", str(SCRIPT), *flags, "--method", method]
-    command += ["--pretrained_model_name_or_path", str(model), "--instance_data_dir", str(photographs)]
-    command += ["--instance_prompt", subject.prompt, "--output_dir", str(result)]
-    subprocess.run(command, check=True)
+    words = ["--method", method, "--pretrained_model_name_or_path", model, "--instance_data_dir", photographs]
+    words += ["--instance_prompt", subject.prompt, "--output_dir", result]
+    train("dreambooth", [*flags, *words])
 
     losses = {}
     for name in ("base", "tuned"):
@@ -57,7 +55,7 @@ def main() -> None:
         for subject in chosen
     }
     report = {"machine": machine(), "method": args.method, "flags": flags, "denoising_loss": rows}
-    (args.output_dir / "held_out_photograph.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json(args.output_dir / "held_out_photograph.json", report)
     print(f"\n{'subject':12}{'held out: base':>16}{'tuned':>8}{'ratio':>8}{'seen: base':>14}{'tuned':>8}")
     for name, row in rows.items():
         ratio = row["tuned_held_out"] / row["base_held_out"]

@@ -11,9 +11,7 @@ Weights are random: times do not depend on them.
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import statistics
 import tempfile
 import warnings
@@ -22,10 +20,11 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
-from measuring import machine, paired, seconds
+from measuring import machine, make_parser, paired, seconds
 from peft.utils import get_peft_model_state_dict
+from result_file import write_json
 from torch import nn
-from workloads import WORKLOADS, adapted, build, share
+from workloads import WORKLOADS, adapted, build, read_workloads, share
 
 from ether_diffusion.tuner.layer import EtherLayer
 
@@ -118,14 +117,7 @@ def one_life(unet: nn.Module, path: Path, lora: bool, device: str) -> dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=["cpu-small"])
-    parser.add_argument("--rounds", type=int, default=20)
-    args = parser.parse_args()
-    if any(WORKLOADS[name].device == "cuda" for name in args.workloads) and not torch.cuda.is_available():
-        parser.error("this workload needs a CUDA device; cpu-small runs anywhere")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    args = read_workloads(make_parser(__doc__))
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")  # of models that carry adapters already
     for name in args.workloads:
         report = {"workload": name, "machine": machine(), "rounds": args.rounds}
@@ -142,7 +134,7 @@ def main() -> None:
             for row, calls in report["loading"].items():
                 cells = [f"{call['seconds'] * 1e3:>8.1f} ms ({call['ratio']:.2f})" for call in calls.values()]
                 print(f"{row:12}" + "".join(f"{cell:>18}" for cell in cells))
-        (args.output_dir / f"inference_{name}.json").write_text(json.dumps(report, indent=2) + "\n")
+        write_json(args.output_dir / f"inference_{name}.json", report)
         gc.collect()
 
 

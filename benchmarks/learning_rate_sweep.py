@@ -9,7 +9,6 @@ forgotten anything?). Prints a table and writes it as JSON, row by row: the same
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from denoising import denoising_loss
 from diffusers import DiffusionPipeline
-from measuring import machine
+from measuring import machine, make_parser
 from result_file import ResultFile
 
 from ether_diffusion.files import checksum
@@ -72,8 +71,7 @@ def learn(subject: Subject, method: str, rate: float, checkpoints: list[int], se
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser = make_parser(__doc__)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(ETHER_METHODS))
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-3, 1e-2, 1e-1, 1.0])
     parser.add_argument("--steps", type=int, nargs="+", default=[100, 200, 400])

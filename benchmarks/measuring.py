@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import platform
 import statistics
@@ -15,6 +16,13 @@ import peft
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """The parser of a benchmark: its docstring as it is written, and --output_dir."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    return parser
 
 
 def machine() -> dict[str, str | int]:

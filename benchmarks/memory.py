@@ -18,19 +18,17 @@ them.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import gc
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from measuring import CudaBytes, LiveBytes, machine
+from measuring import CudaBytes, LiveBytes, machine, make_parser
+from result_file import write_json
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -234,8 +232,7 @@ def rows_of(name: str, methods: list[str], device: str) -> Iterator[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser = make_parser(__doc__)
     parser.add_argument("--device", choices=("estimate", "cpu", "cuda"), default="estimate")
     parser.add_argument("--workloads", nargs="+", choices=PIPELINES, default=["sd15-512", "sdxl-1024"])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=[each for each in METHODS if each != "boft"])
@@ -261,7 +258,7 @@ def main() -> None:
     report = {"machine": machine(), "device": args.device, "batch": 1, "precision": "fp16"}
     if args.device != "cuda":
         report["left_out"] = LEFT_OUT
-    (args.output_dir / "memory.json").write_text(json.dumps({**report, "rows": rows}, indent=2) + "\n")
+    write_json(args.output_dir / "memory.json", {**report, "rows": rows})
 
 
 if __name__ == "__main__":

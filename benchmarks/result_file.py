@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from pathlib import Path
 from typing import Any
+
+from ether_diffusion.files import replace_file
 
 
 def commit() -> str | None:
@@ -14,6 +15,11 @@ def commit() -> str | None:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     return done.stdout.strip() or None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file in one step: a run that is killed while it writes loses nothing."""
+    replace_file(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 class ResultFile:
@@ -48,7 +54,5 @@ class ResultFile:
     def add(self, row: dict[str, Any]) -> dict[str, Any]:
         """Append a row, with the commit that it was measured at, and write the file."""
         self.rows.append({**row, "commit": self._commit})
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps({**self._head, "rows": self.rows}, indent=2) + "\n")
-        os.replace(partial, self.path)  # a run that is killed while it writes loses no rows
+        write_json(self.path, {**self._head, "rows": self.rows})
         return self.rows[-1]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from diffusers import DiffusionPipeline
 from peft import PeftModel
@@ -14,17 +15,18 @@ from PIL import Image
 import ether_diffusion  # noqa: F401  (gives pipelines their *_ether_* methods)
 from ether_diffusion.images import find_images, read_image
 from ether_diffusion.miniature import world
+from ether_diffusion.training import dreambooth
 from ether_diffusion.training.data.views import center_cut
+from ether_diffusion.training.loop import TrainingResult
 from ether_diffusion.training.methods.configs import read_method
 from ether_diffusion.training.options import AdapterOptions
 
-SCRIPT = Path(__file__).resolve().parents[1] / "train_dreambooth_ether.py"
 MINIATURE, PHOTOGRAPHS = "miniature", "photographs"
 
 # Prompts without a subject, for models of the whole world; our own.
 PROMPTS_WITHOUT = (
     "a photo of a mountain lake", "a photo of a crowded street in the rain", "a bowl of fruit on a wooden table",
-    "an oil generating of a harbour", "a portrait of an old man", "a photo of a red bicycle", "a house in the snow",
+    "an oil painting of a harbour", "a portrait of an old man", "a photo of a red bicycle", "a house in the snow",
     "a field of sunflowers",
 )  # fmt: skip
 
@@ -92,6 +94,23 @@ def drawn(count: int, folder: Path) -> Iterator[Subject]:
 def squares(subject: Subject, size: tuple[int, int]) -> list[Image.Image]:
     """The images that the subject is learned from, as the model sees them: cut to a size in pixels."""
     return [center_cut(read_image(path), size) for path in subject.seen]
+
+
+def learn(
+    folder: Path, prompt: str, output_dir: Path, flags: Mapping[str, Any], words: Sequence[str] = ()
+) -> TrainingResult:
+    """Train on a folder of images by the DreamBooth training's own `main`, in this process and without previews.
+
+    flags: more flags and their values. words: what else stands on the command line.
+    """
+    usual = {
+        "instance_data_dir": folder,
+        "instance_prompt": prompt,
+        "output_dir": output_dir,
+        "num_validation_images": 0,
+    }
+    given = [str(word) for name, value in (usual | dict(flags)).items() for word in (f"--{name}", value)]
+    return dreambooth.main([*given, *words])
 
 
 def load_result(

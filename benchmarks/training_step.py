@@ -11,16 +11,14 @@ peak. Weights are random: neither time nor memory depends on them. Prints a tabl
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from measuring import bytes_saved, machine, paired
+from measuring import bytes_saved, machine, make_parser, paired
+from result_file import write_json
 from torch import nn
-from workloads import METHODS, WORKLOADS, adapted, build
+from workloads import METHODS, WORKLOADS, adapted, build, read_workloads
 
 LIMIT, DENSE = "frozen limit", "paper's dense ETHER"
 
@@ -76,20 +74,14 @@ def show(name: str, rows: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=["cpu-small"])
+    parser = make_parser(__doc__)
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, DENSE], default=[*METHODS, DENSE])
-    parser.add_argument("--rounds", type=int, default=20)
-    args = parser.parse_args()
-    if any(WORKLOADS[name].device == "cuda" for name in args.workloads) and not torch.cuda.is_available():
-        parser.error("this workload needs a CUDA device; cpu-small runs anywhere")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    args = read_workloads(parser)
     for name in args.workloads:
         rows = run(name, args.methods, args.rounds)
         show(name, rows)
         report = {"workload": name, "machine": machine(), "rounds": args.rounds, "rows": rows}
-        (args.output_dir / f"training_step_{name}.json").write_text(json.dumps(report, indent=2) + "\n")
+        write_json(args.output_dir / f"training_step_{name}.json", report)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

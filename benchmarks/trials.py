@@ -26,17 +26,17 @@ from measuring import machine
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from result_file import ResultFile
-from subjects import MINIATURE, PROMPTS_WITHOUT, Subject, drawn, load_result, photographed, squares
+from subjects import MINIATURE, PROMPTS_WITHOUT, Subject, drawn, learn, load_result, photographed, squares
 from torch import Tensor, nn
 
 from ether_diffusion.analysis.weights import adapted_weights, energy_change
+from ether_diffusion.commands.quickstart import OTHER_PROMPTS, SETTINGS
+from ether_diffusion.evaluation.features import load_features
 from ether_diffusion.files import checksum
 from ether_diffusion.images import read_image
-from ether_diffusion.metrics import drift, image_similarity, load_features, text_similarity
+from ether_diffusion.metrics import drift, image_similarity, text_similarity
 from ether_diffusion.metrics.similarity import CLIP
 from ether_diffusion.miniature import FOLDER
-from ether_diffusion.miniature.quickstart import OTHER_PROMPTS, SETTINGS
-from ether_diffusion.training import dreambooth
 from ether_diffusion.training.families import ModelSource, family_at, family_of
 from ether_diffusion.training.methods.configs import TITLES, configs_of, read_method
 from ether_diffusion.training.methods.injection import dry_run
@@ -184,7 +184,7 @@ class Bench:
         self.settings, self.images_dir = settings, images_dir
         self.model = str(FOLDER) if settings.model == MINIATURE else settings.model
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.features, self.script = load_features(settings.clip_model, device=self.device), dreambooth
+        self.features = load_features(settings.clip_model, device=self.device)
         if not hasattr(self.features, "embed_texts"):
             raise SystemExit(f"error: --clip_model {settings.clip_model}: has no text tower, needs a CLIP")
         self.others = OTHER_PROMPTS if settings.model == MINIATURE else PROMPTS_WITHOUT
@@ -210,18 +210,13 @@ class Bench:
             seen, output_dir = subject.copy_seen(Path(folder, "seen")), Path(folder, "result")
             flags = {
                 "pretrained_model_name_or_path": self.model,
-                "instance_data_dir": seen,
-                "instance_prompt": subject.prompt,
-                "output_dir": output_dir,
                 "learning_rate": trial.learning_rate,
                 "max_train_steps": trial.steps,
                 "seed": seed,
-                "num_validation_images": 0,
             }
             given = trial.variant.given(Path(folder))
-            words = [str(word) for name, value in (flags | given).items() for word in (f"--{name}", value)]
             try:
-                result = self.script.main([*words, *self.settings.flags])
+                result = learn(seen, subject.prompt, output_dir, flags | given, self.settings.flags)
             except SystemExit as stop:
                 if not isinstance(stop.__cause__, FloatingPointError):
                     raise
@@ -245,26 +240,26 @@ class Bench:
         folder.mkdir(parents=True, exist_ok=True)
         for k, image in enumerate(own):
             image.save(folder / f"{k}.png")
-        said = [prompt.replace("sks ", "") for prompt in prompts]  # the identifier means nothing to CLIP
+        without = [prompt.replace("sks ", "") for prompt in prompts]  # the identifier means nothing to CLIP
         figures = {
             "clip_i": image_similarity(own, squares(subject, own[0].size), self.features),
             "clip_t": text_similarity(others, self.others, self.features),
-            "clip_t_subject": text_similarity(own, said, self.features),
+            "clip_t_subject": text_similarity(own, without, self.features),
             "held_out": finite(denoising_loss(pipe, read_image(subject.held_out), subject.prompt, seed=seed)),
         }
         return figures, others
 
     def _generate(self, pipe: DiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-        pictures = []
+        images = []
         for k in range(0, len(prompts), IMAGES_AT_ONCE):
             part = slice(k, k + IMAGES_AT_ONCE)
-            pictures += pipe(
+            images += pipe(
                 list(prompts[part]),
                 num_inference_steps=self.settings.num_inference_steps,
                 guidance_scale=GUIDANCE,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
             ).images
-        return pictures
+        return images
 
 
 def image_folder(images_dir: Path, key: Mapping[str, Any]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -160,6 +161,17 @@ METHODS: dict[str, Callable[[list[str]], PeftConfig]] = {
     "HRA r=2": lambda targets: HRAConfig(target_modules=targets, r=2),
     "VeRA": lambda targets: VeraConfig(target_modules=targets),
 }
+
+
+def read_workloads(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Read the command line, with the flags that the speed benchmarks share; makes --output_dir."""
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=["cpu-small"])
+    parser.add_argument("--rounds", type=int, default=20)
+    args = parser.parse_args()
+    if any(WORKLOADS[name].device == "cuda" for name in args.workloads) and not torch.cuda.is_available():
+        parser.error("this workload needs a CUDA device; cpu-small runs anywhere")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    return args
 
 
 def build(workload: Workload) -> tuple[nn.Module, dict[str, Tensor]]:

@@ -2,7 +2,7 @@
 
     python tools/evaluate_miniature.py --output_dir out/evaluation
 
-A small classifier (the judge) is trained here on the world's own renders, tested on renders it has not seen, and
+A small classifier is trained here on the world's own renders, tested on renders it has not seen, and
 then names the shape and the colours in images generated for pairs of shape and colour that are held out of training.
 Prints a table with the checksum of the weights, and writes it as JSON beside a grid of the images.
 """
@@ -22,20 +22,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ether_diffusion.files import checksum
+from ether_diffusion.images import image_grid
 from ether_diffusion.miniature import FOLDER
-from ether_diffusion.miniature.render import COLOURS, PATTERNS, SIZE, to_tensor
+from ether_diffusion.miniature.render import COLOURS, PATTERNS, to_tensor
+from ether_diffusion.miniature.scene import Scene, Shape
 from ether_diffusion.miniature.shapes import SHAPES
-from ether_diffusion.miniature.world import (
-    POSITIONS,
-    SIZES,
-    Scene,
-    Shape,
-    article,
-    describe_background,
-    held_out_pairs,
-)
+from ether_diffusion.miniature.world import POSITIONS, SIZES, article, describe_background, held_out_pairs
 
 KINDS = ("shape", "colour", "background")
+COLUMNS = 20  # of the grid, and images generated at once
 NAMES = {"shape": tuple(SHAPES), "colour": tuple(COLOURS), "background": tuple(COLOURS)}
 
 
@@ -62,7 +57,7 @@ def labels_of(scenes: list[Scene]) -> dict[str, Tensor]:
     }
 
 
-class Judge(nn.Module):
+class Classifier(nn.Module):
     """Names the shape, its colour and the background's colour in an image with one shape."""
 
     def __init__(self, width: int = 32):
@@ -86,25 +81,25 @@ class Judge(nn.Module):
         return {kind: torch.cat([batch[kind].argmax(-1) for batch in batches]) for kind in KINDS}
 
 
-def train_judge(steps: int, batch: int = 64) -> Judge:
+def train_classifier(steps: int, batch: int = 64) -> Classifier:
     torch.manual_seed(0)
-    judge = Judge()
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3)
+    classifier = Classifier()
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    for step in tqdm(range(steps), desc="training the judge", mininterval=5):
+    for step in tqdm(range(steps), desc="training the classifier", mininterval=5):
         scenes = [single_shape("judge/train", step * batch + k) for k in range(batch)]
-        answers, truth = judge(to_tensor([scene.render().image for scene in scenes])), labels_of(scenes)
+        answers, truth = classifier(to_tensor([scene.render().image for scene in scenes])), labels_of(scenes)
         loss = sum(F.cross_entropy(answers[kind], truth[kind]) for kind in KINDS)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    return judge.eval()
+    return classifier.eval()
 
 
-def accuracy(judge: Judge, images: list[Image.Image], scenes: list[Scene]) -> dict[str, float]:
+def accuracy(classifier: Classifier, images: list[Image.Image], scenes: list[Scene]) -> dict[str, float]:
     """Shares of the images in which each of KINDS, and both colours together, are what the scene says."""
-    named, truth = judge.name(images), labels_of(scenes)
+    named, truth = classifier.name(images), labels_of(scenes)
     right = {kind: named[kind] == truth[kind] for kind in KINDS}
     right["colours"] = right["colour"] & right["background"]
     return {kind: share.float().mean().item() for kind, share in right.items()}
@@ -112,8 +107,8 @@ def accuracy(judge: Judge, images: list[Image.Image], scenes: list[Scene]) -> di
 
 def generate(pipe: StableDiffusionPipeline, scenes: list[Scene], steps: int, guidance: float) -> list[Image.Image]:
     images = []
-    for k in tqdm(range(0, len(scenes), 20), desc="generating"):
-        part = scenes[k : k + 20]
+    for k in tqdm(range(0, len(scenes), COLUMNS), desc="generating"):
+        part = scenes[k : k + COLUMNS]
         generators = [torch.Generator().manual_seed(k + j) for j in range(len(part))]
         images += pipe(
             [scene.caption for scene in part],
@@ -122,14 +117,6 @@ def generate(pipe: StableDiffusionPipeline, scenes: list[Scene], steps: int, gui
             generator=generators,
         ).images
     return images
-
-
-def grid(images: list[Image.Image], columns: int = 20) -> Image.Image:
-    rows = -(-len(images) // columns)
-    canvas = Image.new("RGB", (columns * (SIZE + 2), rows * (SIZE + 2)), "white")
-    for k, image in enumerate(images):
-        canvas.paste(image, ((k % columns) * (SIZE + 2), (k // columns) * (SIZE + 2)))
-    return canvas
 
 
 def main() -> None:
@@ -145,14 +132,15 @@ def main() -> None:
 
     pipe = StableDiffusionPipeline.from_pretrained(args.model_dir)
     pipe.set_progress_bar_config(disable=True)
-    judge = train_judge(args.judge_steps)
+    classifier = train_classifier(args.judge_steps)
     renders = [single_shape("judge/test", k) for k in range(2000)]
-    own = accuracy(judge, [scene.render().image for scene in renders], renders)
+    own = accuracy(classifier, [scene.render().image for scene in renders], renders)
     scenes = [single_shape("evaluation", k, held_out_pairs()) for k in range(args.images)]
     images = generate(pipe, scenes, args.num_inference_steps, args.guidance_scale)
-    generated = accuracy(judge, images, scenes)
+    generated = accuracy(classifier, images, scenes)
 
-    grid(images).save(args.output_dir / "images.png")
+    rows = [("", images[k : k + COLUMNS]) for k in range(0, len(images), COLUMNS)]
+    image_grid(rows).save(args.output_dir / "images.png")
     report = {
         "weights_sha256": checksum(args.model_dir),
         "pictures": args.images,

@@ -10,6 +10,7 @@ again. Batches and noise are derived from the seed and the step: a run that was 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import shutil
@@ -26,10 +27,11 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ether_diffusion.files import replace_file
 from ether_diffusion.miniature.render import SIZE
 from ether_diffusion.miniature.world import draw_scene
 
-STAGES = ("pictures", "vae", "decoder", "clip", "unet", "export")
+STAGES = ("images", "vae", "decoder", "clip", "unet", "export")
 CHECKPOINT_SECONDS = 120
 
 
@@ -91,8 +93,9 @@ class Stage:
             "ema": self.ema.state_dict(),
             "step": self.step,
         }
-        torch.save(state, self.path.with_suffix(".part"))
-        self.path.with_suffix(".part").replace(self.path)
+        content = io.BytesIO()
+        torch.save(state, content)
+        replace_file(self.path, content.getvalue())
 
     def run(self, count: int, loss_of: Callable[[Tensor, torch.Generator], Tensor]) -> None:
         """Train to the end; `loss_of(indices, generator)` is the loss of one batch. Leaves the averaged weights."""

@@ -23,7 +23,6 @@ from pathlib import Path
 from ether_diffusion import miniature
 from ether_diffusion.errors import InputError
 
-HELP = "open a web page to generate, train, inspect and export"
 HOST, PORT = "127.0.0.1", 7860
 LOCAL = (HOST, "localhost", "::1")
 SHIPPED = miniature.FOLDER.parent / "adapters"

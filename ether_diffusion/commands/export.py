@@ -20,8 +20,6 @@ from ether_diffusion.export.lora import DTYPES, export_lora
 from ether_diffusion.export.lora_files import DEFAULT_NAMES, WRITERS
 from ether_diffusion.export.merge import open_adapted
 
-HELP = "write adapters as a LoRA for PEFT, diffusers, or kohya's format (ComfyUI, A1111)"
-
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     """What is read: the base, adapters and their strengths."""

@@ -7,24 +7,40 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("inspect", "analyze", "export", "merge", "evaluate-control", "demo")
+COMMANDS = {
+    "quickstart": "teach the miniature a subject, or to follow maps, and see what it has learned",
+    "inspect": "show what is in an adapter file, how far it has moved, and what it fits",
+    "analyze": "measure what an adapter does to the weights of a base model",
+    "export": "write adapters as a LoRA for PEFT, diffusers, or kohya's format (ComfyUI, A1111)",
+    "merge": "write a whole pipeline with adapters merged into its weights",
+    "evaluate-control": "measure how well images follow their control images",
+    "demo": "open a web page to generate, train, inspect and export",
+}
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
+    """The parser, with the flags of the chosen command alone: only its module, and what that needs, is imported."""
     parser = argparse.ArgumentParser(prog="ether-diffusion", description=__doc__)
     commands = parser.add_subparsers(metavar="command", required=True)
-    for name in COMMANDS:
-        module = importlib.import_module(f"ether_diffusion.commands.{name.replace('-', '_')}")
-        command = commands.add_parser(
-            name, help=module.HELP, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
+    for name, help_text in COMMANDS.items():
+        command = commands.add_parser(name, help=help_text, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if name == chosen:
+            module = importlib.import_module(f"ether_diffusion.commands.{name.replace('-', '_')}")
+            command.description = module.__doc__
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(arguments)
+    """Run a command; what the user got wrong is told in one sentence on stderr, and the exit code is 1."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = build_parser(next(iter(arguments), None))
+    args, others = parser.parse_known_args(arguments)
+    if hasattr(args, "other_flags"):  # the command passes them on
+        args.other_flags = others
+    elif others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     try:
         args.run(args)
     except (ValueError, OSError) as error:

@@ -11,8 +11,6 @@ from ether_diffusion.commands.export import add_input_arguments, open_inputs
 from ether_diffusion.export.lora import DTYPES
 from ether_diffusion.export.merge import merge_adapters
 
-HELP = "write a whole pipeline with adapters merged into its weights"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_input_arguments(parser)

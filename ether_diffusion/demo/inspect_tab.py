@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from ether_diffusion.commands.inspect import METHODS, describe
+from ether_diffusion.analysis.report import METHODS, describe
 from ether_diffusion.demo.charts import bar_chart
 from ether_diffusion.demo.results import Results
 from ether_diffusion.demo.words import problem, status

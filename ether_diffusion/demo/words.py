@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ether_diffusion.commands.inspect import METHODS
+from ether_diffusion.analysis.report import METHODS
 from ether_diffusion.demo.library import Adapter
 
 THUMBNAIL = 160

@@ -1,7 +1,7 @@
 """Metrics of images: their likeness to a subject and to words, their obedience to a control, their realism."""
 
 from ether_diffusion.metrics.edges import EDGE_THRESHOLD, edge_consistency, sobel_edges
-from ether_diffusion.metrics.frechet import FEATURES, MiniatureFeatures, frechet_distance
+from ether_diffusion.metrics.frechet import frechet_distance
 from ether_diffusion.metrics.segmentation import (
     Segmenter,
     UperNetSegmenter,
@@ -25,12 +25,10 @@ from ether_diffusion.metrics.similarity import (
 
 __all__ = [
     "EDGE_THRESHOLD",
-    "FEATURES",
     "ClassTokenFeatures",
     "ClipFeatures",
     "ImageFeatures",
     "Lpips",
-    "MiniatureFeatures",
     "Segmenter",
     "TextImageFeatures",
     "UperNetSegmenter",

@@ -1,4 +1,4 @@
-"""Segmentation by a judge: mean intersection over union and pixel accuracy, from counts that add up over batches."""
+"""Scores of segmentation: mean intersection over union and pixel accuracy, from counts that add up over batches."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _check_counts(counts: Tensor) -> None:
 
 
 class Segmenter(Protocol):
-    """A judge: names the class of every pixel."""
+    """Names the class of every pixel."""
 
     classes: int
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
 
 DINO, DINOV2, CLIP = "facebook/dino-vits16", "facebook/dinov2-small", "openai/clip-vit-base-patch32"
-MINIATURE = "miniature"
 LPIPS_NETS = ("alex", "vgg", "squeeze")
 BATCH = 32
 
@@ -120,14 +119,10 @@ def load_features(
     """The extractor that fits a model: CLIP's two towers, or the class token of any other vision transformer.
 
     Args:
-        model_id: a folder or an id on the Hub; "miniature": the miniature's own CLIP, which knows its world alone.
+        model_id: a folder or an id on the Hub.
         device: where it computes.
         batch_size: images at a time.
     """
-    if model_id == MINIATURE:
-        from ether_diffusion.miniature import ClipScore
-
-        return ClipScore(device=device, batch_size=batch_size)
     kind = ClipFeatures if AutoConfig.from_pretrained(model_id).model_type == "clip" else ClassTokenFeatures
     return kind(model_id, device=device, batch_size=batch_size)
 
@@ -136,7 +131,7 @@ def load_features(
 
 
 def image_similarity(
-    pictures: Sequence[Image.Image], references: Sequence[Image.Image], features: ImageFeatures
+    images: Sequence[Image.Image], references: Sequence[Image.Image], features: ImageFeatures
 ) -> float:
     """Mean cosine over all pairs: 1/(n m) Σ_ij f(x_i)·f(r_j), with |f| = 1, from −1 to 1.
 
@@ -150,14 +145,14 @@ def image_similarity(
     Raises:
         ValueError: no images or no references.
     """
-    if not len(pictures) or not len(references):
+    if not len(images) or not len(references):
         raise ValueError(
-            f"image_similarity: got {len(pictures)} images and {len(references)} references, needs one of each"
+            f"image_similarity: got {len(images)} images and {len(references)} references, needs one of each"
         )
-    return (features.embed_images(pictures) @ features.embed_images(references).T).mean().item()
+    return (features.embed_images(images) @ features.embed_images(references).T).mean().item()
 
 
-def text_similarity(pictures: Sequence[Image.Image], prompts: Sequence[str], features: TextImageFeatures) -> float:
+def text_similarity(images: Sequence[Image.Image], prompts: Sequence[str], features: TextImageFeatures) -> float:
     """Mean cosine of each image with its own prompt (CLIP-T): 1/n Σ_k f(x_k)·g(p_k), with |f| = |g| = 1.
 
     Args:
@@ -168,11 +163,11 @@ def text_similarity(pictures: Sequence[Image.Image], prompts: Sequence[str], fea
     Raises:
         ValueError: no images, or another number of prompts.
     """
-    _check_pairs("text_similarity", pictures, prompts, "prompts")
-    return (features.embed_images(pictures) * features.embed_texts(prompts)).sum(-1).mean().item()
+    _check_pairs("text_similarity", images, prompts, "prompts")
+    return (features.embed_images(images) * features.embed_texts(prompts)).sum(-1).mean().item()
 
 
-def drift(pictures: Sequence[Image.Image], base_images: Sequence[Image.Image], features: ImageFeatures) -> float:
+def drift(images: Sequence[Image.Image], base_images: Sequence[Image.Image], features: ImageFeatures) -> float:
     """How far images have moved from those of the base model: 1/n Σ_k (1 − f(x_k)·f(b_k)), from 0 to 2.
 
     Measured on prompts without the subject, it is what training changed that it should not have; 0 where nothing did.
@@ -185,14 +180,14 @@ def drift(pictures: Sequence[Image.Image], base_images: Sequence[Image.Image], f
     Raises:
         ValueError: no images, or another number of them.
     """
-    _check_pairs("drift", pictures, base_images, "images of the base model")
-    cosines = (features.embed_images(pictures) * features.embed_images(base_images)).sum(-1)
+    _check_pairs("drift", images, base_images, "images of the base model")
+    cosines = (features.embed_images(images) * features.embed_images(base_images)).sum(-1)
     return 1 - cosines.mean().item()
 
 
-def _check_pairs(where: str, pictures: Sequence[object], others: Sequence[object], named: str) -> None:
-    if not len(pictures) or len(pictures) != len(others):
-        raise ValueError(f"{where}: got {len(pictures)} images and {len(others)} {named}, needs one for each")
+def _check_pairs(where: str, images: Sequence[object], others: Sequence[object], named: str) -> None:
+    if not len(images) or len(images) != len(others):
+        raise ValueError(f"{where}: got {len(images)} images and {len(others)} {named}, needs one for each")
 
 
 class Lpips:
@@ -252,12 +247,12 @@ def diversity(
     for k, group in enumerate(groups):
         if len(group) < 2:
             raise ValueError(f"diversity: group {k} has {len(group)} images, needs two")
-        if len(sizes := sorted({picture.size for picture in group})) > 1:
+        if len(sizes := sorted({image.size for image in group})) > 1:
             raise ValueError(f"diversity: group {k} has images of {sizes}, needs one size")
     measure = Lpips(distance, device=device) if isinstance(distance, str) else distance
     means = []
     for group in groups:
-        pixels = np.stack([np.asarray(picture.convert("RGB")) for picture in group])
+        pixels = np.stack([np.asarray(image.convert("RGB")) for image in group])
         values = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1  # (n, 3, h, w)
         first, second = torch.tensor(list(itertools.combinations(range(len(group)), 2))).T
         parts = [

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer
 
 from ether_diffusion.files import MINIATURE_FOLDER
-from ether_diffusion.metrics.similarity import BATCH, ClipFeatures, image_similarity, text_similarity
+from ether_diffusion.metrics.similarity import BATCH, ClipFeatures
 
 FOLDER = MINIATURE_FOLDER
 """A folder that `StableDiffusionPipeline.from_pretrained` loads as it is; `clip/` in it holds the metric model."""
@@ -44,11 +44,3 @@ class ClipScore(ClipFeatures):
         size = (self.model.config.vision_config.image_size,) * 2
         pixels = np.stack([np.asarray(image.convert("RGB").resize(size)) for image in images])
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-    def image_similarity(self, images: Sequence[Image.Image], references: Sequence[Image.Image]) -> float:
-        """Mean cosine similarity over all pairs of an image and a reference (CLIP-I)."""
-        return image_similarity(images, references, self)
-
-    def text_similarity(self, images: Sequence[Image.Image], texts: Sequence[str]) -> float:
-        """Mean cosine similarity of each image to its own text (CLIP-T)."""
-        return text_similarity(images, texts, self)

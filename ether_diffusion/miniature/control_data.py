@@ -1,14 +1,11 @@
 """Pairs of an image and a control image from the miniature's world, as folders that control training reads.
 
-    python -m ether_diffusion.miniature.control_data --output_dir out/maps --count 2000
-
 A folder holds `000000.png` and so on, control images in `control/`, and `metadata.jsonl`: for each image a line
 with file_name, conditioning_image and text, and, for scenes, labels: the path of its map of classes.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from dataclasses import dataclass
@@ -22,8 +19,8 @@ from ether_diffusion.miniature.shapes import LABELS
 from ether_diffusion.miniature.world import article, draw_scene
 
 KINDS = ("scenes", "circles")
-HELD_OUT = "control held out"
-"""The seed of the scenes that controlled generation is measured on. Training takes another."""
+TRAINING_SEED, HELD_OUT = "control training", "control held out"
+"""The seeds of the scenes that control is trained on, and of those that it is measured on."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +65,8 @@ def _draw_circles(rng: random.Random) -> ControlPair:
         draw.ellipse([side * edge for edge in box], fill=COLOURS[colour])
         outline.ellipse([SIZE * edge - 0.5 for edge in box], outline=255)
     words = [f"{article(colour)} circle" for colour in colours]
-    said = words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
-    caption = f"{said} on {article(background)} background"
+    circles = words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+    caption = f"{circles} on {article(background)} background"
     return ControlPair(image.resize((SIZE, SIZE), Image.Resampling.BOX), mask.convert("RGB"), caption)
 
 
@@ -111,23 +108,9 @@ def write_control_data(folder: str | Path, count: int, seed: str | int, kind: st
         parts = {"file_name": (name, pair.image), "conditioning_image": (f"control/{name}", pair.control)}
         if pair.labels is not None:
             parts["labels"] = (f"labels/{name}", pair.labels)
-        for path, picture in parts.values():
+        for path, shown in parts.values():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            picture.save(folder / path)
+            shown.save(folder / path)
         lines.append(json.dumps({key: path for key, (path, _) in parts.items()} | {"text": pair.caption}) + "\n")
     (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
     return folder
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=2000)
-    parser.add_argument("--seed", default="control training")
-    parser.add_argument("--kind", choices=KINDS, default=KINDS[0])
-    args = parser.parse_args()
-    write_control_data(args.output_dir, args.count, args.seed, args.kind)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,11 +1,10 @@
-"""Scenes to pixels: an image, and a semantic map with the same geometry."""
+"""Drawing for the miniature's world: its colours and patterns, where a polygon comes to lie, and semantic maps."""
 
 from __future__ import annotations
 
 import colorsys
+import itertools
 import math
-import random
-from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -13,9 +12,6 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ether_diffusion.miniature.shapes import LABELS, Polygon
-
-if TYPE_CHECKING:
-    from ether_diffusion.miniature.world import Scene
 
 SIZE = 64  # pixels
 SUPERSAMPLING = 4
@@ -39,71 +35,34 @@ JITTER = 7  # of a channel's 255: a colour's name covers a neighbourhood, not on
 PATTERN_CONTRAST = 0.22  # how far a pattern's second tone lies from the first, towards white or black
 
 
-class Rendering(NamedTuple):
-    """`image`: RGB, SIZE × SIZE. `labels`: mode L, SIZE × SIZE, indices into `shapes.LABELS`."""
-
-    image: Image.Image
-    labels: Image.Image
-
-
-def _second_tone(rgb: tuple[int, int, int]) -> tuple[int, int, int]:
+def draw_pattern(draw: ImageDraw.ImageDraw, pattern: str, rgb: tuple[int, int, int], side: int, phase: float) -> None:
+    """Draw a pattern's second tone over a ground of `rgb`; phase: how far it is shifted, in periods."""
     target = 255 if sum(rgb) < 330 else 0
-    return tuple(round(c + PATTERN_CONTRAST * (target - c)) for c in rgb)
-
-
-def _generate_pattern(draw: ImageDraw.ImageDraw, pattern: str, rgb: tuple[int, int, int], side: int, phase: float):
-    second = _second_tone(rgb)
+    second = tuple(round(c + PATTERN_CONTRAST * (target - c)) for c in rgb)
     period = side / 5
     shift = phase * period
     rows = range(-1, 7)
     if pattern == "striped":
-        for k in rows:
-            top = k * period + shift
+        for top in (k * period + shift for k in rows):
             draw.rectangle((0, top, side, top + period / 2), fill=second)
     elif pattern == "dotted":
         radius = period * 0.24
-        for j in rows:
-            for k in rows:
-                x, y = (j + 0.5 * (k % 2)) * period + shift, k * period + shift
-                draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=second)
+        for j, k in itertools.product(rows, rows):
+            x, y = (j + 0.5 * (k % 2)) * period + shift, k * period + shift
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=second)
     elif pattern == "checkered":
-        for j in rows:
-            for k in rows:
-                if (j + k) % 2:
-                    x, y = j * period + shift, k * period + shift
-                    draw.rectangle((x, y, x + period, y + period), fill=second)
+        for j, k in itertools.product(rows, rows):
+            if (j + k) % 2:
+                x, y = j * period + shift, k * period + shift
+                draw.rectangle((x, y, x + period, y + period), fill=second)
 
 
-def _placed(polygon: Polygon, cx: float, cy: float, radius: float, tilt: float, scale: float) -> list[tuple]:
+def place(polygon: Polygon, cx: float, cy: float, radius: float, tilt: float, scale: float) -> list[tuple]:
     """Unit polygon to pixels: rotate by `tilt` degrees, scale by `radius`, move to (cx, cy), in sides."""
     cos, sin = math.cos(math.radians(tilt)), math.sin(math.radians(tilt))
     return [
         ((cx + radius * (x * cos - y * sin)) * scale, (cy + radius * (x * sin + y * cos)) * scale) for x, y in polygon
     ]
-
-
-def render(scene: Scene, size: int = SIZE) -> Rendering:
-    """Generate a scene at `size` × `size` pixels, antialiased, with its semantic map (not antialiased).
-
-    The colours' jitter and the pattern's phase come from `scene.seed` alone, so a scene has one image.
-    """
-    rng = random.Random(scene.seed)
-    tones = {
-        name: tuple(min(255, max(0, c + rng.randint(-JITTER, JITTER))) for c in rgb) for name, rgb in COLOURS.items()
-    }
-    side = size * SUPERSAMPLING
-    image = Image.new("RGB", (side, side), tones[scene.background])
-    labels = Image.new("L", (side, side), 0)
-    draw, mark = ImageDraw.Draw(image), ImageDraw.Draw(labels)
-    _generate_pattern(draw, scene.pattern, tones[scene.background], side, rng.random())
-    for thing in scene.things:
-        for patch in thing.patches():
-            points = _placed(patch.polygon, thing.x, thing.y, thing.radius, thing.tilt, side)
-            draw.polygon(points, fill=tones[patch.colour])
-            mark.polygon(points, fill=LABELS.index(patch.part))
-    return Rendering(
-        image.resize((size, size), Image.Resampling.BOX), labels.resize((size, size), Image.Resampling.NEAREST)
-    )
 
 
 def label_image(labels: Image.Image) -> Image.Image:

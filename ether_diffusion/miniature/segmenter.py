@@ -1,4 +1,4 @@
-"""A judge for controlled generation: names the class of every pixel in a picture of the miniature's world.
+"""A segmenter of the miniature's world, which evaluates controlled generation: names the class of every pixel.
 
 Trained here from scratch on the world's own renders, which come with their semantic maps, and kept in a folder.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,11 +18,11 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ether_diffusion.files import checksum
+from ether_diffusion.files import checksum, replace_file
 from ether_diffusion.metrics import confusion, mean_iou, pixel_accuracy
 from ether_diffusion.miniature import FOLDER
 from ether_diffusion.miniature.render import SIZE, to_tensor
@@ -39,14 +38,14 @@ BATCH = 50
 
 @dataclass(frozen=True, kw_only=True)
 class SegmenterSettings:
-    """How the judge is trained: equal settings give equal weights on one machine.
+    """How the segmenter is trained: equal settings give equal weights on one machine.
 
     seed: of weights, order and augmentation.
     steps, batch_size, learning_rate: of AdamW, with a one-cycle schedule.
     renders: number of different training images, each also mirrored.
     softened: how many of them are also shown as the miniature's autoencoder gives them back, since generated images
         come out of it. A quarter of every batch is drawn from those.
-    held_out: number of renders that the judge is tested on.
+    held_out: number of renders that the segmenter is tested on.
     """
 
     seed: int = 0
@@ -59,10 +58,10 @@ class SegmenterSettings:
 
     def fingerprint(self) -> str:
         """Of all that the weights depend on."""
-        said = asdict(self) | {"version": VERSION, "labels": LABELS}
+        settings = asdict(self) | {"version": VERSION, "labels": LABELS}
         if self.softened:
-            said["autoencoder"] = checksum(FOLDER / "vae")
-        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+            settings["autoencoder"] = checksum(FOLDER / "vae")
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 class _Residual(nn.Module):
@@ -114,7 +113,7 @@ class SegmentationNet(nn.Module):
 
 
 class MiniatureSegmenter:
-    """The judge, as `metrics.Segmenter`: images of SIZE × SIZE -> indices into `shapes.LABELS`.
+    """The segmenter, as `metrics.Segmenter`: images of SIZE × SIZE -> indices into `shapes.LABELS`.
 
     `record`: its settings, and how well it does on renders and on softened renders that it was not trained on.
     """
@@ -128,12 +127,12 @@ class MiniatureSegmenter:
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
         pixels = to_tensor(list(images))
         if pixels.shape[-2:] != (SIZE, SIZE):
-            raise ValueError(f"the miniature's judge got images of {images[0].size}, needs {SIZE} × {SIZE} pixels")
+            raise ValueError(f"the miniature's segmenter got images of {images[0].size}, needs {SIZE} × {SIZE} pixels")
         return torch.cat([self.net(part).argmax(1) for part in pixels.split(BATCH)])
 
     @classmethod
     def load_or_train(cls, folder: str | Path, settings: SegmenterSettings | None = None) -> MiniatureSegmenter:
-        """The judge that the folder holds for these settings; if it holds none, train it and keep it there."""
+        """The segmenter that the folder holds for these settings; if it holds none, train it and keep it there."""
         settings = settings or SegmenterSettings()
         fingerprint = settings.fingerprint()
         path = Path(folder) / f"segmenter-{fingerprint[:16]}.safetensors"
@@ -142,16 +141,14 @@ class MiniatureSegmenter:
             net.load_state_dict(load_file(path))
             with safe_open(path, framework="pt") as file:
                 return cls(net, json.loads(file.metadata()["record"]))
-        judge = train_segmenter(settings)
+        segmenter = train_segmenter(settings)
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}.part")
-        save_file(judge.net.state_dict(), unfinished, metadata={"record": json.dumps(judge.record)})
-        os.replace(unfinished, path)
-        return judge
+        replace_file(path, save(segmenter.net.state_dict(), {"record": json.dumps(segmenter.record)}))
+        return segmenter
 
 
 def train_segmenter(settings: SegmenterSettings) -> MiniatureSegmenter:
-    """Train a judge on one core, and test it. The global random state and number of threads stay as they were."""
+    """Train a segmenter on one core, and test it. The global random state and number of threads stay as they were."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -190,7 +187,7 @@ def _train(settings: SegmenterSettings) -> SegmentationNet:
         optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=0.2
     )
     from_soft = settings.batch_size // 4 if settings.softened else 0
-    for step in tqdm(range(settings.steps), desc="training the judge", mininterval=5):
+    for step in tqdm(range(settings.steps), desc="training the segmenter", mininterval=5):
         clean_ids = torch.randint(settings.renders, (settings.batch_size - from_soft,), generator=random)
         soft_ids = torch.randint(max(1, settings.softened), (from_soft,), generator=random)
         x, truth = torch.cat([pixels[clean_ids], soft[soft_ids]]), labels[torch.cat([clean_ids, soft_ids])]
@@ -222,10 +219,10 @@ def _train(settings: SegmenterSettings) -> SegmentationNet:
 def measure(net: SegmentationNet, count: int) -> dict[str, dict[str, float]]:
     """Pixel accuracy and mean IoU on renders that training has not seen, and on them softened."""
     pixels, labels = renders("segmenter/test", count)
-    judge = MiniatureSegmenter(net, {})
+    segmenter = MiniatureSegmenter(net, {})
     found = {}
     for name, shown in (("held_out_renders", pixels), ("held_out_softened", soften(pixels))):
         bytes_ = ((shown + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-        counts = confusion(judge([Image.fromarray(each) for each in bytes_]), labels, len(LABELS))
+        counts = confusion(segmenter([Image.fromarray(each) for each in bytes_]), labels, len(LABELS))
         found[name] = {"pixel_accuracy": pixel_accuracy(counts), "mean_iou": mean_iou(counts)}
     return found

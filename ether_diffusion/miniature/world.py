@@ -9,8 +9,9 @@ import random
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ether_diffusion.miniature.render import COLOURS, PATTERNS, Rendering, render
-from ether_diffusion.miniature.shapes import FIGURES, SHAPES, Patch
+from ether_diffusion.miniature.render import COLOURS, PATTERNS
+from ether_diffusion.miniature.scene import Figure, Scene, Shape
+from ether_diffusion.miniature.shapes import FIGURES, SHAPES
 
 SIZES = {"small": (0.15, 0.18), "": (0.21, 0.26), "large": (0.31, 0.36)}  # radius, as a fraction of the side
 POSITIONS = {
@@ -24,53 +25,6 @@ PREFIXES = ("", "", "a photo of ", "a picture of ", "an image of ", "a drawing o
 COUNTS = {2: "two", 3: "three"}
 TOKENS = ("sks", "qwe")  # identifiers kept out of the training captions, for subjects
 VIEWS = 6
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A plain shape. Position and radius are fractions of the image's side, tilt is in degrees."""
-
-    name: str
-    colour: str
-    size: str
-    x: float
-    y: float
-    radius: float
-    tilt: float = 0.0
-
-    def patches(self) -> list[Patch]:
-        return [Patch(SHAPES[self.name], self.colour, self.name)]
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A member of a class of figures: colours and styles of its parts, in the order of the class."""
-
-    name: str
-    colours: tuple[tuple[str, str], ...]
-    styles: tuple[tuple[str, int], ...]
-    x: float = 0.5
-    y: float = 0.5
-    radius: float = 0.4
-    tilt: float = 0.0
-
-    def patches(self) -> list[Patch]:
-        built = FIGURES[self.name].build(dict(self.colours), dict(self.styles))
-        return [patch._replace(part=f"{self.name} {patch.part}") for patch in built]
-
-
-@dataclass(frozen=True)
-class Scene:
-    """What an image shows; `caption` is one of the ways to say it."""
-
-    things: tuple[Shape | Figure, ...]
-    background: str
-    pattern: str
-    seed: str
-    caption: str
-
-    def render(self) -> Rendering:
-        return render(self)
 
 
 @dataclass(frozen=True)

@@ -1,37 +1,30 @@
-"""The analysis of weights: every figure against its dense definition or a known answer, and `analyze` against both."""
+"""The analysis of weights: every figure against its dense definition or a known answer, and transforms."""
 
-import argparse
-import itertools
-import json
 import math
-import os
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from diffusers.utils import convert_state_dict_to_diffusers
-from helpers.oracle import dense_weight
-from helpers.pipelines import open_pipeline
+from helpers.oracle import dense, dense_weight, unit
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from measuring import LiveBytes
 from peft import HRAConfig, LoraConfig, OFTConfig, get_peft_model
-from peft.utils import get_peft_model_state_dict
 from torch import nn
 
 from ether_diffusion import EtherConfig
 from ether_diffusion.analysis.weights import (
     adapted_weights,
     angle_between,
+    angles_from_start,
+    conflict,
     energy_change,
     hyperspherical_energy,
+    transform_distance,
+    transform_of,
     weight_distance,
 )
-from ether_diffusion.commands import analyze as command
-from ether_diffusion.commands import inspect
-from ether_diffusion.errors import EtherFileError, InputError
-from ether_diffusion.tuner.model import ATTENTION
 from ether_diffusion.tuner.transforms import Vectors
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -137,10 +130,7 @@ def test_a_single_neuron_has_no_energy_to_change():
 
 
 @pytest.mark.slow
-def test_the_energy_of_a_wide_layer_needs_no_matrix_of_all_pairs_and_takes_seconds(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from measuring import LiveBytes
-
+def test_the_energy_of_a_wide_layer_needs_no_matrix_of_all_pairs_and_takes_seconds():
     weight = torch.randn(10_240, 1_280, generator=torch.Generator().manual_seed(0))
     started = time.process_time()
     with LiveBytes() as live:
@@ -227,108 +217,65 @@ def test_models_without_adapters_or_with_merged_ones_are_refused():
         next(adapted_weights(model))
 
 
-# The command ----------------------------------------------------------------------------------------------------
+# Transforms -----------------------------------------------------------------------------------------------------
+
+METHODS = st.sampled_from(["ether", "ether_plus"])
+BLOCKS = st.sampled_from([1, 2, 3, 4, 6, 12])
 
 
-def analyze(capsys, *arguments) -> str:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    command.run(parser.parse_args([str(argument) for argument in arguments]))
-    return capsys.readouterr().out
+def draw_raws(method: str, blocks: int, seed: int, width: int = 12) -> list[torch.Tensor]:
+    """Raw vectors of any length: [u], or [u, v]."""
+    generator = torch.Generator().manual_seed(seed)
+    return [3 * torch.randn(blocks, width // blocks, generator=generator) for _ in range(1 + (method == "ether_plus"))]
 
 
-@pytest.fixture
-def file(trained, tmp_path) -> Path:
-    return trained.save_ether_weights(tmp_path / "dog")
+@settings(max_examples=60, deadline=None)
+@given(method=METHODS, blocks=BLOCKS, seed=st.integers(0, 99))
+def test_the_distance_is_that_of_the_dense_transform(method, blocks, seed):
+    raws = draw_raws(method, blocks, seed)
+    wanted = torch.linalg.matrix_norm(dense(*raws) - torch.eye(12, dtype=torch.float64)).item()
+    assert transform_distance(transform_of(*raws)) == pytest.approx(wanted, abs=1e-7)
+    if method == "ether":
+        assert wanted == pytest.approx(2 * math.sqrt(blocks))
 
 
-def test_analyze_measures_every_layer_and_writes_what_it_found(trained, file, tiny_pipeline_folder, tmp_path, capsys):
-    shown = analyze(capsys, file, "--base", tiny_pipeline_folder, "--output_dir", tmp_path / "a", "--scale", 0.5)
-    report = json.loads((tmp_path / "a" / "analysis.json").read_text())
-    assert (tmp_path / "a" / "analysis.png").read_bytes().startswith(b"\x89PNG")
-    assert str(tmp_path / "a" / "analysis.png") in shown and "fits, same weights" in shown
-    assert (report["strength"], report["fit"], report["against"]) == (0.5, "fits, same weights", None)
-    trained.set_adapters(["default"], [0.5])
-    weights = {
-        f"{component}.{path}": (before, after)
-        for component in ("unet", "text_encoder")
-        for path, before, after in adapted_weights(getattr(trained, component))
-    }
-    assert len(report["layers"]) == len(weights)
-    sides = {(row["component"], row["path"], row["side"]): row for row in inspect.describe(file)["layers"]}
-    for row in report["layers"]:
-        path = f"{row['component']}.{row['path']}"
-        before, after = next(weights[name] for name in (path, path.replace("text_model.", "")) if name in weights)
-        assert row["weight_distance"] == pytest.approx((after - before).norm().item(), rel=1e-4)
-        assert row["relative_distance"] == pytest.approx(row["weight_distance"] / before.norm().item())
-        assert row["energy"] == pytest.approx(hyperspherical_energy(before))
-        assert row["energy_change"] == pytest.approx(energy_change(before, after), abs=1e-6)
-        assert row["half_space_energy_change"] == pytest.approx(
-            energy_change(before, after, half_space=True), abs=1e-6
-        )
-        for side, figures in row["sides"].items():
-            held = sides.pop((row["component"], row["path"], side))
-            assert (figures["distance"], figures["angle"]) == (held["distance"], held["angle"])
-            assert (figures["alignment"], figures["commutator"]) == (None, None)
-    assert not sides
+@settings(max_examples=60, deadline=None)
+@given(methods=st.tuples(METHODS, METHODS), blocks=st.tuples(BLOCKS, BLOCKS), seed=st.integers(0, 99))
+def test_a_conflict_is_that_of_the_dense_transforms_whatever_their_blocks(methods, blocks, seed):
+    ours, theirs = (draw_raws(method, n, seed + k) for k, (method, n) in enumerate(zip(methods, blocks, strict=True)))
+    found = conflict(transform_of(*ours), transform_of(*theirs))
+    a, b = dense(*ours), dense(*theirs)
+    assert found.commutator == pytest.approx(torch.linalg.matrix_norm(a @ b - b @ a).item(), abs=1e-6)
+    full = [torch.cat([torch.block_diag(*unit(raw)) for raw in raws]) for raws in (ours, theirs)]
+    assert found.alignment == pytest.approx((full[0] @ full[1].T).abs().max().item(), abs=1e-12)
 
 
-def test_an_adapter_clashes_with_itself_in_every_layer(file, tiny_pipeline_folder, capsys):
-    report = command.analyze(file, base=tiny_pipeline_folder, against=file)
-    for side in itertools.chain.from_iterable(row["sides"].values() for row in report["layers"]):
-        assert side["alignment"] == pytest.approx(1) and side["commutator"] == pytest.approx(0, abs=1e-6)
-    assert "alignment, input" in analyze(capsys, file, "--base", tiny_pipeline_folder, "--against", file)
+def test_an_adapter_clashes_fully_with_itself_and_not_at_all_with_one_at_right_angles():
+    one, other = torch.eye(4)[:1], torch.eye(4)[1:2]
+    assert conflict(transform_of(one), transform_of(-2 * one)) == pytest.approx((1, 0))
+    assert conflict(transform_of(one), transform_of(other)) == pytest.approx((0, 0))
+    halfway = conflict(transform_of(one), transform_of(one + other))
+    assert halfway == pytest.approx((math.sqrt(0.5), 2 * math.sqrt(2)))
 
 
-def test_adapters_without_a_layer_in_common_are_not_compared(tiny_pipeline_folder, tmp_path):
-    for name in ("to_q", "to_k"):
-        pipe = open_pipeline(tiny_pipeline_folder)
-        pipe.unet.add_adapter(EtherConfig(target_modules=[name]))
-        pipe.save_ether_weights(tmp_path / name)
-    with pytest.raises(InputError, match="--against: .*to_k adapts no layer that .*to_q does"):
-        command.analyze(tmp_path / "to_q", base=tiny_pipeline_folder, against=tmp_path / "to_k")
+def test_transforms_of_different_widths_do_not_compare():
+    with pytest.raises(ValueError, match="widths 4 and 6"):
+        conflict(transform_of(torch.ones(1, 4)), transform_of(torch.ones(2, 3)))
 
 
-def test_a_lora_is_measured_by_its_weights_alone(tiny_pipeline, tiny_pipeline_folder, tmp_path, capsys):
-    torch.manual_seed(0)
-    tiny_pipeline.unet.add_adapter(
-        LoraConfig(target_modules=ATTENTION, r=2, lora_alpha=2, init_lora_weights=False), "style"
-    )
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(tiny_pipeline.unet, adapter_name="style"))
-    type(tiny_pipeline).save_lora_weights(tmp_path, unet_lora_layers=layers)
-    wanted = {path: (after - before).norm().item() for path, before, after in adapted_weights(tiny_pipeline.unet)}
-    report = command.analyze(tmp_path, base=tiny_pipeline_folder)
-    assert {row["path"]: row["weight_distance"] for row in report["layers"]} == pytest.approx(wanted, rel=1e-4)
-    assert all(row["sides"] == {} and row["component"] == "unet" for row in report["layers"])
-    out = tmp_path / "out"
-    shown = analyze(capsys, tmp_path, "--base", tiny_pipeline_folder, "--output_dir", out)
-    assert "‖T − I‖" not in shown and (out / "analysis.png").is_file()
-    with pytest.raises(InputError, match="--against: compares adapters of ETHER"):
-        command.analyze(tmp_path, base=tiny_pipeline_folder, against=tmp_path)
+def test_ether_plus_has_turned_by_nothing_at_its_start_and_by_what_it_was_turned_since():
+    u = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    start = transform_of(u, -u.clone())
+    assert angles_from_start(start).max() < 1e-9
+    assert transform_distance(start) < 1e-7
+    sideways = torch.zeros(3, 64)
+    sideways[:, 0], sideways[:, 1] = -u[:, 1], u[:, 0]
+    across = sideways * u.norm(dim=1, keepdim=True) / sideways.norm(dim=1, keepdim=True)  # of u's length, at 90° to it
+    wanted = torch.tensor([0.001, 30.0, 90.0], dtype=torch.float64)
+    turn = torch.deg2rad(wanted)[:, None]
+    angles = angles_from_start(transform_of(u.double(), -(u * turn.cos() + across * turn.sin())))
+    assert torch.allclose(angles, wanted, rtol=1e-4)
 
 
-def test_a_lora_for_another_base_is_refused(wider_pipeline_folder, tiny_pipeline_folder, tmp_path):
-    pipe = open_pipeline(wider_pipeline_folder)
-    pipe.unet.add_adapter(LoraConfig(target_modules=ATTENTION, r=2), "style")
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet, adapter_name="style"))
-    type(pipe).save_lora_weights(tmp_path, unet_lora_layers=layers)
-    with pytest.raises(InputError, match="pytorch_lora_weights.safetensors: is no LoRA for"):
-        command.analyze(tmp_path, base=tiny_pipeline_folder)
-
-
-def test_what_cannot_be_analysed_is_said_in_one_sentence_and_nothing_is_written(
-    file, wider_pipeline_folder, tmp_path, capsys, monkeypatch
-):
-    out = tmp_path / "out"
-    with pytest.raises(EtherFileError, match="made for another architecture"):
-        analyze(capsys, file, "--base", wider_pipeline_folder, "--output_dir", out)
-    with pytest.raises(InputError, match="--scale: got nan, needs a finite number"):
-        analyze(capsys, file, "--scale", "nan", "--output_dir", out)
-    with pytest.raises(InputError, match=r"--output_dir .*safetensors: is a file, needs a folder"):
-        analyze(capsys, file, "--output_dir", file)
-    with pytest.raises(FileNotFoundError, match="no such file or folder"):
-        analyze(capsys, tmp_path / "nothing", "--output_dir", out)
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="the package matplotlib is missing"):
-        analyze(capsys, tmp_path / "nothing", "--output_dir", out)
-    assert not out.exists() and os.listdir(tmp_path) == ["dog"]
+def test_the_start_of_ether_is_not_invented():
+    assert angles_from_start(transform_of(torch.ones(2, 3))) is None

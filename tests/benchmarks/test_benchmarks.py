@@ -1,22 +1,15 @@
 """The benchmarks, called as users call them, in the smallest run that touches every part."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers.benchmarks import call
+from result_file import ResultFile
+
+from ether_diffusion.miniature.world import subjects
 
 pytestmark = pytest.mark.slow
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-def call(script: str, *flags: object) -> str:
-    command = [sys.executable, str(BENCHMARKS / script), *map(str, flags)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_speed_is_measured_for_every_method_and_drawn(tmp_path):
@@ -46,9 +39,7 @@ def test_speed_is_measured_for_every_method_and_drawn(tmp_path):
 
 
 def test_a_plot_of_nothing_says_what_to_run(tmp_path):
-    command = [sys.executable, str(BENCHMARKS / "plot.py"), "--results_dir", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and "run the benchmarks first" in done.stderr
+    assert "run the benchmarks first" in call("plot.py", "--results_dir", tmp_path, code=2)
 
 
 def test_the_learning_rate_sweep_goes_on_where_it_was_stopped(tmp_path):
@@ -64,10 +55,7 @@ def test_the_learning_rate_sweep_goes_on_where_it_was_stopped(tmp_path):
     assert all(row["held_out"] != report["base"]["held_out"] for row in report["rows"])
 
 
-def test_rows_of_other_settings_are_not_mixed(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from result_file import ResultFile
-
+def test_rows_of_other_settings_are_not_mixed(tmp_path):
     ResultFile(tmp_path / "rows.json", {"seed": 0}).add({"method": "ether", "loss": 0.5})
     assert ResultFile(tmp_path / "rows.json", {"seed": 0}).find(method="ether")["loss"] == 0.5
     with pytest.raises(SystemExit, match="holds rows of seed 0, not 1; take another --output_dir"):
@@ -88,9 +76,8 @@ def test_methods_are_compared_on_a_subject_and_drawn(tmp_path):
 
 
 def test_a_learning_rate_of_no_method_is_refused(tmp_path):
-    command = [sys.executable, str(BENCHMARKS / "compare_methods.py"), "--output_dir", str(tmp_path)]
-    done = subprocess.run([*command, "--learning_rate", "dora=1"], capture_output=True, text=True)
-    assert done.returncode == 2 and "got 'dora=1', needs METHOD=RATE with one of ether, ether_plus" in done.stderr
+    told = call("compare_methods.py", "--output_dir", tmp_path, "--learning_rate", "dora=1", code=2)
+    assert "got 'dora=1', needs METHOD=RATE with one of ether, ether_plus" in told
 
 
 def test_memory_is_estimated_as_it_is_counted_with_data(tmp_path):
@@ -110,8 +97,6 @@ def test_memory_is_estimated_as_it_is_counted_with_data(tmp_path):
 
 
 def test_a_held_out_photograph_is_measured_before_and_after(tmp_path):
-    from ether_diffusion.miniature.world import subjects
-
     (tmp_path / "data" / "toy").mkdir(parents=True)
     for k in range(3):
         subjects()[0].view(k).render().image.save(tmp_path / "data" / "toy" / f"{k}.png")

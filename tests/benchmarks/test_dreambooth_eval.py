@@ -1,26 +1,15 @@
 """The DreamBooth evaluation, called as users call it, in the smallest run that touches every part."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from helpers.benchmarks import finish, start
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "dreambooth_eval.py"
 
-
-def start(folder, *flags):
-    command = [sys.executable, str(SCRIPT), "--output_dir", str(folder), "--quick", *map(str, flags)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process):
-    stdout, stderr = process.communicate()
-    assert process.returncode == 0, stderr
-    return stdout
+def begin(folder, *flags):
+    return start("dreambooth_eval.py", "--output_dir", folder, "--quick", *flags)
 
 
 def figures(folder):
@@ -30,7 +19,7 @@ def figures(folder):
 
 def test_two_shards_measure_what_one_process_does_and_nothing_is_learned_twice(tmp_path):
     alone, shared = tmp_path / "alone", tmp_path / "shared"
-    printed = finish(start(alone))
+    printed = finish(begin(alone))
     rows = figures(alone)
     assert len(rows) == 2
     for row in rows:
@@ -41,17 +30,17 @@ def test_two_shards_measure_what_one_process_does_and_nothing_is_learned_twice(t
 
     made = {path: path.stat().st_mtime_ns for path in alone.rglob("*.safetensors")}
     assert made
-    finish(start(alone))
+    finish(begin(alone))
     assert {path: path.stat().st_mtime_ns for path in alone.rglob("*.safetensors")} == made
     assert figures(alone) == rows
 
-    process = start(alone, "--learning_rate", 0.5)
+    process = begin(alone, "--learning_rate", 0.5)
     assert "was begun with another learning_rate" in process.communicate()[1] and process.returncode
     assert {path: path.stat().st_mtime_ns for path in alone.rglob("*.safetensors")} == made
 
-    for process in [start(shared, "--shard", f"{k}/2") for k in range(2)]:
+    for process in [begin(shared, "--shard", f"{k}/2") for k in range(2)]:
         finish(process)
-    finish(start(shared))  # the table of both
+    finish(begin(shared))  # the table of both
     for row, other in zip(rows, figures(shared), strict=True):
         assert {k: v for k, v in other.items() if isinstance(v, float)} == pytest.approx(
             {k: v for k, v in row.items() if isinstance(v, float)}, abs=1e-4
@@ -66,7 +55,7 @@ def test_two_shards_measure_what_one_process_does_and_nothing_is_learned_twice(t
     ],
 )
 def test_wrong_flags_are_refused_in_one_sentence(tmp_path, flags, message):
-    process = start(tmp_path / "out", *flags)
+    process = begin(tmp_path / "out", *flags)
     _, stderr = process.communicate()
     assert process.returncode and message in stderr and "Traceback" not in stderr
     assert not (tmp_path / "out").exists()

@@ -9,15 +9,14 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from energy import outcomes, rank_correlation, with_interval
+from helpers.benchmarks import FOLDER, call
 from helpers.scripts import wait_until
+from lr_robustness import RATES, explore, interval, means, usable_rates, window
+from parameter_efficiency import climb, difference, score
+from trials import Bench, Settings, Trial, Variant, pairs
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 GRID = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]
-
-
-@pytest.fixture
-def benchmarks(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
 def rows(clip_i: list[float], clip_t: float = 0.8) -> list[dict]:
@@ -33,71 +32,49 @@ def runs(pid: int) -> bool:
         return False
 
 
-@pytest.mark.usefixtures("benchmarks")
 class TestWindow:
     def test_it_is_the_run_of_rates_within_90_percent_around_the_best(self):
-        from lr_robustness import window
-
         figures = {1e-4: (0.30, 0.8), 1e-3: (0.55, 0.8), 1e-2: (0.60, 0.8), 1e-1: (0.54, 0.8), 1.0: (0.53, 0.8)}
         found = window(figures, 0.8, GRID)
         assert (found.low, found.high) == (1e-3, 1e-1) and found.decades == pytest.approx(2)
         assert not found.open_low and not found.open_high
 
     def test_a_rate_that_generates_nothing_but_the_subject_is_outside(self):
-        from lr_robustness import window
-
         figures = {1e-3: (0.5, 0.8), 1e-2: (0.9, 0.3)}
         assert window(figures, 0.8, GRID)[:2] == (1e-3, 1e-3)  # and its CLIP-I is not the measure of the others
 
     def test_a_gap_ends_it_but_not_the_count_of_usable_rates(self):
-        from lr_robustness import usable_rates, window
-
         figures = {1e-4: (0.6, 0.8), 1e-3: (0.2, 0.8), 1e-2: (0.61, 0.8)}
         assert window(figures, 0.8, GRID)[:2] == (1e-2, 1e-2)
         assert usable_rates(figures, 0.8) == [1e-4, 1e-2]
 
     def test_a_rate_that_was_not_tried_does_not_end_it(self):
-        from lr_robustness import window
-
         assert window({1e-4: (0.1, 0.8), 1e-3: (0.6, 0.8), 1e-1: (0.6, 0.8)}, 0.8, GRID)[:2] == (1e-3, 1e-1)
 
     def test_it_is_open_at_the_ends_of_the_grid_only(self):
-        from lr_robustness import window
-
         assert window(dict.fromkeys(GRID, (0.5, 0.8)), 0.8, GRID)[2:] == (True, True)
         assert window(dict.fromkeys(GRID[1:-1], (0.5, 0.8)), 0.8, GRID)[2:] == (False, False)
 
     def test_no_usable_rate_is_narrower_than_a_single_one(self):
-        from lr_robustness import window
-
         nothing, one = window({1e-3: (0.5, 0.1)}, 0.8, GRID), window({1e-3: (0.5, 0.8)}, 0.8, GRID)
         assert nothing.low is None and nothing.decades < one.decades == 0
 
     def test_its_interval_is_a_point_where_all_pairs_agree(self):
-        from lr_robustness import interval, usable_rates, window
-
         by_rate = {1e-3: rows([0.5] * 3), 1e-2: rows([0.5] * 3), 1e-1: rows([0.1] * 3)}
         assert interval(by_rate, [0.8] * 3, lambda *draw: window(*draw, GRID).decades) == pytest.approx((1, 1))
         assert interval(by_rate, [0.8] * 3, lambda *draw: len(usable_rates(*draw))) == (2, 2)
 
     def test_its_interval_spans_what_single_pairs_say(self):
-        from lr_robustness import interval, window
-
         # The first pair holds at 1e-1, the second does not; drawn twice, each decides alone.
         by_rate = {1e-2: rows([0.5, 0.5]), 1e-1: rows([0.5, 0.1])}
         assert interval(by_rate, [0.8] * 2, lambda *draw: window(*draw, GRID).decades) == pytest.approx((0, 1))
 
     def test_a_training_that_failed_counts_as_nothing(self):
-        from lr_robustness import means
-
         assert means([{"clip_i": None, "clip_t": None}, {"clip_i": 0.5, "clip_t": 0.8}]) == (0.25, 0.4)
 
 
-@pytest.mark.usefixtures("benchmarks")
 class TestSearch:
     def test_rates_are_tried_up_and_down_until_two_in_a_row_have_failed(self):
-        from lr_robustness import RATES, explore
-
         tried = []
 
         def measure(rate: float) -> tuple[float, float]:
@@ -108,21 +85,15 @@ class TestSearch:
         assert tried == [1e-2, 3e-2, 1e-1, 3e-1, 1e0, 3e-3, 1e-3, 3e-4, 1e-4]
 
     def test_a_single_failure_between_good_rates_does_not_end_it(self):
-        from lr_robustness import explore
-
         figures = {1e-4: 0.1, 1e-3: 0.5, 1e-2: 0.1, 1e-1: 0.5, 1.0: 0.5}
         assert set(explore(GRID, 1e-3, lambda rate: (figures[rate], 0.8), 0.8)) == set(GRID)
 
     def test_the_grid_has_half_decades_from_1e_6_to_1e4(self):
-        from lr_robustness import RATES
-
         assert len(RATES) == 21 and RATES[0] == 1e-6 and RATES[-1] == 1e4
         steps = [math.log10(b / a) for a, b in zip(RATES, RATES[1:], strict=False)]
         assert steps == pytest.approx([0.5] * 20, abs=0.03)
 
     def test_the_climb_ends_at_the_top_and_measures_nothing_twice(self):
-        from parameter_efficiency import climb
-
         asked = []
 
         def score(rate: float) -> float:
@@ -133,24 +104,17 @@ class TestSearch:
         assert len(asked) == len(set(asked)) and 1e-4 in asked
 
     def test_where_all_rates_lose_other_prompts_the_climb_goes_to_those_that_lose_less(self):
-        from parameter_efficiency import climb, score
-
         figures = {1e-4: (0.4, 0.8), 1e-3: (0.5, 0.75), 1e-2: (0.55, 0.6), 1e-1: (0.6, 0.5), 1.0: (0.1, 0.1)}
         best = climb(GRID, 1e-1, lambda rate: score(rows([figures[rate][0]], figures[rate][1]), 0.8))
         assert best == 1e-3
 
     def test_differences_are_paired(self):
-        from parameter_efficiency import difference
-
         mean, error = difference(rows([0.5, 0.9]), rows([0.4, 0.8]))
         assert mean == pytest.approx(0.1) and error == pytest.approx(0, abs=1e-9)
 
 
-@pytest.mark.usefixtures("benchmarks")
 class TestEnergy:
     def test_rank_correlation_knows_order_alone(self):
-        from energy import rank_correlation
-
         a = np.array([1.0, 2.0, 3.0, 4.0])
         assert rank_correlation(a, np.exp(a)) == pytest.approx(1)
         assert rank_correlation(a, -(a**3)) == pytest.approx(-1)
@@ -160,8 +124,6 @@ class TestEnergy:
         assert math.isnan(rank_correlation(a, np.ones(4)))
 
     def test_a_trial_is_measured_by_the_base_model_of_its_pair(self):
-        from energy import outcomes
-
         changes = {"energy_moved": 0.1, "energy_change": -0.1, "relative_distance": 0.2}
         trials = [
             {"variant": "base", "subject": "a", "seed": 0, "clip_i": 0.3, "clip_t": 0.8},
@@ -173,8 +135,6 @@ class TestEnergy:
         assert row["won"] == pytest.approx(0.2) and row["lost"] == pytest.approx(0.2)
 
     def test_rounding_is_no_change_and_what_is_constant_has_no_correlation(self):
-        from energy import outcomes, with_interval
-
         trials = [{"variant": "base", "subject": "a", "seed": seed, "clip_i": 0.3, "clip_t": 0.8} for seed in (0, 1)]
         for k in range(8):
             changes = {"energy_moved": 1e-11 * k, "energy_change": 0.1 * k, "relative_distance": 0.1 * k}
@@ -185,18 +145,10 @@ class TestEnergy:
         assert with_interval(rows, "relative_distance", "won") == pytest.approx((1, 1, 1))
 
 
-def call(script: str, *flags: object) -> str:
-    command = [sys.executable, str(BENCHMARKS / script), *map(str, flags)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.parametrize("flags", [("--learning_rate", "1e-3"), ("--seed=3",)])
 def test_what_every_trial_has_of_its_own_cannot_be_given(flags, tmp_path):
-    command = [sys.executable, str(BENCHMARKS / "lr_robustness.py"), "--output_dir", str(tmp_path / "out"), *flags]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and f"error: {flags[0]}: every trial has its own; drop it" in done.stderr
+    told = call("lr_robustness.py", "--output_dir", tmp_path / "out", *flags, code=1)
+    assert f"error: {flags[0]}: every trial has its own; drop it" in told
     assert not (tmp_path / "out").exists()
 
 
@@ -229,7 +181,7 @@ def test_the_studies_share_their_trials_and_are_drawn(tmp_path):
 
 @pytest.mark.slow
 def test_a_study_that_is_killed_leaves_no_process_behind(tmp_path):
-    command = [sys.executable, str(BENCHMARKS / "lr_robustness.py"), "--output_dir", str(tmp_path), "--processes", "2"]
+    command = [sys.executable, str(FOLDER / "lr_robustness.py"), "--output_dir", str(tmp_path), "--processes", "2"]
     study = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_until(lambda: (tmp_path / "trials.json").exists(), 300)  # the base model is measured: trainings begin
@@ -242,9 +194,7 @@ def test_a_study_that_is_killed_leaves_no_process_behind(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_training_that_fails_is_a_row_and_the_study_goes_on(tmp_path, benchmarks):
-    from trials import Bench, Settings, Trial, Variant, pairs
-
+def test_a_training_that_fails_is_a_row_and_the_study_goes_on(tmp_path):
     (subject, seed), other = pairs(2, None, tmp_path / "views")
     assert subject != other[0] and (seed, other[1]) == (0, 1)
     bench = Bench(Settings(num_inference_steps=1), tmp_path / "pictures")

@@ -1,4 +1,4 @@
-"""`inspect` and the analysis behind it: every number against its dense definition, every line against the file."""
+"""`inspect`: every number against the file, every line against the numbers."""
 
 import argparse
 import json
@@ -8,91 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import ControlNetModel, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from helpers import zoo
 from helpers.oracle import dense, unit
 from helpers.pipelines import adapt, open_pipeline
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
-from ether_diffusion import ControlEncoder, EtherConfig
+from ether_diffusion import EtherConfig
 from ether_diffusion.adapters.reading import read_adapter_file
 from ether_diffusion.adapters.schema import WEIGHTS_NAME, AdapterFile
 from ether_diffusion.adapters.writing import write_adapter_file
-from ether_diffusion.analysis.weights import angles_from_start, conflict, transform_distance, transform_of
-from ether_diffusion.commands import export, merge
 from ether_diffusion.commands import inspect as command
-from ether_diffusion.errors import EtherFileError, InputError
-
-METHODS = st.sampled_from(["ether", "ether_plus"])
-STEM = ["controlnet_cond_embedding", "controlnet_mid_block"]
-BLOCKS = st.sampled_from([1, 2, 3, 4, 6, 12])
-
-
-def draw(method: str, blocks: int, seed: int, width: int = 12) -> list[torch.Tensor]:
-    """Raw vectors of any length: [u], or [u, v]."""
-    generator = torch.Generator().manual_seed(seed)
-    return [3 * torch.randn(blocks, width // blocks, generator=generator) for _ in range(1 + (method == "ether_plus"))]
-
-
-# The numbers ----------------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=60, deadline=None)
-@given(method=METHODS, blocks=BLOCKS, seed=st.integers(0, 99))
-def test_the_distance_is_that_of_the_dense_transform(method, blocks, seed):
-    raws = draw(method, blocks, seed)
-    wanted = torch.linalg.matrix_norm(dense(*raws) - torch.eye(12, dtype=torch.float64)).item()
-    assert transform_distance(transform_of(*raws)) == pytest.approx(wanted, abs=1e-7)
-    if method == "ether":
-        assert wanted == pytest.approx(2 * math.sqrt(blocks))
-
-
-@settings(max_examples=60, deadline=None)
-@given(methods=st.tuples(METHODS, METHODS), blocks=st.tuples(BLOCKS, BLOCKS), seed=st.integers(0, 99))
-def test_a_conflict_is_that_of_the_dense_transforms_whatever_their_blocks(methods, blocks, seed):
-    ours, theirs = (draw(method, n, seed + k) for k, (method, n) in enumerate(zip(methods, blocks, strict=True)))
-    found = conflict(transform_of(*ours), transform_of(*theirs))
-    a, b = dense(*ours), dense(*theirs)
-    assert found.commutator == pytest.approx(torch.linalg.matrix_norm(a @ b - b @ a).item(), abs=1e-6)
-    full = [torch.cat([torch.block_diag(*unit(raw)) for raw in raws]) for raws in (ours, theirs)]
-    assert found.alignment == pytest.approx((full[0] @ full[1].T).abs().max().item(), abs=1e-12)
-
-
-def test_an_adapter_clashes_fully_with_itself_and_not_at_all_with_one_at_right_angles():
-    one, other = torch.eye(4)[:1], torch.eye(4)[1:2]
-    assert conflict(transform_of(one), transform_of(-2 * one)) == pytest.approx((1, 0))
-    assert conflict(transform_of(one), transform_of(other)) == pytest.approx((0, 0))
-    halfway = conflict(transform_of(one), transform_of(one + other))
-    assert halfway == pytest.approx((math.sqrt(0.5), 2 * math.sqrt(2)))
-
-
-def test_transforms_of_different_widths_do_not_compare():
-    with pytest.raises(ValueError, match="widths 4 and 6"):
-        conflict(transform_of(torch.ones(1, 4)), transform_of(torch.ones(2, 3)))
-
-
-def test_ether_plus_has_turned_by_nothing_at_its_start_and_by_what_it_was_turned_since():
-    u = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
-    start = transform_of(u, -u.clone())
-    assert angles_from_start(start).max() < 1e-9
-    assert transform_distance(start) < 1e-7
-    sideways = torch.zeros(3, 64)
-    sideways[:, 0], sideways[:, 1] = -u[:, 1], u[:, 0]
-    across = sideways * u.norm(dim=1, keepdim=True) / sideways.norm(dim=1, keepdim=True)  # of u's length, at 90° to it
-    wanted = torch.tensor([0.001, 30.0, 90.0], dtype=torch.float64)
-    turn = torch.deg2rad(wanted)[:, None]
-    angles = angles_from_start(transform_of(u.double(), -(u * turn.cos() + across * turn.sin())))
-    assert torch.allclose(angles, wanted, rtol=1e-4)
-
-
-def test_the_start_of_ether_is_not_invented():
-    assert angles_from_start(transform_of(torch.ones(2, 3))) is None
-
-
-# The command ----------------------------------------------------------------------------------------------------
+from ether_diffusion.errors import EtherFileError
 
 
 def inspect(capsys, *arguments) -> str:
@@ -276,36 +204,18 @@ def test_a_file_that_cannot_be_loaded_is_not_described(tmp_path, capsys):
 # Weights that were trained as a whole ---------------------------------------------------------------------------
 
 
-def save_control(kind: str, base: Path, folder: Path, *, vectors: bool = True) -> Path:
-    """What control training leaves: "light", with an encoder, or "controlnet", with two modules."""
-    stock = DiffusionPipeline.from_pretrained(base)
-    light, with_controlnet = command.CONTROLLED[type(stock)]
-    encoder = ControlEncoder.for_unet(stock.unet, factor=stock.vae_scale_factor)
-    if kind == "light":
-        pipe, component = light.from_pipe(stock), "unet"
-        pipe.add_control("default", encoder)
-    else:
-        widths = encoder.config.block_out_channels
-        net = ControlNetModel.from_unet(stock.unet, conditioning_embedding_out_channels=widths)
-        pipe, component = with_controlnet.from_pipe(stock, controlnet=net), "controlnet"
-    if vectors:
-        zoo.adapt_components(pipe, component, num_blocks=2, target_modules=["to_q"])
-    whole = {"replaced_modules": {"controlnet": STEM}} if kind == "controlnet" else {}
-    return pipe.save_ether_weights(folder, "default", **whole)
-
-
 @pytest.mark.parametrize("vectors", [True, False], ids=["with vectors", "alone"])
 @pytest.mark.parametrize(
     ("kind", "component", "words"),
     [
         ("light", "control_encoder", r"control encoder, channels 3-\d+(-\d+)*-16, nearest"),
-        ("controlnet", "controlnet", ", ".join(STEM)),
+        ("controlnet", "controlnet", ", ".join(zoo.STEM)),
     ],
 )
 def test_weights_that_were_trained_as_a_whole_are_shown(
     tiny_pipeline_folder, tmp_path, capsys, kind, component, words, vectors
 ):
-    path = save_control(kind, tiny_pipeline_folder, tmp_path, vectors=vectors)
+    path = zoo.save_control(kind, tiny_pipeline_folder, tmp_path, vectors=vectors)
     tensors = load_file(path)
     whole = {name: t for name, t in tensors.items() if not name.rpartition(".")[2].startswith("ether_")}
     report = inspect_json(capsys, path)
@@ -332,11 +242,11 @@ def test_an_adapter_without_such_weights_has_none_to_show(file, capsys):
 def test_the_fit_of_control_is_told_from_a_stock_pipeline(
     tiny_pipeline_folder, wider_pipeline_folder, tmp_path, capsys, kind
 ):
-    path = save_control(kind, tiny_pipeline_folder, tmp_path / "both")
+    path = zoo.save_control(kind, tiny_pipeline_folder, tmp_path / "both")
     fit = inspect_json(capsys, path, "--base", tiny_pipeline_folder)["fit"]
     assert (fit["verdict"], fit["error"]) == ("fits, same weights", None)
     assert inspect_json(capsys, path, "--base", wider_pipeline_folder)["fit"]["verdict"] == "does not fit"
-    alone = save_control(kind, tiny_pipeline_folder, tmp_path / "alone", vectors=False)
+    alone = zoo.save_control(kind, tiny_pipeline_folder, tmp_path / "alone", vectors=False)
     fit = inspect_json(capsys, alone, "--base", tiny_pipeline_folder)["fit"]
     assert fit["verdict"] == "fits, weights cannot be compared"  # there are no adapted ones
 
@@ -344,32 +254,6 @@ def test_the_fit_of_control_is_told_from_a_stock_pipeline(
 @pytest.mark.parametrize("kind", ["light", "controlnet"])
 def test_the_fit_of_control_for_sdxl_is_told_as_well(tiny_pipeline, tiny_pipeline_folder, tmp_path, capsys, kind):
     zoo.sdxl(tiny_pipeline).save_pretrained(tmp_path / "xl")
-    path = save_control(kind, tmp_path / "xl", tmp_path / "adapter")
+    path = zoo.save_control(kind, tmp_path / "xl", tmp_path / "adapter")
     assert inspect_json(capsys, path, "--base", tmp_path / "xl")["fit"]["verdict"] == "fits, same weights"
     assert inspect_json(capsys, path, "--base", tiny_pipeline_folder)["fit"]["verdict"] == "does not fit"
-
-
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        (
-            "light",
-            "{path}: holds a control encoder, which {result} has no place for; load it with EtherControlPipeline",
-        ),
-        ("controlnet", r"{path}: holds modules .*\(controlnet: controlnet_cond_embedding, .*ControlNetModel.from_pre"),
-    ],
-)
-@pytest.mark.parametrize(
-    ("exporter", "result", "flags"), [(export, "a LoRA", ["--to", "kohya"]), (merge, "a stock pipeline", [])]
-)
-def test_what_only_a_control_pipeline_can_hold_is_not_exported(
-    tiny_pipeline_folder, tmp_path, kind, message, exporter, result, flags
-):
-    path = save_control(kind, tiny_pipeline_folder, tmp_path / "adapter")
-    parser = argparse.ArgumentParser()
-    exporter.add_arguments(parser)
-    words = ["--base", tiny_pipeline_folder, "--adapter", path, "--output_dir", tmp_path / "out"]
-    args = parser.parse_args([*flags, *map(str, words)])
-    with pytest.raises(InputError, match=message.format(path=path, result=result)):
-        exporter.run(args)
-    assert not (tmp_path / "out").exists()

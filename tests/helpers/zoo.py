@@ -1,5 +1,7 @@
 """Small random pipelines of other architectures than `conftest`'s, built from its parts."""
 
+from pathlib import Path
+
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -15,7 +17,10 @@ from diffusers import (
 from peft import inject_adapter_in_model
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from ether_diffusion import EtherConfig, EtherLayer
+from ether_diffusion import ControlEncoder, EtherConfig, EtherLayer
+from ether_diffusion.analysis.report import CONTROLLED
+
+STEM = ["controlnet_cond_embedding", "controlnet_mid_block"]
 
 
 def controlnet(tiny) -> StableDiffusionControlNetPipeline:
@@ -122,3 +127,21 @@ def adapt_components(
 def ether_layers_of(pipe: DiffusionPipeline) -> list[EtherLayer]:
     models = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     return [module for model in models for module in model.modules() if isinstance(module, EtherLayer)]
+
+
+def save_control(kind: str, base: Path, folder: Path, *, vectors: bool = True) -> Path:
+    """What control training leaves: "light", with an encoder, or "controlnet", with two modules."""
+    stock = DiffusionPipeline.from_pretrained(base)
+    light, with_controlnet = CONTROLLED[type(stock)]
+    encoder = ControlEncoder.for_unet(stock.unet, factor=stock.vae_scale_factor)
+    if kind == "light":
+        pipe, component = light.from_pipe(stock), "unet"
+        pipe.add_control("default", encoder)
+    else:
+        widths = encoder.config.block_out_channels
+        net = ControlNetModel.from_unet(stock.unet, conditioning_embedding_out_channels=widths)
+        pipe, component = with_controlnet.from_pipe(stock, controlnet=net), "controlnet"
+    if vectors:
+        adapt_components(pipe, component, num_blocks=2, target_modules=["to_q"])
+    whole = {"replaced_modules": {"controlnet": STEM}} if kind == "controlnet" else {}
+    return pipe.save_ether_weights(folder, "default", **whole)

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from ether_diffusion import miniature
+from ether_diffusion.evaluation.features import load_features
 from ether_diffusion.metrics import (
     ClassTokenFeatures,
     ClipFeatures,
@@ -27,7 +28,6 @@ from ether_diffusion.metrics import (
     diversity,
     drift,
     image_similarity,
-    load_features,
     text_similarity,
 )
 
@@ -185,24 +185,3 @@ def test_clip_features_are_those_of_its_own_two_towers(folders):
         output = features.model(pixel_values=values, **ids)
     assert torch.allclose(features.embed_images(pictures), output.image_embeds, atol=1e-5)
     assert torch.allclose(features.embed_texts(prompts), output.text_embeds, atol=1e-5)
-
-
-def test_the_miniature_is_an_extractor_like_any_other():
-    pictures, prompts = noise(3), ["a red circle", "a toy", "a blue house"]
-    model = CLIPModel.from_pretrained(miniature.FOLDER / "clip").eval()
-    side = (model.config.vision_config.image_size,) * 2
-    pixels = torch.stack([torch.from_numpy(np.array(each.resize(side))) for each in pictures])
-    values = pixels.permute(0, 3, 1, 2) / 127.5 - 1
-    tokenizer = CLIPTokenizer.from_pretrained(miniature.FOLDER / "tokenizer")
-    ids = tokenizer(
-        prompts, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt"
-    ).input_ids
-    with torch.no_grad():
-        images = model.visual_projection(model.vision_model(pixel_values=values).pooler_output)
-        texts = model.text_projection(model.text_model(input_ids=ids).pooler_output)
-    features = load_features("miniature", batch_size=2)
-    wanted = torch.cosine_similarity(images[:2, None], images[None, 2:], dim=-1).mean().item()
-    assert image_similarity(pictures[:2], pictures[2:], features) == pytest.approx(wanted, abs=1e-6)
-    wanted = torch.cosine_similarity(images, texts).mean().item()
-    assert text_similarity(pictures, prompts, features) == pytest.approx(wanted, abs=1e-6)
-    assert miniature.ClipScore().text_similarity(pictures, prompts) == pytest.approx(wanted, abs=1e-6)

@@ -10,6 +10,7 @@ from evaluate_miniature import accuracy, labels_of, single_shape
 
 from ether_diffusion import miniature
 from ether_diffusion.files import checksum
+from ether_diffusion.metrics import image_similarity
 from ether_diffusion.miniature.world import draw_scene, held_out_pairs, subjects
 
 
@@ -41,8 +42,8 @@ def test_the_folder_is_small_and_holds_no_pickle():
 
 
 def test_prompts_decide_the_background(pipe):
-    picture = generate(pipe, "a red circle on a blue background")
-    corner = picture[:8, :8].mean((0, 1))
+    image = generate(pipe, "a red circle on a blue background")
+    corner = image[:8, :8].mean((0, 1))
     assert corner[2] > 0.55 and corner[2] > corner[0] + 0.3 and corner[2] > corner[1] + 0.3
 
 
@@ -52,11 +53,11 @@ def test_the_same_seed_generates_the_same_image(pipe):
 
 
 def test_the_clip_of_the_miniature_matches_images_with_their_captions():
-    score = miniature.ClipScore()
+    clip = miniature.ClipScore()
     scenes = [draw_scene("clip-test", k) for k in range(64)]
     images, texts = (
-        score.embed_images([s.render().image for s in scenes]),
-        score.embed_texts([s.caption for s in scenes]),
+        clip.embed_images([s.render().image for s in scenes]),
+        clip.embed_texts([s.caption for s in scenes]),
     )
     assert images.shape == texts.shape and torch.allclose(images.norm(dim=-1), torch.ones(64))
     found = (images @ texts.T).argmax(-1) == torch.arange(64)
@@ -64,10 +65,10 @@ def test_the_clip_of_the_miniature_matches_images_with_their_captions():
 
 
 def test_views_of_one_subject_are_more_alike_than_views_of_two():
-    score = miniature.ClipScore()
-    pictures = [[s.view(k).render().image for k in range(3)] for s in subjects()]
-    same = np.mean([score.image_similarity(views[:1], views[1:]) for views in pictures])
-    other = np.mean([score.image_similarity(pictures[k], pictures[k - 1]) for k in range(len(pictures))])
+    clip = miniature.ClipScore()
+    shown = [[s.view(k).render().image for k in range(3)] for s in subjects()]
+    same = np.mean([image_similarity(views[:1], views[1:], clip) for views in shown])
+    other = np.mean([image_similarity(shown[k], shown[k - 1], clip) for k in range(len(shown))])
     assert same > other + 0.1
 
 
@@ -78,7 +79,7 @@ def test_the_recorded_quality_is_that_of_the_shipped_weights():
     assert report["weights_sha256"] == checksum(miniature.FOLDER)
 
 
-def test_the_judges_truth_is_the_scenes_own():
+def test_the_truth_of_the_classifier_is_the_scenes_own():
     scenes = [single_shape("t", k, held_out_pairs()) for k in range(20)]
     truth = labels_of(scenes)
 

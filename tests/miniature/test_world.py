@@ -6,15 +6,13 @@ import numpy as np
 import pytest
 from miniature_models import PROMPT_LENGTH, build_tokenizer, build_unet, build_vae
 
-from ether_diffusion.miniature.render import COLOURS, PATTERNS, SIZE, label_image, render
+from ether_diffusion.miniature.render import COLOURS, PATTERNS, SIZE, label_image
+from ether_diffusion.miniature.scene import Figure, Scene, Shape
 from ether_diffusion.miniature.shapes import FIGURES, LABELS, SHAPES
 from ether_diffusion.miniature.world import (
     SIZES,
     TOKENS,
     VIEWS,
-    Figure,
-    Scene,
-    Shape,
     describe_figure,
     draw_scene,
     held_out,
@@ -95,7 +93,7 @@ def test_a_figure_is_described_by_its_own_colours():
 
 def test_semantic_maps_follow_the_image():
     scene = Scene((Shape("circle", "red", "large", 0.5, 0.5, 0.33),), "white", "plain", "map", "")
-    image, labels = (np.asarray(x) for x in render(scene))
+    image, labels = (np.asarray(x) for x in scene.render())
     assert image.shape == (SIZE, SIZE, 3) and labels.shape == (SIZE, SIZE)
     circle = labels == LABELS.index("circle")
     assert set(np.unique(labels)) == {0, LABELS.index("circle")}

@@ -1,0 +1,160 @@
+"""A real fine-tune on the miniature that comes with the package, in minutes and without a GPU or a download.
+
+  ether-diffusion quickstart
+  ether-diffusion quickstart --control
+
+Teaches the miniature a subject that it has never seen, from five drawn photographs, loads the adapter into a fresh
+pipeline, and compares images of the same seeds before and after: grid.png in --output_dir. With --control: draws
+images with their semantic maps (where each shape, part and the background is), trains light control on them, and
+scores it on maps that the training has not seen: evaluation/sheet.png.
+
+Training runs as you would run it, by `accelerate launch -m ether_diffusion.training.dreambooth` (or `.control`); what
+is no flag of this command goes there, such as --max_train_steps 400 or --method lora.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from torch import Generator
+
+from ether_diffusion.adapters.schema import WEIGHTS_NAME
+from ether_diffusion.commands.evaluate_control import evaluate_and_show
+from ether_diffusion.evaluation.control import ControlEvaluation
+from ether_diffusion.images import image_grid
+from ether_diffusion.metrics import image_similarity, text_similarity
+from ether_diffusion.miniature import ClipScore, load_pipeline
+from ether_diffusion.miniature.control_data import TRAINING_SEED, write_control_data
+from ether_diffusion.miniature.world import Subject, subjects
+
+SETTINGS = ("on a red background", "on a green background", "on a striped blue background", "on a white background")
+OTHER_PROMPTS = (
+    "a red circle on a white background",
+    "a large yellow star on a blue background",
+    "a green heart to the left of an orange square on a gray background",
+    "two purple diamonds on a yellow background",
+    "a house with white walls and a red roof on a cyan background",
+    "a face with a pink head and black hair on a green background",
+)
+PHOTOGRAPHS = 5
+CONTROL_FLAGS = [
+    "--train_batch_size", "32", "--max_train_steps", "800", "--control_lr", "5e-3",
+    "--mixed_precision", "bf16", "--cache_latents", "--pre_compute_text_embeddings", "--seed", "0",
+]  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    names = [subject.name for subject in subjects()]
+    parser.allow_abbrev = False  # --seed is the training's, not short for --seeds
+    parser.add_argument("--control", action="store_true", help="Light control by semantic maps, instead of a subject.")
+    parser.add_argument("--output_dir", type=Path, help="Default: out/quickstart, with --control out/control.")
+    parser.add_argument("--subject", choices=names, default=names[0], help="Which unseen figure to learn.")
+    parser.add_argument("--seeds", type=int, default=4, help="Images per prompt. Default: %(default)s.")
+    parser.add_argument("--pairs", type=int, default=2000, help="With --control: images to train on.")
+    parser.add_argument("--held_out", type=int, default=48, help="With --control: maps to evaluate on.")
+    parser.set_defaults(other_flags=[])
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.control:
+        learn_control(args, args.output_dir or Path("out/control"))
+    else:
+        learn_subject(args, args.output_dir or Path("out/quickstart"))
+
+
+def train(module: str, flags: Sequence[object]) -> None:
+    """Call a training of the package as a user does.
+
+    Raises:
+        SystemExit: it failed, and has said why.
+    """
+    command = [sys.executable, "-m", "accelerate.commands.launch", "-m", f"ether_diffusion.training.{module}"]
+    if code := subprocess.run([*command, *map(str, flags)]).returncode:
+        raise SystemExit(code)
+
+
+# A subject ------------------------------------------------------------------------------------------------------
+
+
+def learn_subject(args: argparse.Namespace, output_dir: Path) -> None:
+    subject = next(each for each in subjects() if each.name == args.subject)
+    photographs = draw_photographs(subject, output_dir / "photographs")
+    adapter, prompt = output_dir / "adapter", f"a photo of sks {subject.class_name}"
+    flags = ["--instance_data_dir", output_dir / "photographs", "--instance_prompt", prompt]
+    train("dreambooth", [*flags, "--output_dir", adapter, "--seed", 0, *args.other_flags])
+
+    own_prompts = [f"{prompt} {setting}" for setting in SETTINGS]
+    pipe, clip = load_pipeline(), ClipScore()
+    pipe.set_progress_bar_config(disable=True)
+    before = generate(pipe, own_prompts, args.seeds), generate(pipe, OTHER_PROMPTS, 1)
+    pipe.load_ether_weights(adapter)
+    after = generate(pipe, own_prompts, args.seeds), generate(pipe, OTHER_PROMPTS, 1)
+
+    first = slice(None, None, args.seeds)  # the first seed of every prompt
+    settings = ", ".join(setting.removeprefix("on a ") for setting in SETTINGS)
+    rows = [
+        (f"{PHOTOGRAPHS} photographs of the subject", photographs),
+        (f"base: {prompt} {settings}", before[0][first]),
+        ("ETHER: the same prompts and seeds", after[0][first]),
+        ("base: prompts without the subject", before[1]),
+        ("ETHER: the same prompts and seeds", after[1]),
+    ]
+    image_grid(rows).save(output_dir / "grid.png")
+    count = sum(p.numel() for name, p in pipe.unet.named_parameters() if ".ether_" in name)
+    size = (adapter / WEIGHTS_NAME).stat().st_size
+    print(f"\n{'parameters':42}{count:>10,}\n{'file size':42}{size / 1024:>8.0f} kB")
+    print(f"\n{'':42}{'before':>10}{'after':>10}")
+    subject_scores = [image_similarity(own, photographs, clip) for own, _ in (before, after)]
+    prompt_scores = [text_similarity(others, OTHER_PROMPTS, clip) for _, others in (before, after)]
+    print(f"{'similarity to the subject (CLIP-I)':42}{subject_scores[0]:>10.3f}{subject_scores[1]:>10.3f}")
+    print(f"{'similarity to prompts without it (CLIP-T)':42}{prompt_scores[0]:>10.3f}{prompt_scores[1]:>10.3f}")
+    print(f"\n{output_dir / 'grid.png'}")
+
+
+def draw_photographs(subject: Subject, folder: Path) -> list[Image.Image]:
+    folder.mkdir(parents=True, exist_ok=True)
+    photographs = [subject.view(k).render().image for k in range(PHOTOGRAPHS)]
+    for k, photograph in enumerate(photographs):
+        photograph.save(folder / f"{k:02}.png")
+    return photographs
+
+
+def generate(pipe: StableDiffusionPipeline, prompts: Sequence[str], seeds: int) -> list[Image.Image]:
+    """For every prompt, `seeds` images from the seeds 0, 1, …"""
+    images = []
+    for prompt in prompts:
+        generators = [Generator().manual_seed(seed) for seed in range(seeds)]
+        images += pipe([prompt] * seeds, num_inference_steps=25, guidance_scale=5.0, generator=generators).images
+    return images
+
+
+# Control --------------------------------------------------------------------------------------------------------
+
+
+def learn_control(args: argparse.Namespace, output_dir: Path) -> None:
+    data, adapter = output_dir / "data", output_dir / "adapter"
+    if not (data / "metadata.jsonl").exists():
+        write_control_data(data, args.pairs, TRAINING_SEED)
+    train_control(data, adapter, ["--learning_rate", "2e-3", *args.other_flags])
+    evaluate_and_show(
+        ControlEvaluation(
+            adapter=str(adapter),
+            output_dir=output_dir / "evaluation",
+            miniature=args.held_out,
+            num_inference_steps=10,
+            batch_size=16,
+            evaluator_dir=output_dir / "evaluator",
+        )
+    )
+    print(output_dir / "evaluation" / "sheet.png")
+
+
+def train_control(data: Path, output_dir: Path, flags: Sequence[str]) -> None:
+    """Train light control on a folder of pairs; `flags` take the place of CONTROL_FLAGS."""
+    train("control", ["--train_data_dir", data, "--output_dir", output_dir, *CONTROL_FLAGS, *flags])

@@ -1,0 +1,278 @@
+"""How well a pipeline under control follows its control images: generate from each, score, compare with the base."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ControlNetModel, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from peft import PeftModel
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ether_diffusion import metrics
+from ether_diffusion.analysis.report import CONTROLLED
+from ether_diffusion.control.encoder import CONTROL, ControlEncoder
+from ether_diffusion.errors import InputError
+from ether_diffusion.evaluation.features import MINIATURE, MiniatureFeatures
+from ether_diffusion.evaluation.samples import IGNORED, Sample, held_out, read_samples
+from ether_diffusion.files import MINIATURE_FOLDER, checksum
+from ether_diffusion.images import image_grid
+from ether_diffusion.metrics.frechet import INCEPTION
+from ether_diffusion.miniature.control_data import HELD_OUT
+from ether_diffusion.miniature.segmenter import MiniatureSegmenter
+from ether_diffusion.training.methods.configs import INDEX_NAME, LORA_NAME
+from ether_diffusion.training.seeds import generator
+
+NO_FEATURES = "none"
+UPERNET = "openmmlab/upernet-convnext-small"
+SHEET_COLUMNS = 12
+SHEET_SIDE = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlEvaluation:
+    """What `ether-diffusion evaluate-control` asks for; its --help explains each of them.
+
+    Either `data_dir` or `miniature`, the number of held-out maps, says what is measured on.
+    """
+
+    adapter: str
+    output_dir: Path
+    base: str | None = None
+    data_dir: Path | None = None
+    miniature: int | None = None
+    max_samples: int | None = None
+    num_inference_steps: int = 25
+    guidance_scale: float = 7.5
+    controlnet_conditioning_scale: float = 1.0
+    seed: int = 0
+    batch_size: int = 4
+    evaluator: str | None = None
+    evaluator_dir: Path | None = None
+    reduce_labels: bool = False
+    fid_features: str | None = None
+
+
+def evaluate(options: ControlEvaluation) -> tuple[dict[str, Any], Image.Image]:
+    """Generate with control and without, and score both and the real images: a report of JSON values, and a sheet.
+
+    Raises:
+        InputError: data that cannot be used, or a package that is missing.
+        ValueError: an adapter that does not fit, or a base without a UNet.
+        OSError: nothing there, or the Hub cannot be reached.
+    """
+    if options.base is None and options.miniature is None:
+        raise InputError(
+            "--base: missing; needs a pipeline, a folder or an id on the Hub (only --miniature has its own)"
+        )
+    base = options.base or str(MINIATURE_FOLDER)
+    features = options.fid_features or (INCEPTION if options.miniature is None else MINIATURE)
+    pipe = _open(base)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    samples = _samples(options, side)
+    _check_features(features, len(samples))
+    controlled, argument = _controlled(pipe, options)
+    evaluator = make_evaluator(options, device)
+    with_control = _generate(controlled.to(device), samples, options, argument)
+    del pipe, controlled  # the adapter stays in their models, so the base is opened anew
+    without = _generate(_open(base).to(device), samples, options)
+
+    real = [sample.real for sample in samples]
+    rows = {"real": real, "with_control": with_control, "without_control": without}
+    truth = evaluator.truth(samples)
+    scores: dict[str, dict[str, float | None]] = {}
+    for name, images in rows.items():
+        scores[name] = evaluator.scores(images, truth)
+        if features != NO_FEATURES:
+            extractor = MiniatureFeatures() if features == MINIATURE else features
+            distance = metrics.frechet_distance
+            scores[name]["fid"] = None if images is real else distance(images, real, features=extractor, device=device)
+    settings = ("num_inference_steps", "guidance_scale", "controlnet_conditioning_scale", "seed")
+    report = {
+        "base": base,
+        "adapter": options.adapter,
+        "data": str(options.data_dir) if options.data_dir else f"miniature, {HELD_OUT!r}",
+        "count": len(samples),
+        "settings": {name: getattr(options, name) for name in settings} | {"height": side, "width": side},
+        "judge": evaluator.record,  # the key that reports have had from the start
+        "fid_features": features,
+        "scores": scores,
+    }
+    if base == str(MINIATURE_FOLDER):
+        report |= {"base": "miniature", "base_sha256": checksum(MINIATURE_FOLDER)}
+    return report, draw_sheet({"control": [sample.control for sample in samples], **rows})
+
+
+def _samples(options: ControlEvaluation, side: int) -> list[Sample]:
+    if options.miniature:
+        return held_out(options.miniature, side)
+    return read_samples(
+        options.data_dir,
+        side,
+        most=options.max_samples,
+        reduce_labels=options.reduce_labels,
+        labels_from_colours=options.evaluator == MINIATURE,
+    )
+
+
+def _check_features(features: str, count: int) -> None:
+    """Find out before generating what would keep the Fréchet distance from being computed."""
+    if features == NO_FEATURES:
+        return
+    for package in ("torchmetrics", "torch_fidelity")[: 1 + (features == INCEPTION)]:
+        if importlib.util.find_spec(package) is None:
+            raise InputError(
+                f"--fid_features {features}: the package {package} is missing; pip install "
+                f'"ether-diffusion[eval]", or --fid_features {NO_FEATURES}'
+            )
+    if count < 2:
+        raise InputError(f"--fid_features {features}: got {count} image, needs two; {NO_FEATURES} leaves it out")
+
+
+def draw_sheet(rows: dict[str, Sequence[Image.Image]]) -> Image.Image:
+    """A grid of the first SHEET_COLUMNS images of each row, none larger than SHEET_SIDE pixels a side."""
+    side = min(SHEET_SIDE, rows["control"][0].width)
+
+    def small(name: str, image: Image.Image) -> Image.Image:
+        # Nearest for control images, since a map's colours are classes.
+        resample = Image.Resampling.NEAREST if name == "control" else Image.Resampling.LANCZOS
+        return image.convert("RGB").resize((side, side), resample)
+
+    return image_grid(
+        [(name.replace("_", " "), [small(name, image) for image in row[:SHEET_COLUMNS]]) for name, row in rows.items()]
+    )
+
+
+# Generating -------------------------------------------------------------------------------------------------------
+
+
+def _open(base: str) -> DiffusionPipeline:
+    pipe = DiffusionPipeline.from_pretrained(base)
+    if getattr(pipe, "unet", None) is None:
+        raise InputError(f"--base {base}: {type(pipe).__name__} has no UNet, which control needs")
+    if getattr(pipe, "safety_checker", None) is not None:
+        pipe.safety_checker = None  # an image that it blackens would be scored
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _controlled(pipe: DiffusionPipeline, options: ControlEvaluation) -> tuple[DiffusionPipeline, str]:
+    """The pipeline under control, and the argument of its calls that takes the control images."""
+    folder = Path(options.adapter)
+    large = isinstance(pipe, StableDiffusionXLPipeline)
+    light, with_controlnet = CONTROLLED[StableDiffusionXLPipeline if large else StableDiffusionPipeline]
+    net = next((each for each in (folder, folder / "controlnet") if _is_controlnet(each)), None)
+    if net is not None:
+        controlled = with_controlnet.from_pipe(pipe, controlnet=ControlNetModel.from_pretrained(net))
+    elif (folder / CONTROL).is_dir():  # beside what training with another method has left
+        controlled = light.from_pipe(_with_peer(pipe, folder))
+        controlled.add_control("control", ControlEncoder.from_pretrained(folder / CONTROL))
+    else:
+        controlled = light.from_pipe(pipe)
+        controlled.load_ether_weights(options.adapter)
+        if not controlled.controls:
+            raise InputError(
+                f"--adapter {options.adapter}: holds no control encoder, so images would ignore their maps"
+            )
+    controlled.set_progress_bar_config(disable=True)
+    return controlled, "control_image" if net is None else "image"
+
+
+def _with_peer(pipe: DiffusionPipeline, folder: Path) -> DiffusionPipeline:
+    """The pipeline with what another method than ETHER has left in a folder."""
+    if (folder / LORA_NAME).is_file():
+        pipe.load_lora_weights(folder)
+    elif (folder / INDEX_NAME).is_file():
+        return _open(str(folder))
+    for config in sorted(folder.glob("*/adapter_config.json")):
+        name = config.parent.name
+        setattr(pipe, name, PeftModel.from_pretrained(getattr(pipe, name), config.parent).base_model.model)
+    return pipe
+
+
+def _is_controlnet(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and json.loads(config.read_text("utf-8")).get("_class_name") == ControlNetModel.__name__
+
+
+def _generate(
+    pipe: DiffusionPipeline, samples: Sequence[Sample], options: ControlEvaluation, argument: str | None = None
+) -> list[Image.Image]:
+    """One image for each sample. Sample k starts from the same noise in any batch, with control and without.
+
+    argument: the pipeline's for control images; None for a pipeline without control.
+    """
+    images: list[Image.Image] = []
+    title = "without control" if argument is None else "with control"
+    for start in tqdm(range(0, len(samples), options.batch_size), desc=title, mininterval=5):
+        part = samples[start : start + options.batch_size]
+        control: dict[str, Any] = {}
+        if argument is not None:
+            control[argument] = [sample.control for sample in part]
+            control["controlnet_conditioning_scale"] = options.controlnet_conditioning_scale
+        images += pipe(
+            [sample.text for sample in part],
+            num_inference_steps=options.num_inference_steps,
+            guidance_scale=options.guidance_scale,
+            generator=[generator(options.seed, "evaluation", start + k) for k in range(len(part))],
+            **control,
+        ).images
+    return images
+
+
+# Evaluators -------------------------------------------------------------------------------------------------------
+
+
+class SegmentationEvaluator:
+    """Scores by segmentation: mean IoU and pixel accuracy against labels, or against what is seen in real images."""
+
+    def __init__(self, segmenter: metrics.Segmenter, record: dict[str, Any], batch_size: int):
+        self.segmenter, self.record, self.batch_size = segmenter, record, batch_size
+
+    def truth(self, samples: Sequence[Sample]) -> list[Tensor]:
+        known = samples[0].labels is not None
+        self.record["truth"] = "labels" if known else "the evaluator on the real images"
+        if known:
+            return [sample.labels for sample in samples]
+        return list(self._segment([sample.real for sample in samples]))
+
+    def scores(self, images: Sequence[Image.Image], truth: Sequence[Tensor]) -> dict[str, float | None]:
+        counts = metrics.confusion(self._segment(images), torch.stack(list(truth)), self.segmenter.classes, IGNORED)
+        return {"mean_iou": metrics.mean_iou(counts), "pixel_accuracy": metrics.pixel_accuracy(counts)}
+
+    def _segment(self, images: Sequence[Image.Image]) -> Tensor:
+        parts = (images[k : k + self.batch_size] for k in range(0, len(images), self.batch_size))
+        return torch.cat([self.segmenter(part) for part in parts])
+
+
+class EdgeEvaluator:
+    """Scores by edges: the mean F1 between an image's edges and its control image's."""
+
+    def __init__(self) -> None:
+        self.record = {"name": "edges", "threshold": metrics.EDGE_THRESHOLD, "truth": "control images"}
+
+    def truth(self, samples: Sequence[Sample]) -> list[Image.Image]:
+        return [sample.control for sample in samples]
+
+    def scores(self, images: Sequence[Image.Image], truth: Sequence[Image.Image]) -> dict[str, float | None]:
+        each = [metrics.edge_consistency(image, wanted) for image, wanted in zip(images, truth, strict=True)]
+        return {"edge_f1": sum(each) / len(each)}
+
+
+def make_evaluator(options: ControlEvaluation, device: torch.device) -> SegmentationEvaluator | EdgeEvaluator:
+    """The evaluator that the options name; the miniature's is trained first where its folder holds none."""
+    name = options.evaluator or (UPERNET if options.miniature is None else MINIATURE)
+    if name == "edges":
+        return EdgeEvaluator()
+    if name == MINIATURE:
+        segmenter = MiniatureSegmenter.load_or_train(options.evaluator_dir or options.output_dir / "evaluator")
+        return SegmentationEvaluator(segmenter, {"name": name} | segmenter.record, batch_size=64)
+    return SegmentationEvaluator(metrics.UperNetSegmenter(name, device), {"name": name}, options.batch_size)
