@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from ether_diffusion.adapters.reading import (
     PEFT_CONFIG_NAME,
@@ -32,10 +32,6 @@ class HubSource:
     cache_dir: str | Path | None = None
     local_files_only: bool = False
     force_download: bool = False
-
-    def download(self, repo_id: str, name: str) -> Path:
-        """A file of a repository, on the disk."""
-        return Path(hf_hub_download(repo_id, name, **asdict(self)))
 
 
 def find_adapter_file(
@@ -86,31 +82,20 @@ def _from_folder(folder: Path, weight_name: str | None) -> AdapterFile:
 
 
 def _from_hub(repo_id: str, weight_name: str | None, hub: HubSource) -> AdapterFile:
-    wanted = weight_name or WEIGHTS_NAME
-    if is_pickle_by_name(wanted):
-        raise EtherFileError(f"{repo_id}: {wanted} is a pickle by its name, and pickles are not read")
+    wanted = [weight_name or WEIGHTS_NAME, *([] if weight_name else [PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME])]
+    if is_pickle_by_name(wanted[0]):
+        raise EtherFileError(f"{repo_id}: {wanted[0]} is a pickle by its name, and pickles are not read")
+    options = asdict(hub)
+    within = options.pop("subfolder") or ""
     try:
-        return read_adapter_file(hub.download(repo_id, wanted))
+        folder = snapshot_download(repo_id, allow_patterns=[str(Path(within, name)) for name in wanted], **options)
+        return _from_folder(Path(folder, within), weight_name)
     except LocalEntryNotFoundError as error:
-        offline = replace(hub, local_files_only=True, force_download=False)
-        if weight_name is None and (folder := _peft_folder(repo_id, offline)):
-            return read_peft_folder(folder)
         raise OSError(
-            f"{repo_id}: {wanted} is not in the local cache and the Hub cannot be reached (or local_files_only is "
+            f"{repo_id}: {wanted[0]} is not in the local cache and the Hub cannot be reached (or local_files_only is "
             "set); download it first, or pass a folder on disk"
         ) from error
-    except EntryNotFoundError as error:
-        if weight_name is None and (folder := _peft_folder(repo_id, hub)):
-            return read_peft_folder(folder)
-        raise FileNotFoundError(f"{repo_id} on the Hub has no {wanted}; name the file with weight_name") from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{repo_id} on the Hub has no {wanted[0]}; name the file with weight_name") from error
     except HfHubHTTPError as error:
         raise OSError(f"{repo_id} on the Hub: {error}") from error
-
-
-def _peft_folder(repo_id: str, hub: HubSource) -> Path | None:
-    """Where a repository that PEFT wrote lies on the disk, or None if it is no such one."""
-    try:
-        hub.download(repo_id, PEFT_CONFIG_NAME)
-        return hub.download(repo_id, PEFT_WEIGHTS_NAME).parent
-    except EntryNotFoundError:  # LocalEntryNotFoundError is one
-        return None
