@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -43,23 +44,19 @@ def attach(pipe: DiffusionPipeline, file: AdapterFile, adapter_name: str) -> Ada
     fitted = fit(pipe, file)
     file, record = fitted.file, AdapterRecord(adapter_name, other_base=fitted.other_base)
     record.metadata = _writers_metadata(file)
-    undo: list[Callable[[], object]] = []
-    try:
+    with ExitStack() as undo:  # runs what was registered, the last first, unless all went well
         for component, layers in fitted.layers.items():
-            undo.append(_activation_of(models[component]))
-            undo.append(lambda model=models[component]: _detach_layers(model, [adapter_name]))
+            undo.callback(_activation_of(models[component]))
+            undo.callback(_detach_layers, models[component], [adapter_name])
             _attach_layers(models[component], file.configs[component], layers, adapter_name)
         for component, parameters in fitted.parameters.items():
             originals = {name: parameter.detach().clone() for name, parameter in parameters.items()}
             record.replaced[component] = ReplacedModules(list(file.weights[component].about["modules"]), originals)
-            undo.append(lambda p=parameters, o=originals: _write(p, o))
+            undo.callback(_write, parameters, originals)
             _write(parameters, file.weights[component].tensors)
         if fitted.encoder is not None:
             record.control = Control(fitted.encoder, enabled=_enabled(records.values()))
-    except BaseException:
-        for step in reversed(undo):
-            step()
-        raise
+        undo.pop_all()
     for component in fitted.layers:  # from here on nothing can fail
         _activate(models[component], adapter_name)
     for other in records.values():
