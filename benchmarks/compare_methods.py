@@ -24,7 +24,7 @@ from diffusers import DiffusionPipeline
 from measuring import machine, make_parser
 from PIL import Image
 from result_file import ResultFile
-from subjects import MINIATURE, PHOTOGRAPHS, Subject, drawn, learn, load_result, photographed, squares
+from subjects import MINIATURE, PHOTOGRAPHS, Subject, drawn, learn, photographed, squares
 from trials import BASE, Variant
 
 from ether_diffusion.commands.quickstart import OTHER_PROMPTS
@@ -33,6 +33,7 @@ from ether_diffusion.images import image_grid, read_image
 from ether_diffusion.metrics import image_similarity, text_similarity
 from ether_diffusion.miniature import FOLDER, ClipScore
 from ether_diffusion.training.methods.configs import TITLES
+from ether_diffusion.training.methods.saving import load_trained
 from ether_diffusion.training.options import DEFAULT_STEPS, LEARNING_RATES, METHODS, ValidationOptions
 from ether_diffusion.training.preview import generate
 
@@ -66,7 +67,7 @@ class Comparison:
             seen, output_dir = subject.copy_seen(Path(folder, "seen")), Path(folder, "result")
             flags = {"method": method, "learning_rate": rate, "max_train_steps": self.steps, "seed": self.seed}
             result = learn(seen, subject.prompt, output_dir, flags)
-            pipe = load_result(FOLDER, output_dir, method)
+            pipe = load_trained(FOLDER, output_dir)
             return {"seconds": result.seconds, **self._measure(pipe, subject, method)}
 
     def _measure(self, pipe: DiffusionPipeline, subject: Subject, method: str) -> dict[str, float]:

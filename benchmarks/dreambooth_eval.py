@@ -33,7 +33,7 @@ from diffusers import DiffusionPipeline
 from measuring import machine, make_parser
 from PIL import Image
 from result_file import ResultFile, write_json
-from subjects import PROMPTS_WITHOUT, Subject, drawn, learn, load_result, photographed
+from subjects import PROMPTS_WITHOUT, Subject, drawn, learn, photographed
 
 from ether_diffusion.commands.quickstart import OTHER_PROMPTS, SETTINGS
 from ether_diffusion.errors import InputError
@@ -52,6 +52,7 @@ from ether_diffusion.metrics import (
 from ether_diffusion.metrics.similarity import CLIP, DINO, DINOV2, LPIPS_NETS
 from ether_diffusion.miniature import FOLDER
 from ether_diffusion.training.data.views import center_cut
+from ether_diffusion.training.methods.saving import load_trained
 from ether_diffusion.training.options import DEFAULT_METHOD, LEARNING_RATES, METHODS, ValidationOptions
 from ether_diffusion.training.preview import generate
 
@@ -148,9 +149,7 @@ class Evaluation:
         texts = [template.format(f"{IDENTIFIER} {subject.class_name}") for template in templates]
         folder = self.folder / "pictures" / subject.name
         before = sum(self.generate(self.base, self.folder / "pictures" / "base", self.prompts_without, 1), [])
-        tuned = functools.cache(
-            lambda: load_result(self.args.pretrained_model_name_or_path, adapter, self.args.method)
-        )
+        tuned = functools.cache(lambda: load_trained(self.args.pretrained_model_name_or_path, adapter))
         groups = self.generate(tuned, folder / "subject", texts, self.args.images)
         others = sum(self.generate(tuned, folder / "without", self.prompts_without, 1), [])
         images = sum(groups, [])

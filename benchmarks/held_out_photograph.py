@@ -17,11 +17,12 @@ from denoising import denoising_loss
 from diffusers import DiffusionPipeline
 from measuring import machine
 from result_file import write_json
-from subjects import Subject, load_result, photographed
+from subjects import Subject, photographed
 
 from ether_diffusion import miniature
 from ether_diffusion.commands.quickstart import train
 from ether_diffusion.images import read_image
+from ether_diffusion.training.methods.saving import load_trained
 from ether_diffusion.training.options import DEFAULT_METHOD, METHODS
 
 
@@ -33,7 +34,7 @@ def measure(subject: Subject, model: Path | str, method: str, output_dir: Path, 
 
     losses = {}
     for name in ("base", "tuned"):
-        pipe = DiffusionPipeline.from_pretrained(model) if name == "base" else load_result(model, result, method)
+        pipe = DiffusionPipeline.from_pretrained(model) if name == "base" else load_trained(model, result)
         losses[f"{name}_held_out"] = denoising_loss(pipe, read_image(subject.held_out), subject.prompt)
         seen = [denoising_loss(pipe, read_image(path), subject.prompt) for path in subject.seen]
         losses[f"{name}_seen"] = sum(seen) / len(seen)

@@ -25,7 +25,7 @@ from ether_diffusion.miniature import FOLDER, load_pipeline
 from ether_diffusion.miniature.world import VIEWS, Subject, draw_scene, subjects
 from ether_diffusion.training.data import TrainingImages, examples_of
 from ether_diffusion.training.families import family_of
-from ether_diffusion.training.loop import train
+from ether_diffusion.training.loop import Trainer
 from ether_diffusion.training.methods.configs import configs_of, read_method
 from ether_diffusion.training.methods.injection import add_adapters
 from ether_diffusion.training.objectives import DreamBoothObjective
@@ -59,14 +59,14 @@ def learn(subject: Subject, method: str, rate: float, checkpoints: list[int], se
         examples = examples_of(find_images(folder), f"a photo of sks {subject.class_name}")
         side = family.native_resolution
         images = TrainingImages(examples, targets=[(side, side)], group_size=options.train_batch_size, seed=seed)
-        train(
+        Trainer(
             Accelerator(cpu=True),
             DreamBoothObjective(family, images, trained=list(configs), seed=seed),
             parameter_groups(models, denoiser=family.denoiser, options=options),
             options,
             validate=lambda step: measured.append(measure(pipe, subject)),
             validate_after=lambda step: step in checkpoints,
-        )
+        ).train()
     return measured
 
 

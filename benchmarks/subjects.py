@@ -1,4 +1,4 @@
-"""What the comparisons of methods learn, and the way there and back: a subject is a folder of images."""
+"""What the comparisons of methods learn, and how: a subject is a folder of images."""
 
 from __future__ import annotations
 
@@ -8,18 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
-from peft import PeftModel
 from PIL import Image
 
-import ether_diffusion  # noqa: F401  (gives pipelines their *_ether_* methods)
 from ether_diffusion.images import find_images, read_image
 from ether_diffusion.miniature import world
 from ether_diffusion.training import dreambooth
 from ether_diffusion.training.data.views import center_cut
 from ether_diffusion.training.loop import TrainingResult
-from ether_diffusion.training.methods.configs import read_method
-from ether_diffusion.training.options import AdapterOptions
 
 MINIATURE, PHOTOGRAPHS = "miniature", "photographs"
 
@@ -111,26 +106,3 @@ def learn(
     }
     given = [str(word) for name, value in (usual | dict(flags)).items() for word in (f"--{name}", value)]
     return dreambooth.main([*given, *words])
-
-
-def load_result(
-    model: Path | str, folder: Path, method: str | AdapterOptions, components: Sequence[str] = ("unet",)
-) -> DiffusionPipeline:
-    """The pipeline with what the script left on it, the way the libraries load it.
-
-    Args:
-        model: what it was trained on.
-        folder: --output_dir of the run.
-        method: of the run, by name or as the script's options say it.
-        components: what was trained.
-    """
-    layout = read_method(AdapterOptions(method=method) if isinstance(method, str) else method).layout
-    pipe = DiffusionPipeline.from_pretrained(folder if layout == "full" else model)
-    if layout == "ether":
-        pipe.load_ether_weights(folder)
-    elif layout == "lora":
-        pipe.load_lora_weights(folder)
-    elif layout == "peft":
-        for name in components:
-            PeftModel.from_pretrained(getattr(pipe, name), folder, subfolder=name)
-    return pipe

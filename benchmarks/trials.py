@@ -26,7 +26,7 @@ from measuring import machine
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from result_file import ResultFile
-from subjects import MINIATURE, PROMPTS_WITHOUT, Subject, drawn, learn, load_result, photographed, squares
+from subjects import MINIATURE, PROMPTS_WITHOUT, Subject, drawn, learn, photographed, squares
 from torch import Tensor, nn
 
 from ether_diffusion.analysis.weights import adapted_weights, energy_change
@@ -40,6 +40,7 @@ from ether_diffusion.miniature import FOLDER
 from ether_diffusion.training.families import ModelSource, family_at, family_of
 from ether_diffusion.training.methods.configs import TITLES, configs_of, read_method
 from ether_diffusion.training.methods.injection import dry_run
+from ether_diffusion.training.methods.saving import load_trained
 from ether_diffusion.training.options import DEFAULT_STEPS, RANKED_METHODS, AdapterOptions
 from ether_diffusion.tuner.model import ATTENTION
 
@@ -223,7 +224,7 @@ class Bench:
                 return {**dict.fromkeys(FIGURES), "failed": "the loss is not finite"}
             except torch.linalg.LinAlgError:  # of methods that solve for an orthogonal matrix
                 return {**dict.fromkeys(FIGURES), "failed": "a matrix is singular"}
-            pipe = load_result(self.model, output_dir, AdapterOptions(**given)).to(self.device)
+            pipe = load_trained(self.model, output_dir).to(self.device)
             weights = changes(pipe, self.model)
             figures, others = self._measure(pipe, subject, seed, image_folder(self.images_dir, trial.key))
         return {**figures, "drift": drift(others, before, self.features), **weights, "seconds": result.seconds}

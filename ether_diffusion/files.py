@@ -95,6 +95,41 @@ def replace_folder(path: Path, contents: dict[str, bytes]) -> None:
     sync_folder(path.parent)
 
 
+@contextlib.contextmanager
+def new_entries(folder: Path, *, last: str | None = None) -> Iterator[Path]:
+    """A hidden folder to write into; when the context ends, what is in it moves into `folder`, else it is removed.
+
+    Each file and folder takes the place of what has its name there; other entries of `folder` stay.
+
+    Args:
+        folder: made if need be.
+        last: name of the entry that is moved when all others are there: the one by which readers know the folder.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(folder / "entries")
+    partial = _hidden(folder / "entries")
+    new, old = partial / "new", partial / "old"
+    try:
+        for each in (partial, new, old):
+            each.mkdir()
+        yield new
+        for entry in sorted(new.iterdir(), key=lambda each: (each.name == last, each.name)):
+            target = folder / entry.name
+            if target.is_dir() and not target.is_symlink():  # a folder cannot be replaced in one step
+                target.rename(old / entry.name)
+            os.replace(entry, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path itself, or the nearest of its parents that is there."""
+    return next(each for each in (path, *path.absolute().parents) if each.exists())
+
+
 def remove_abandoned(path: Path) -> None:
     """Remove what killed saves under this name left; younger leftovers may be another process at work."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL_SUFFIX}"):

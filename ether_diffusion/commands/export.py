@@ -15,8 +15,9 @@ from diffusers import DiffusionPipeline
 
 from ether_diffusion.adapters.locate import find_adapter_file
 from ether_diffusion.control.encoder import CONTROL
+from ether_diffusion.dtypes import DTYPES
 from ether_diffusion.errors import InputError
-from ether_diffusion.export.lora import DTYPES, export_lora
+from ether_diffusion.export.lora import export_lora
 from ether_diffusion.export.lora_files import DEFAULT_NAMES, WRITERS
 from ether_diffusion.export.merge import open_adapted
 

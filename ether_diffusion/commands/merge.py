@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 
 from ether_diffusion.commands.export import add_input_arguments, open_inputs
-from ether_diffusion.export.lora import DTYPES
+from ether_diffusion.dtypes import DTYPES
 from ether_diffusion.export.merge import merge_adapters
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from diffusers import ControlNetModel, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
-from peft import PeftModel
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -27,7 +26,7 @@ from ether_diffusion.images import image_grid
 from ether_diffusion.metrics.frechet import INCEPTION
 from ether_diffusion.miniature.control_data import HELD_OUT
 from ether_diffusion.miniature.segmenter import MiniatureSegmenter
-from ether_diffusion.training.methods.configs import INDEX_NAME, LORA_NAME
+from ether_diffusion.training.methods.saving import load_trained
 from ether_diffusion.training.seeds import generator
 
 NO_FEATURES = "none"
@@ -155,9 +154,12 @@ def draw_sheet(rows: dict[str, Sequence[Image.Image]]) -> Image.Image:
 
 
 def _open(base: str) -> DiffusionPipeline:
-    pipe = DiffusionPipeline.from_pretrained(base)
+    return _prepared(DiffusionPipeline.from_pretrained(base), f"--base {base}")
+
+
+def _prepared(pipe: DiffusionPipeline, given: str) -> DiffusionPipeline:
     if getattr(pipe, "unet", None) is None:
-        raise InputError(f"--base {base}: {type(pipe).__name__} has no UNet, which control needs")
+        raise InputError(f"{given}: {type(pipe).__name__} has no UNet, which control needs")
     if getattr(pipe, "safety_checker", None) is not None:
         pipe.safety_checker = None  # an image that it blackens would be scored
     pipe.set_progress_bar_config(disable=True)
@@ -173,7 +175,7 @@ def _controlled(pipe: DiffusionPipeline, options: ControlEvaluation) -> tuple[Di
     if net is not None:
         controlled = with_controlnet.from_pipe(pipe, controlnet=ControlNetModel.from_pretrained(net))
     elif (folder / CONTROL).is_dir():  # beside what training with another method has left
-        controlled = light.from_pipe(_with_peer(pipe, folder))
+        controlled = light.from_pipe(_prepared(load_trained(pipe, folder), f"--adapter {folder}"))
         controlled.add_control("control", ControlEncoder.from_pretrained(folder / CONTROL))
     else:
         controlled = light.from_pipe(pipe)
@@ -184,18 +186,6 @@ def _controlled(pipe: DiffusionPipeline, options: ControlEvaluation) -> tuple[Di
             )
     controlled.set_progress_bar_config(disable=True)
     return controlled, "control_image" if net is None else "image"
-
-
-def _with_peer(pipe: DiffusionPipeline, folder: Path) -> DiffusionPipeline:
-    """The pipeline with what another method than ETHER has left in a folder."""
-    if (folder / LORA_NAME).is_file():
-        pipe.load_lora_weights(folder)
-    elif (folder / INDEX_NAME).is_file():
-        return _open(str(folder))
-    for config in sorted(folder.glob("*/adapter_config.json")):
-        name = config.parent.name
-        setattr(pipe, name, PeftModel.from_pretrained(getattr(pipe, name), config.parent).base_model.model)
-    return pipe
 
 
 def _is_controlnet(folder: Path) -> bool:

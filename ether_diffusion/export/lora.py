@@ -19,12 +19,12 @@ from torch import Tensor
 
 from ether_diffusion.adapters.components import models_of
 from ether_diffusion.adapters.fingerprint import base_model_name, fingerprint
+from ether_diffusion.dtypes import DTYPES
 from ether_diffusion.export.changes import Change, alignment, changes_of, stacked_delta
 from ether_diffusion.export.lora_files import DEFAULT_NAMES, WRITERS, finish, gather_parts
 from ether_diffusion.export.names import Place, kohya_place, own_place
 from ether_diffusion.files import new_path
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 RECORD = "ether_export"
 """The entry of a file's safetensors metadata that says, as JSON, what it was made from."""
 

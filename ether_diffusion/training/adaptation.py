@@ -14,8 +14,9 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ether_diffusion.training.families import Blueprint, Family, ModelSource
-from ether_diffusion.training.methods.configs import Method, configs_of, loading_code, save_trained
+from ether_diffusion.training.methods.configs import Method, configs_of
 from ether_diffusion.training.methods.injection import Configs, add_adapters, dry_run
+from ether_diffusion.training.methods.saving import loading_code, save_trained
 from ether_diffusion.training.optimizers import parameter_groups
 from ether_diffusion.training.options import TrainingOptions
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard, ModelCardData
 
-from ether_diffusion.training.checkpoints import PREFIX
+from ether_diffusion.training.checkpoint_files import PREFIX
 from ether_diffusion.training.families import ModelSource
 from ether_diffusion.training.loop import TrainingResult
 from ether_diffusion.training.memory import format_bytes
+from ether_diffusion.training.methods.configs import Method
 
 CARD_NAME, GRID_NAME = "README.md", "grid.png"
+TEMPLATE = Path(__file__).with_name("card_template.md")
 
 WHERE = "{where}"
 """In a card's lines of code: the place of the weights, as a Python string."""
@@ -67,79 +70,63 @@ def figures_of(
     }
 
 
-def write_card(
-    folder: Path,
-    *,
-    source: ModelSource,
-    title: str,
-    tags: Sequence[str],
-    paper: str | None,
-    loading: str,
-    weights: Path,
-    prompt: str,
-    prompts: Sequence[str],
-    figures: Mapping[str, str],
-    command: str,
-    with_images: bool,
-    inputs: str = "",
-    hub_id: str | None = None,
-) -> Path:
-    """Write `README.md` into the output folder and return its path.
+@dataclass(frozen=True, kw_only=True)
+class CardContent:
+    """What a model card says.
 
-    Args:
-        folder: the output folder.
-        source: the base model; a local path appears by its last part alone.
-        title: the method as people write it, e.g. "ETHER+".
-        tags: for the Hub's search, besides "diffusers" and "text-to-image".
-        paper: the method's arXiv id.
-        loading: lines of Python that put the result on `pipe`, the base model, or that begin with `pipe = ` and need
-            none; what they import first is listed with the rest. `{where}` in them becomes the folder's name or the
-            repository's id, in quotes: `pipe.load_ether_weights({where})`.
-        weights: file with the result, or the folder where there are several; its name and size are stated.
-        prompt: the instance prompt; `prompts`: those of the sample images.
-        figures: name -> text, see `figures_of`.
-        command: as typed.
-        with_images: whether the grid is there.
-        inputs: what `pipe` is called with besides the prompt, as code.
-        hub_id: the repository that the folder is uploaded to.
+    source: the base model; a local path appears by its last part alone.
+    method: what was trained, and the paper it is from.
+    tags: for the Hub's search, besides those of every card.
+    loading: lines of Python that put the result on `pipe`, the base model, or that begin with `pipe = ` and need none;
+        what they import first is listed with the rest. `{where}` in them becomes the folder's name or the repository's
+        id, in quotes: `pipe.load_ether_weights({where})`.
+    weights: file with the result, or the folder where there are several; its name and size are stated.
+    prompt: the instance prompt; `prompts`: those of the sample images, none where there are no images.
+    figures: name -> text, see `figures_of`.
+    command: as typed.
+    inputs: what `pipe` is called with besides the prompt, as code.
+    hub_id: the repository that the folder is uploaded to.
     """
-    header = {
-        "library_name": "diffusers",
-        "tags": list(dict.fromkeys(["diffusers", "text-to-image", *tags])),
-        "instance_prompt": prompt,
-    }
-    if source.on_hub:  # the Hub only takes ids of its own models here
-        header["base_model"] = source.path
-    reference = "" if paper is None else f" ([arXiv:{paper}](https://arxiv.org/abs/{paper}))"
-    samples = ""
-    if with_images:
-        listed = "\n".join(f"- {_span(each)}" for each in prompts)
-        samples = f"\n## Samples\n\nBase and tuned model from the same seeds:\n\n{listed}\n\n![samples]({GRID_NAME})\n"
-    rows = "\n".join(f"| {_cell(name)} | {_cell(text)} |" for name, text in figures.items())
-    place = "this folder" if weights.resolve() == folder.resolve() else _span(weights.name)
-    text = f"""---
-{yaml.safe_dump(header, allow_unicode=True, sort_keys=False, width=float("inf")).rstrip()}
----
 
-# {title}: {_span(prompt)}
+    source: ModelSource
+    method: Method
+    tags: Sequence[str]
+    loading: str
+    weights: Path
+    prompt: str
+    prompts: Sequence[str]
+    figures: Mapping[str, str]
+    command: str
+    inputs: str = ""
+    hub_id: str | None = None
 
-**{source.name}**, finetuned with {title}{reference}.
-The result is in {place}: {format_bytes(size_of(weights))}.
-{samples}
-## Use
 
-{_block(_usage(source, loading, hub_id or folder.resolve().name, prompt, inputs), "python")}
-
-## Training
-
-| | |
-|---|---|
-{rows}
-
-{_block(command)}
-"""
+def write_card(folder: Path, content: CardContent) -> Path:
+    """Write `README.md` into the output folder and return its path."""
+    source, weights = content.source, content.weights
+    data = ModelCardData(
+        library_name="diffusers",
+        tags=["diffusers", "text-to-image", *content.tags],
+        base_model=source.path if source.on_hub else None,  # the Hub only takes ids of its own models here
+        instance_prompt=content.prompt,
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        title=content.method.title,
+        paper=content.method.paper,
+        prompt=_span(content.prompt),
+        base=source.name,
+        place="this folder" if weights.resolve() == folder.resolve() else _span(weights.name),
+        size=format_bytes(size_of(weights)),
+        prompts=[_span(each) for each in content.prompts],
+        grid=GRID_NAME,
+        usage=_block(_usage(content, content.hub_id or folder.resolve().name), "python"),
+        figures=[(_cell(name), _cell(text)) for name, text in content.figures.items()],
+        command=_block(content.command),
+    )
     path = folder / CARD_NAME
-    path.write_text(text, "utf-8")
+    card.save(path)
     return path
 
 
@@ -162,14 +149,14 @@ def opening(source: ModelSource, kind: type[DiffusionPipeline] = DiffusionPipeli
     return "\n".join([*imports, f"pipe = {kind.__name__}.from_pretrained({', '.join(given)})"])
 
 
-def _usage(source: ModelSource, loading: str, where: str, prompt: str, inputs: str) -> str:
+def _usage(content: CardContent, where: str) -> str:
     """The Python code that generates a first image."""
-    lines = loading.replace(WHERE, json.dumps(where, ensure_ascii=False)).splitlines()
+    lines = content.loading.replace(WHERE, json.dumps(where, ensure_ascii=False)).splitlines()
     if not any(line.startswith("pipe = ") for line in lines):
-        lines = [*opening(source).splitlines(), *lines]
+        lines = [*opening(content.source).splitlines(), *lines]
     imports = [line for line in lines if line.startswith(("import ", "from "))]
     lines = [line for line in lines if line.strip() and line not in imports]
-    call = ", ".join([repr(prompt), *([inputs] if inputs else [])])
+    call = ", ".join([repr(content.prompt), *([content.inputs] if content.inputs else [])])
     return "\n".join([*dict.fromkeys(imports), "", *lines, f"image = pipe({call}).images[0]"])
 
 

@@ -6,8 +6,8 @@ Three layouts, chosen by the configuration of `accelerate launch`:
 - sharded: each process of a machine holds a part of the frozen denoiser (FSDP2), and all of what is trained;
 - partitioned: each process holds a part of the optimiser's state and of the gradients (ZeRO-2), and all weights.
 
-What is trained is whole everywhere in all three, so saving, averaging and generating need no gathering. For the last
-two Accelerate is told of processes and precision alone. Its own FSDP would shard trained vectors of a few hundred
+In all three every process has all of what is trained, so saving, averaging and generating need no gathering. For the
+last two Accelerate is told of processes and precision alone. Its own FSDP would shard trained vectors of a few hundred
 numbers each, and gather them again for every step and checkpoint; and it takes neither mode on the CPU, where this
 module runs, and is tested, as on GPUs.
 """
@@ -16,17 +16,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from ether_diffusion.errors import InputError
 from ether_diffusion.training.methods.injection import Configs
@@ -50,8 +50,6 @@ SETTINGS = {
     },
 }
 """Settings of the launcher's configuration, their names in it, and the one value that fits."""
-
-Answer = TypeVar("Answer")
 
 
 def claim_layout() -> Layout:
@@ -92,7 +90,7 @@ def check_layout(layout: Layout, options: TrainingOptions, configs: Configs, *, 
             )
         if any(getattr(config, "use_dora", False) for config in configs.values()):
             raise InputError(
-                "--adapter_config: use_dora reads whole weights, which FSDP shards; launch with configs/ddp.yaml"
+                "--adapter_config: use_dora reads entire weights, which FSDP shards; launch with configs/ddp.yaml"
             )
         if options.performance.compile:
             raise InputError(
@@ -106,31 +104,13 @@ def check_layout(layout: Layout, options: TrainingOptions, configs: Configs, *, 
             )
         if options.optimization.optimizer != "adamw" or options.optimization.use_8bit_adam:
             given = "--use_8bit_adam" if options.optimization.use_8bit_adam else "--optimizer prodigy"
-            raise InputError(f"{given}: needs whole parameters, which ZeRO-2 divides; only --optimizer adamw fits")
+            raise InputError(f"{given}: needs undivided parameters, which ZeRO-2 divides; only --optimizer adamw fits")
         if precision == "fp16":
             raise InputError(
                 "--mixed_precision fp16: under ZeRO-2, trained weights would be kept in 16 bits; needs bf16 or no"
             )
         if importlib.util.find_spec("deepspeed") is None:
             raise InputError("DeepSpeed, which the launcher asks for, is not installed; pip install deepspeed")
-
-
-def on_main_process(accelerator: Accelerator, call: Callable[[], Answer]) -> Answer:
-    """What a call returns, on every process, where the main one alone makes it.
-
-    Raises:
-        InputError: it raised one; the same on every process, so that none waits for another.
-    """
-    answer: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            answer[0] = call()
-        except InputError as error:
-            answer[1] = str(error)
-    value, problem = broadcast_object_list(answer)
-    if problem is not None:
-        raise InputError(problem)
-    return value
 
 
 # The frozen denoiser in parts -----------------------------------------------------------------------------------
@@ -140,7 +120,7 @@ def shard_frozen(model: nn.Module, accelerator: Accelerator) -> None:
     """Freeze a model and leave each process of a machine a part of its weights; blocks are gathered when they run.
 
     Call it while the model is on the CPU, so that no device ever holds all of it, and before adapters are added: FSDP
-    looks after the weights that it finds, so what is added later stays whole. The processes must call the model in
+    looks after the weights that it finds, so what is added later is not sharded. The processes must call the model in
     lockstep from then on. Over several machines each one holds all of the weights: they never cross the network.
     """
     model.requires_grad_(False)
@@ -154,23 +134,23 @@ def shard_frozen(model: nn.Module, accelerator: Accelerator) -> None:
 
 @contextmanager
 def gathered(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
-    """A context in which the main process has the weights of a sharded model whole, in the CPU's memory.
+    """A context in which the main process has all weights of a sharded model, in the CPU's memory.
 
     Entered by every process, since all of them give their parts; on leaving, the model is sharded as before. A model
     that is not sharded stays as it is.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # the outermost weights are whole from one call to the next
+            module.reshard()  # the outermost weights stay gathered from one call to the next
     parts: list[tuple[nn.Module, str, DTensor]] = []
     try:
         for module in model.modules():
             for name, parameter in list(module._parameters.items()):
                 if isinstance(parameter, DTensor):
-                    whole = parameter.full_tensor()
+                    full = parameter.full_tensor()
                     if accelerator.is_main_process:
                         parts.append((module, name, parameter))
-                        module._parameters[name] = nn.Parameter(whole.cpu(), requires_grad=False)
+                        module._parameters[name] = nn.Parameter(full.cpu(), requires_grad=False)
         yield
     finally:
         for module, name, parameter in parts:
@@ -182,7 +162,7 @@ def _mesh_of_machine(accelerator: Accelerator) -> DeviceMesh:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     if processes % local:  # machines with different numbers of processes
         local = processes
-    # By the name "fsdp" PEFT knows that layers compute with whole weights, whatever part of them is stored here.
+    # By the name "fsdp" PEFT knows that layers compute with all of their weights, whatever part is stored here.
     names = ("machine", "fsdp")
     return init_device_mesh(accelerator.device.type, (processes // local, local), mesh_dim_names=names)["fsdp"]
 
@@ -201,7 +181,7 @@ class Replicated:
 
     Attributes:
         model: what is called; holds the objective.
-        parameters: what is trained, whole.
+        parameters: what is trained.
         divides_optimizer: whether each process has a part of the optimiser's state.
     """
 
@@ -244,7 +224,7 @@ class Replicated:
 
 
 class Sharded(Replicated):
-    """As `Replicated`, around a denoiser that was sharded: what is trained is whole, and averaged here.
+    """As `Replicated`, around a denoiser that was sharded: what is trained is not sharded, and averaged here.
 
     DDP would send the frozen weights around as well. What is trained beside them is small: one exchange a step.
     """
@@ -256,17 +236,14 @@ class Sharded(Replicated):
 
     def step(self) -> bool:
         gradients = [each.grad for each in self.parameters if each.grad is not None]
-        flat = torch.cat([each.flatten() for each in gradients])
-        mean = self.accelerator.reduce(flat, reduction="mean")
-        for gradient, part in zip(gradients, mean.split([each.numel() for each in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        vector_to_parameters(self.accelerator.reduce(parameters_to_vector(gradients), reduction="mean"), gradients)
         return super().step()
 
 
 class Partitioned(Replicated):
     """The layout "partitioned": DeepSpeed's engine averages, clips and steps, each process its part of everything.
 
-    The weights are float32 and whole on every process after each step; DeepSpeed keeps a second copy of its part.
+    The weights are float32 and complete on every process after each step; DeepSpeed keeps a second copy of its part.
     """
 
     divides_optimizer = True
@@ -299,8 +276,6 @@ class Partitioned(Replicated):
     def step(self) -> bool:
         self.model.step()
         self._parts = 0
-        # Written past autograd, which leaves a parameter's version as it was; what is kept by version would be stale.
-        torch.autograd.graph.increment_version(self.parameters)
         return True
 
     def objective(self) -> nn.Module:

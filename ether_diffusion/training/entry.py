@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ether_diffusion.errors import InputError
-from ether_diffusion.training.checkpoints import Interrupted
 from ether_diffusion.training.options import parse_options
+from ether_diffusion.training.stop_signals import Interrupted
 
 logger = logging.getLogger(__name__)
 

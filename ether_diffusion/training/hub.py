@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 )
 
 from ether_diffusion.errors import InputError
-from ether_diffusion.training.checkpoints import PREFIX
+from ether_diffusion.training.checkpoint_files import PREFIX
 from ether_diffusion.training.options import RunOptions
 from ether_diffusion.training.trackers import PROJECT
 

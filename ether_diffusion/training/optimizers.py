@@ -91,20 +91,12 @@ def make_optimizer(groups: Sequence[Mapping[str, Any]], options: OptimizationOpt
         groups = [{**group, "weight_decay": decay} for group in groups]
         # Bias correction as in Adam. Without the safeguard the small rates of a warm-up spoil the estimate of the step
         # size.
-        optimizer = Prodigy(groups, decouple=True, use_bias_correction=True, safeguard_warmup=True, **settings)
-    elif options.use_8bit_adam:
+        return Prodigy(groups, decouple=True, use_bias_correction=True, safeguard_warmup=True, **settings)
+    if options.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit  # an extra, and slow to import
 
-        optimizer = AdamW8bit(groups, **settings)
-    else:
-        return torch.optim.AdamW(groups, **settings)
-    # Both write past autograd, which leaves a parameter's version as it was; what is kept by version would be stale.
-    optimizer.register_step_post_hook(_move_versions)
-    return optimizer
-
-
-def _move_versions(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    torch.autograd.graph.increment_version([each for group in optimizer.param_groups for each in group["params"]])
+        return AdamW8bit(groups, **settings)
+    return torch.optim.AdamW(groups, **settings)
 
 
 def check_schedule(options: OptimizationOptions) -> None:

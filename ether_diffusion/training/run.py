@@ -8,6 +8,7 @@ is made of the one before and changes nothing in it.
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +18,18 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ether_diffusion.dtypes import PRECISIONS
 from ether_diffusion.errors import InputError
+from ether_diffusion.files import nearest_existing
+from ether_diffusion.training.accelerator import make_accelerator, on_main_process
 from ether_diffusion.training.adaptation import Adaptation, Attached
-from ether_diffusion.training.card import GRID_NAME, figures_of, write_card
+from ether_diffusion.training.card import GRID_NAME, CardContent, figures_of, write_card
 from ether_diffusion.training.checkpoints import Checkpoints, with_fingerprint
-from ether_diffusion.training.distributed import check_layout, claim_layout, gathered, on_main_process, shard_frozen
+from ether_diffusion.training.distributed import check_layout, claim_layout, gathered, shard_frozen
 from ether_diffusion.training.entry import narrate
 from ether_diffusion.training.families import Family, ModelSource, family_at
 from ether_diffusion.training.hub import check_hub, log_patterns, upload
-from ether_diffusion.training.loop import WEIGHT_DTYPES, TrainingResult, check_output_dir, make_accelerator, train
+from ether_diffusion.training.loop import Trainer, TrainingResult
 from ether_diffusion.training.methods.configs import read_method
 from ether_diffusion.training.optimizers import check_optimizer, check_schedule
 from ether_diffusion.training.options import TrainingOptions, binding, flatten
@@ -34,6 +38,20 @@ from ether_diffusion.training.preview import Preview, is_due
 VALIDATION_FOLDER = "validation"
 
 Options = TypeVar("Options", bound=TrainingOptions)
+
+
+def check_output_dir(folder: str | Path) -> Path:
+    """Make sure that the output folder can be written to, or made; nothing is left behind.
+
+    Raises:
+        InputError: it cannot.
+    """
+    folder = Path(folder)
+    try:
+        with tempfile.TemporaryFile(dir=nearest_existing(folder)):
+            return folder
+    except OSError as error:
+        raise InputError(f"--output_dir {folder}: cannot be written to ({error})") from error
 
 
 class TrainingRun(Generic[Options]):
@@ -150,7 +168,7 @@ class CheckedRun(Generic[Options]):
         run, options, configs = self.run, self.options, self.run.adaptation.configs
         run.output_dir.mkdir(parents=True, exist_ok=True)
         # Weights that are all trained are kept in float32; those beside adapters stay as they are, in half precision.
-        dtype = torch.float32 if None in configs.values() else WEIGHT_DTYPES[run.precision]
+        dtype = torch.float32 if None in configs.values() else PRECISIONS[run.precision]
         family = run.family_class.load(run.source, dtype)
         denoiser = family.component(family.denoiser)
         if run.layout == "sharded":
@@ -203,14 +221,13 @@ class LoadedRun(Generic[Options]):
         where = f"{processes} process{'es' * (processes > 1)} ({run.accelerator.device.type})"
         count = run.adaptation.parameter_count
         narrate("%s: %d parameters on %s, %s, %s", run.method.title, count, run.source.name, what, where)
-        return train(
+        trainer = Trainer(
             run.accelerator,
             objective,
             self.parameter_groups(),
             optimization,
             layout=run.layout,
             checkpoints=self.checked.checkpoints,
-            tracked={**flatten(options), "method": run.method.name},
             validate=lambda step: self._report(run.output_dir / VALIDATION_FOLDER / f"step-{step:06}.png", step),
             validate_after=is_due(
                 options.validation,
@@ -219,6 +236,7 @@ class LoadedRun(Generic[Options]):
                 steps=optimization.steps,
             ),
         )
+        return trainer.train({**flatten(options), "method": run.method.name})
 
     def finish(self, result: TrainingResult, *, prompt: str, images: str) -> None:
         """Leave the weights, a grid of images and a model card in the output folder, and upload them if asked to.
@@ -250,17 +268,15 @@ class LoadedRun(Generic[Options]):
     def _report(self, path: Path, step: int) -> None:
         """Generate with the model as it is, if this process generates."""
         if self.preview is not None:
-            with self.run.adaptation.generating(self.attached, WEIGHT_DTYPES[self.run.precision]):
+            with self.run.adaptation.generating(self.attached, PRECISIONS[self.run.precision]):
                 self.preview.report(self.run.accelerator, path, step, self.attached.pipe)
 
     def _write_card(self, result: TrainingResult, weights: Path, prompt: str, images: str) -> None:
         run, adaptation = self.run, self.run.adaptation
-        write_card(
-            run.output_dir,
+        content = CardContent(
             source=run.source,
-            title=run.method.title,
+            method=run.method,
             tags=[*adaptation.tags, "peft", run.method.name],
-            paper=run.method.paper,
             loading=adaptation.loading_code(self.attached, run.source),
             weights=weights,
             prompt=prompt,
@@ -273,7 +289,7 @@ class LoadedRun(Generic[Options]):
                 learning_rates={group["name"]: group["lr"] for group in self.parameter_groups()},
             ),
             command=run.command,
-            with_images=self.preview is not None,
             inputs=adaptation.inputs,
             hub_id=self.checked.hub_id,
         )
+        write_card(run.output_dir, content)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
+from accelerate.utils import is_tensorboard_available, is_wandb_available
 from PIL import Image
 
 from ether_diffusion.errors import InputError
@@ -16,14 +16,8 @@ from ether_diffusion.errors import InputError
 PROJECT = "ether-diffusion"
 """Name of the project on Weights & Biases, and of TensorBoard's folder inside `--logging_dir`."""
 
-TRACKERS = ("tensorboard", "wandb")
-"""Values of `--report_to` that name a tracker; each is the name of its package as well."""
-
-
-def _is_installed(package: str) -> bool:
-    spec = importlib.util.find_spec(package)
-    # A folder without code, such as the `wandb` that runs leave behind, passes for a package too; it has no origin.
-    return spec is not None and spec.origin is not None
+TRACKERS = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
+"""Values of `--report_to` that name a tracker, each the name of its package as well, and whether it is installed."""
 
 
 def tracker_names(report_to: str) -> list[str]:
@@ -33,7 +27,7 @@ def tracker_names(report_to: str) -> list[str]:
         report_to: one of `TRACKERS`, "all" for those that are installed, or "none".
     """
     if report_to == "all":
-        return [name for name in TRACKERS if _is_installed(name)]
+        return [name for name, is_installed in TRACKERS.items() if is_installed()]
     return [] if report_to == "none" else [report_to]
 
 
@@ -47,7 +41,7 @@ def check_trackers(report_to: str) -> None:
     if report_to == "all" and not names:
         raise InputError(f"--report_to all: none is installed; pip install {' or '.join(TRACKERS)}")
     for name in names:
-        if not _is_installed(name):
+        if not TRACKERS[name]():
             raise InputError(f"--report_to {name}: the package is missing; pip install {name}")
     if "wandb" in names:
         _check_login(report_to)

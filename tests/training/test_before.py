@@ -7,7 +7,7 @@ import datasets
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
-from helpers.scripts import reset_accelerate, vectors
+from helpers.scripts import vectors
 from PIL import Image
 
 from ether_diffusion import EtherControlPipeline
@@ -35,9 +35,7 @@ def before(tmp_path, monkeypatch) -> Path:
     """A copy of what was written, as the working directory: the options in a checkpoint hold relative paths."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(shutil.copytree(BEFORE, tmp_path / "before"))
-    reset_accelerate()
-    yield tmp_path / "before"
-    reset_accelerate()
+    return tmp_path / "before"
 
 
 @pytest.mark.parametrize("run", RUNS)

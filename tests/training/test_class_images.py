@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers.scripts import reset_accelerate
 from PIL import Image
 
 from ether_diffusion import miniature
@@ -54,23 +53,21 @@ def watched():
 
 @pytest.fixture
 def accelerator():
-    reset_accelerate()
-    yield Accelerator(cpu=True)
-    reset_accelerate()
+    return Accelerator(cpu=True)
 
 
 @pytest.fixture
 def generate(tiny_pipeline_folder, accelerator, watched):
     """Generate what is missing in a folder, with options; two denoising steps."""
 
-    def painter(folder, *, model=tiny_pipeline_folder, precision="no", seed=SEED, **options):
+    def call(folder, *, model=tiny_pipeline_folder, precision="no", seed=SEED, **options):
         source = ModelSource(str(model))
         return generate_class_images(
             source, watched, prior(folder, **options), accelerator, precision=precision, seed=seed,
             num_inference_steps=STEPS,
         )  # fmt: skip
 
-    return painter
+    return call
 
 
 def prior(folder, number=5, **options) -> PriorOptions:
@@ -108,7 +105,7 @@ def put(folder: Path, *files: str) -> dict[str, bytes]:
 
 
 def test_a_folder_that_is_not_there_lacks_all_images_and_is_not_made(tmp_path):
-    folder = tmp_path / "pictures" / "dogs"
+    folder = tmp_path / "images" / "dogs"
     found = ClassImages.look(prior(folder, 3))
     assert found.paths == []
     assert [path.name for path in found.missing] == ["class-00000.png", "class-00001.png", "class-00002.png"]
@@ -172,7 +169,7 @@ def test_missing_images_are_generated_beside_those_of_the_user_which_stay_as_the
     assert all(np.abs(a - b).max() > 0.05 * 255 for a, b in zip(generated, generated[1:], strict=False))
 
 
-def test_a_image_is_what_the_pipeline_generates_from_its_number(generate, tiny_pipeline, tmp_path):
+def test_an_image_is_what_the_pipeline_generates_from_its_number(generate, tiny_pipeline, tmp_path):
     generate(tmp_path, number=3)
     seed = torch.Generator().manual_seed(derive(SEED, "class picture", 2))
     image = tiny_pipeline(PROMPT, num_inference_steps=STEPS, generator=seed).images[0]  # with its own guidance scale
@@ -347,6 +344,7 @@ import torch
 from accelerate import Accelerator
 from ether_diffusion.training.families import ModelSource, StableDiffusion
 from ether_diffusion.training.class_images import generate_class_images
+from ether_diffusion.training.options import PriorOptions
 
 torch.set_num_threads(1)
 model, folder, number, size, *killed_at = sys.argv[1:]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import EDMEulerScheduler, StableDiffusionXLPipeline
 from helpers.pipelines import ONE_GREY_LEVEL, generate, training_images
-from helpers.scripts import DREAMBOOTH, STEADY, launch, reset_accelerate
+from helpers.scripts import DREAMBOOTH, STEADY, launch
 from helpers.tiny import make_pipeline
 from helpers.zoo import flux, sdxl
 from PIL import Image
@@ -253,13 +253,6 @@ def flags_of(sdxl_folder: Path, photographs: Path, output_dir: Path) -> list[str
     return [str(word) for pair in values.items() for word in pair] + ["--train_text_encoder", "--random_flip"]
 
 
-@pytest.fixture
-def script_main():
-    reset_accelerate()
-    yield dreambooth.main
-    reset_accelerate()
-
-
 def test_the_script_trains_saves_generates_and_describes_sdxl(sdxl_folder, photographs, tmp_path):
     flags = [*flags_of(sdxl_folder, photographs, tmp_path / "toy"), "--max_train_steps", "2"]
     flags += ["--num_validation_images", "1", "--num_inference_steps", "2", "--gradient_checkpointing"]
@@ -275,7 +268,7 @@ def test_the_script_trains_saves_generates_and_describes_sdxl(sdxl_folder, photo
 
 @pytest.mark.parametrize("method", ["ether", "ether_plus"])
 def test_a_stock_pipeline_with_the_saved_adapter_generates_what_the_trainer_generated(
-    script_main, sdxl_folder, photographs, tmp_path, method, monkeypatch
+    sdxl_folder, photographs, tmp_path, method, monkeypatch
 ):
     generated = {}
     save = StableDiffusionXLPipeline.save_ether_weights
@@ -286,7 +279,7 @@ def test_a_stock_pipeline_with_the_saved_adapter_generates_what_the_trainer_gene
 
     monkeypatch.setattr(StableDiffusionXLPipeline, "save_ether_weights", save_and_generate)
     flags = [*flags_of(sdxl_folder, photographs, tmp_path), "--method", method, "--num_validation_images", "0"]
-    script_main([*flags, "--max_train_steps", "3"])
+    dreambooth.main([*flags, "--max_train_steps", "3"])
     fresh = open_sdxl(sdxl_folder)
     base = generate(fresh)
     fresh.load_ether_weights(tmp_path)
@@ -294,9 +287,9 @@ def test_a_stock_pipeline_with_the_saved_adapter_generates_what_the_trainer_gene
     assert np.abs(base - generated["trainer"]).max() > 4 * ONE_GREY_LEVEL
 
 
-def test_sdxl_trains_and_generates_in_bfloat16(script_main, sdxl_folder, photographs, tmp_path):
+def test_sdxl_trains_and_generates_in_bfloat16(sdxl_folder, photographs, tmp_path):
     flags = [*flags_of(sdxl_folder, photographs, tmp_path), "--mixed_precision", "bf16", "--max_train_steps", "2"]
-    result = script_main([*flags, "--num_validation_images", "1", "--num_inference_steps", "2"])
+    result = dreambooth.main([*flags, "--num_validation_images", "1", "--num_inference_steps", "2"])
     assert np.isfinite(result.losses).all() and (tmp_path / "grid.png").exists()
     assert {tensor.dtype for tensor in load_file(tmp_path / WEIGHTS_NAME).values()} == {torch.float32}
 

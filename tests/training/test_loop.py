@@ -8,7 +8,7 @@ from helpers.scripts import reset_accelerate
 from ether_diffusion import EtherConfig
 from ether_diffusion.errors import InputError
 from ether_diffusion.training.families import family_of
-from ether_diffusion.training.loop import train
+from ether_diffusion.training.loop import Trainer
 from ether_diffusion.training.methods.injection import add_adapters, check_targets, trained_parameters
 from ether_diffusion.training.objectives import sample_losses
 from ether_diffusion.training.options import (
@@ -67,17 +67,10 @@ class Quadratic(torch.nn.Module):
         return loss * float("nan") if self.broken_at in samples else loss
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    reset_accelerate()
-    yield
-    reset_accelerate()
-
-
 def run(objective, **options):
     options = OptimizationOptions(learning_rate=0.1, **options)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=options.gradient_accumulation_steps)
-    return train(accelerator, objective, [{"params": [objective.weight], "lr": 0.1}], options)
+    return Trainer(accelerator, objective, [{"params": [objective.weight], "lr": 0.1}], options).train()
 
 
 def test_the_loop_visits_every_sample_once_and_converges():

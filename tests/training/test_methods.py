@@ -17,8 +17,9 @@ from peft.tuners.boft import layer as boft_layer
 from ether_diffusion import EtherConfig
 from ether_diffusion.errors import InputError
 from ether_diffusion.training.families import ModelSource, StableDiffusion, StableDiffusionXL
-from ether_diffusion.training.methods.configs import configs_of, loading_code, read_method, save_trained
+from ether_diffusion.training.methods.configs import configs_of, read_method
 from ether_diffusion.training.methods.injection import add_adapters, dry_run, trained_parameters
+from ether_diffusion.training.methods.saving import load_trained, loading_code, save_trained
 from ether_diffusion.training.options import LEARNING_RATES, METHODS, AdapterOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -139,7 +140,7 @@ def test_sdxl_with_both_text_encoders_loads_the_stock_way(name, sdxl_folder, tmp
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_rehearsal_counts_what_is_trained_in_every_component(name, parts, blueprint):
+def test_the_dry_run_counts_what_is_trained_in_every_component(name, parts, blueprint):
     _, configs, models = start(parts, options_of(name, True))
     for component, config in configs.items():
         trained = trained_parameters(models, {component: config})
@@ -372,7 +373,7 @@ def test_a_config_that_is_not_there_says_so(tmp_path):
         ({"peft_type": "ETHER", "num_blocks": 3}, "num_blocks=3 does not divide"),
     ],
 )
-def test_a_config_that_does_not_fit_the_model_fails_in_the_rehearsal(values, message, config_file, blueprint):
+def test_a_config_that_does_not_fit_the_model_fails_in_the_dry_run(values, message, config_file, blueprint):
     options = options_of(adapter_config=config_file(values))
     configs = configs_of(read_method(options), StableDiffusion, options)
     with pytest.raises(InputError, match=message):
@@ -389,16 +390,21 @@ def test_a_misspelt_target_is_an_error_for_every_method(name, component, bluepri
         dry_run(blueprint.models, configs)
 
 
-@pytest.mark.parametrize("name", ["hra", "full"])
+@pytest.mark.parametrize("name", ["ether", "lora", "hra", "full"])
 def test_saving_again_replaces_what_was_there_and_keeps_the_rest(name, tiny_pipeline, tiny_pipeline_folder, tmp_path):
     (tmp_path / "README.md").write_text("a card")
     method, configs, models = start(tiny_pipeline, options_of(name))
     for _ in range(2):
         perturb(models, configs, size=0.01 if name == "full" else 0.3)
         save_trained(tiny_pipeline, configs, tmp_path, method=method, metadata={})
-    loaded = generate(reopen(tiny_pipeline_folder, tmp_path, method, list(configs)))
+    loaded = generate(quiet(load_trained(tiny_pipeline_folder, tmp_path)))
     assert np.abs(loaded - generate(tiny_pipeline)).max() <= ONE_GREY_LEVEL
     assert (tmp_path / "README.md").read_text() == "a card" and not list(tmp_path.glob(".*"))
+
+
+def test_a_folder_without_weights_of_a_training_is_named(tiny_pipeline, tmp_path):
+    with pytest.raises(InputError, match=f"{tmp_path}: holds no weights of a training"):
+        load_trained(tiny_pipeline, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["lora", "hra"])

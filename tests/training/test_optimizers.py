@@ -1,8 +1,7 @@
-"""Optimisers, parameter groups, schedules and running averages: what the options say reaches the steps."""
+"""Optimisers, parameter groups and schedules: what the options say reaches the steps."""
 
 import importlib.util
 import io
-import itertools
 import math
 
 import pytest
@@ -10,13 +9,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ether_diffusion import EtherConfig, EtherLayer
+from ether_diffusion import EtherLayer
 from ether_diffusion.errors import InputError
-from ether_diffusion.training.ema import RunningAverage
 from ether_diffusion.training.optimizers import check_optimizer, make_optimizer, make_schedule, parameter_groups
 from ether_diffusion.training.options import OptimizationOptions
-from ether_diffusion.tuner.attention import enable_ether_attention
-from ether_diffusion.tuner.layer import EtherLinear
 
 
 def given(**options) -> OptimizationOptions:
@@ -256,18 +252,6 @@ def test_a_run_with_an_optional_optimizer_goes_on_to_the_bit(package, options, s
         assert torch.equal(second.place, whole.place)
 
 
-@pytest.mark.parametrize(
-    ("package", "options", "shape"),
-    [pytest.param("torch", {"learning_rate": 0.1}, (4, 3), id="adamw"), PRODIGY, EIGHT_BITS],
-)
-def test_a_step_moves_the_version_of_what_is_trained(package, options, shape):
-    need(package)
-    bowl = Bowl(*shape)
-    version = bowl.place._version
-    descend(bowl, optimizer_of(bowl, given(**options)), steps=1)
-    assert bowl.place._version > version
-
-
 # Schedules ------------------------------------------------------------------------------------------------------
 
 
@@ -332,150 +316,3 @@ def test_a_run_may_end_within_its_warm_up(name, warmup):
 def test_a_learning_rate_below_the_end_of_the_polynomial_is_an_error():
     with pytest.raises(InputError, match="^--learning_rate: got 1e-08, needs more than 1e-07, where --lr_scheduler"):
         rates(lr_scheduler="polynomial", learning_rate=1e-8)
-
-
-# The running average --------------------------------------------------------------------------------------------
-
-
-def walk(seed: int = 0):
-    """A parameter in float64, and its places on a random walk."""
-    generator = torch.Generator().manual_seed(seed)
-    places = torch.randn(30, 5, generator=generator, dtype=torch.float64).cumsum(dim=0)
-    return nn.Parameter(places[0].clone()), places
-
-
-@torch.no_grad()
-def follow(average: RunningAverage, parameter: nn.Parameter, places: torch.Tensor) -> None:
-    for place in places:
-        parameter.copy_(place)
-        average.update()
-
-
-@pytest.mark.parametrize("decay", [0.0, 0.6, 0.999])
-def test_the_average_weighs_every_step_by_the_closed_formula(decay):
-    parameter, places = walk()
-    average = RunningAverage([parameter], decay)
-    follow(average, parameter, places[1:])
-    decays = [min(decay, (1 + t) / (10 + t)) for t in range(29)]
-    weights = [math.prod(decays)] + [(1 - each) * math.prod(decays[t + 1 :]) for t, each in enumerate(decays)]
-    assert sum(weights) == pytest.approx(1)
-    torch.testing.assert_close(average.average[0], torch.tensor(weights, dtype=torch.float64) @ places)
-    assert torch.equal(parameter, places[-1])
-
-
-def test_the_average_goes_on_to_the_bit():
-    whole, places = walk()
-    expected = RunningAverage([whole], 0.9)
-    follow(expected, whole, places)
-    first, _ = walk()
-    average = RunningAverage([first], 0.9)
-    follow(average, first, places[:11])
-    saved = through_a_file(average.state_dict())
-    second = nn.Parameter(first.detach().clone())
-    resumed = RunningAverage([second], 0.9)
-    resumed.load_state_dict(saved)
-    follow(resumed, second, places[11:])
-    assert torch.equal(resumed.average[0], expected.average[0]) and resumed.updates == 30
-
-
-def test_an_average_of_other_parameters_is_an_error():
-    state = RunningAverage([nn.Parameter(torch.zeros(3))], 0.9).state_dict()
-    with pytest.raises(ValueError, match=r"its shapes are \[\(3,\)\], those trained \[\(2,\), \(3,\)\]"):
-        RunningAverage([nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3))], 0.9).load_state_dict(state)
-
-
-@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
-def test_the_average_is_applied_for_the_time_of_the_context(error):
-    parameter, places = walk()
-    parameter.data[0] = float("nan")  # not even this is lost
-    places[3, 0] = float("nan")
-    average = RunningAverage([parameter], 0.9)
-    follow(average, parameter, places[1:4])
-    before, held = parameter.detach().clone(), average.average[0].clone()
-    try:
-        with average.applied():
-            torch.testing.assert_close(parameter.detach(), held, rtol=0, atol=0, equal_nan=True)
-            assert torch.is_grad_enabled()
-            if error is not None:
-                raise error
-    except (ValueError, KeyboardInterrupt) as caught:
-        assert type(caught) is error
-    assert torch.equal(parameter.view(torch.int64), before.view(torch.int64))
-    assert torch.equal(average.average[0].view(torch.int64), held.view(torch.int64))
-
-
-def test_what_an_average_writes_moves_the_version():
-    parameter = nn.Parameter(torch.zeros(2))
-    average, versions = RunningAverage([parameter], 0.9), [parameter._version]
-    with average.applied():
-        versions.append(parameter._version)
-    versions.append(parameter._version)
-    average.apply()
-    versions.append(parameter._version)
-    assert versions == sorted(set(versions))
-
-
-def test_the_average_stays_for_good_once_applied():
-    parameter, places = walk()
-    average = RunningAverage([parameter], 0.9)
-    follow(average, parameter, places)
-    average.apply()
-    assert torch.equal(parameter, average.average[0]) and not torch.equal(parameter, places[-1])
-    assert parameter.requires_grad and parameter.is_leaf
-
-
-@pytest.mark.parametrize("method", ["ether", "ether_plus"])
-def test_a_layer_answers_with_its_average_and_then_as_before(method):
-    torch.manual_seed(0)
-    layer = EtherLinear(nn.Linear(8, 8), "default", EtherConfig(method=method, num_blocks=2, init_weights=False))
-    layer.base_layer.requires_grad_(False)
-    x, goal = torch.randn(5, 8), torch.randn(5, 8)
-    optimizer = optimizer_of(layer, given(learning_rate=0.1))
-    average = RunningAverage(vectors_of(layer), 0.999)
-    for _ in range(4):
-        optimizer.zero_grad()
-        (layer(x) - goal).square().mean().backward()
-        optimizer.step()
-        average.update()
-    with torch.no_grad():
-        before = layer(x)
-        with average.applied():
-            inside = layer(x)
-        assert not torch.equal(inside, before) and torch.equal(layer(x), before)
-        average.apply()
-        assert torch.equal(layer(x), inside)
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "prodigy"])
-@pytest.mark.parametrize("full", [False, True], ids=["adapter", "all weights"])
-def test_projections_that_are_kept_follow_steps_and_averages(tiny_pipeline, optimizer, full):
-    """EtherAttnProcessor keeps adapted weights between calls, by what it sees of the parameters."""
-    if optimizer == "prodigy":
-        need("prodigyopt")
-    unet = tiny_pipeline.unet
-    unet.add_adapter(EtherConfig(method="ether", init_weights=False))
-    if full:  # the weights below the adapters as well
-        unet.requires_grad_(True)
-    options = given(learning_rate=1.0 if optimizer == "prodigy" else 0.05, optimizer=optimizer)
-    torch.manual_seed(0)
-    inputs = {"sample": torch.randn(1, 4, 8, 8), "timestep": 5, "encoder_hidden_states": torch.randn(1, 7, 16)}
-
-    @torch.no_grad()
-    def answer() -> torch.Tensor:
-        return unet.eval()(**inputs).sample
-
-    enable_ether_attention(unet)
-    steps = optimizer_of(unet, options)
-    average = RunningAverage(itertools.chain.from_iterable(group["params"] for group in steps.param_groups), 0.999)
-    kept = [answer()]
-    for _ in range(2):
-        unet(**inputs).sample.square().mean().backward()
-        steps.step()
-        average.update()
-        kept.append(answer())
-    with average.applied():
-        kept.append(answer())
-    kept.append(answer())
-    assert torch.equal(kept[-1], kept[2]) and not torch.equal(kept[-2], kept[-1])
-    enable_ether_attention(unet)  # new processors, which have kept nothing
-    torch.testing.assert_close(answer(), kept[-1], rtol=0, atol=0)

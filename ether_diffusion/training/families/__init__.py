@@ -1,13 +1,14 @@
 """Model families: what training must know about one kind of pipeline, one module each.
 
-The loop, the objective and the images use `Family` alone; a new family is a new module and a line in `FAMILIES`.
+The rest of training uses `Family` alone; a new family is a new module and a line in `FAMILIES`.
 """
 
 from diffusers import DiffusionPipeline
 
 from ether_diffusion.errors import InputError
-from ether_diffusion.training.families.base import Blueprint, Family, ModelSource
+from ether_diffusion.training.families.base import Family
 from ether_diffusion.training.families.sdxl import StableDiffusionXL
+from ether_diffusion.training.families.source import Blueprint, ModelSource
 from ether_diffusion.training.families.stable_diffusion import StableDiffusion
 
 FAMILIES: tuple[type[Family], ...] = (StableDiffusion, StableDiffusionXL)

@@ -12,7 +12,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from ether_diffusion.control.pipelines import EtherControlXLPipeline
 from ether_diffusion.errors import InputError
 from ether_diffusion.training.data.views import Framing
-from ether_diffusion.training.families.base import Blueprint, Conditioning, ModelSource
+from ether_diffusion.training.families.base import Conditioning
+from ether_diffusion.training.families.source import Blueprint, ModelSource
 from ether_diffusion.training.families.unet import UNetFamily
 
 SIZE_COUNT = 6  # two numbers each of original size, crop and target size
@@ -21,7 +22,7 @@ SIZE_COUNT = 6  # two numbers each of original size, crop and target size
 class StableDiffusionXL(UNetFamily):
     """Stable Diffusion XL base, epsilon or v by the pipeline's own scheduler config.
 
-    The prompt reaches the UNet as the penultimate hidden states of both encoders, side by side, and as the pooled
+    The prompt reaches the UNet as the penultimate hidden states of both encoders, concatenated, and as the pooled
     output of the second; size and crop as six numbers.
 
     Source: SDXL, arXiv:2307.01952, sections 2.1 and 2.2.
@@ -50,6 +51,7 @@ class StableDiffusionXL(UNetFamily):
         return blueprint
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """What the UNet is told, one row per prompt. Gradients flow to the text encoders."""
         states, _, pooled, _ = self.pipe.encode_prompt(
             list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )

@@ -23,6 +23,7 @@ class StableDiffusion(UNetFamily):
     loading = {"safety_checker": None, "requires_safety_checker": False}
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """What the UNet is told, one row per prompt. Gradients flow to the text encoders."""
         states, _ = self.pipe.encode_prompt(
             list(prompts), self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )

@@ -1,6 +1,5 @@
 """What the UNet families share: CLIP text encoders, a KL autoencoder, a cross-attention UNet, discrete DDPM noise."""
 
-from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -12,7 +11,8 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ether_diffusion.errors import InputError
-from ether_diffusion.training.families.base import Blueprint, Conditioning, Family, ModelSource
+from ether_diffusion.training.families.base import Conditioning, Family
+from ether_diffusion.training.families.source import Blueprint, ModelSource
 
 PREDICTIONS = ("epsilon", "v_prediction")
 
@@ -33,6 +33,9 @@ def training_schedule(config: Mapping[str, Any], where: str) -> DDPMScheduler:
 
 class UNetFamily(Family):
     """Latent diffusion with epsilon or v targets, by the pipeline's own scheduler config.
+
+    A family of this kind adds `encode_prompts`, and `arguments(conditioning)`: the conditioning as keyword arguments
+    of the UNet and of a ControlNet.
 
     Class attributes:
         light_control_pipeline_class, controlnet_pipeline_class: our pipeline of a light encoder, and the stock one of
@@ -56,6 +59,7 @@ class UNetFamily(Family):
 
     @classmethod
     def read_blueprint(cls, source: ModelSource) -> Blueprint:
+        """The pipeline without weights. Raises `InputError` where training does not cover this pipeline."""
         index = source.config()
         encoders = dict(zip(cls.text_encoders, cls.text_encoder_classes, strict=True))
         for component, kind in {"unet": UNet2DConditionModel, "vae": AutoencoderKL, **encoders}.items():
@@ -81,6 +85,7 @@ class UNetFamily(Family):
 
     @classmethod
     def load(cls, source: ModelSource, dtype: torch.dtype) -> "UNetFamily":
+        """The pipeline with its weights, all of one dtype. Raises `InputError` where it cannot be read."""
         with source.reading():
             pipe = cls.pipeline_class.from_pretrained(
                 source.path, dtype=dtype, revision=source.revision, variant=source.variant, **cls.loading
@@ -89,45 +94,62 @@ class UNetFamily(Family):
 
     @property
     def native_resolution(self) -> int:
+        """Side in pixels of the images that the denoiser was made for."""
         return self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
 
     @property
     def timestep_count(self) -> int:
+        """Number of timesteps of the training schedule."""
         return self.schedule.config.num_train_timesteps
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """One image (3, h, w) as the autoencoder's distribution: its parameters, (2c, h', w'), float32."""
         vae = self.pipe.vae
         encoded = vae.encode(pixels[None].to(vae.device, vae.dtype))
         return encoded.latent_dist.parameters[0].float()
 
     def make_latents(self, moments: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Scaled latents (c, h', w'), float32, drawn from one distribution, or its mean where generator is None."""
         distribution = DiagonalGaussianDistribution(moments[None])
         latents = distribution.mode() if generator is None else distribution.sample(generator)
         shift = getattr(self.pipe.vae.config, "shift_factor", None) or 0.0
         return (latents[0] - shift) * self.pipe.vae.config.scaling_factor
 
     def draw_timestep(self, generator: torch.Generator) -> int:
+        """A timestep for training, all alike."""
         return int(torch.randint(self.timestep_count, (), generator=generator))
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The latents at these timesteps (b,), float32."""
         return self.schedule.add_noise(latents, noise, timesteps)
 
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the denoiser should answer, float32."""
+        if self.schedule.config.prediction_type == "v_prediction":
+            return self.schedule.get_velocity(latents, noise, timesteps)
+        return noise
+
     def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
+        """Weights of the losses at these timesteps (b,), float32.
+
+        min(SNR, γ) / SNR for noise targets, min(SNR, γ) / (SNR + 1) for velocity targets, SNR = ᾱ / (1 − ᾱ).
+
+        Source: Min-SNR, arXiv:2303.09556, section 3.4.
+        """
         ratio = compute_snr(self.schedule, timesteps).float()
         if self.schedule.config.prediction_type == "v_prediction":
             return ratio.clamp(max=gamma) / (ratio + 1)
         return (gamma / ratio).clamp(max=1)  # 1 as well where the SNR is 0, at the end of some schedules
 
-    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        if self.schedule.config.prediction_type == "v_prediction":
-            return self.schedule.get_velocity(latents, noise, timesteps)
-        return noise
-
-    @abstractmethod
-    def arguments(self, conditioning: Conditioning) -> dict[str, Any]:
-        """The conditioning as the UNet's and a ControlNet's keyword arguments."""
-
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, **residuals: Any) -> Tensor:
+        """What the UNet answers, in the shape of the latents.
+
+        Args:
+            noisy: latents with noise.
+            timesteps: of each, (b,).
+            conditioning: of prompts and of framings, in one mapping.
+            residuals: from a ControlNet.
+        """
         unet = self.pipe.unet
         return unet(noisy.to(unet.dtype), timesteps, **self.arguments(conditioning), **residuals).sample
 

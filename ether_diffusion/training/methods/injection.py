@@ -1,4 +1,4 @@
-"""Put a method on a pipeline's components: a rehearsal without weights, the injection, and what is trained then."""
+"""Put a method on a pipeline's components: a dry run without weights, the injection, and what is trained then."""
 
 import copy
 import dataclasses
@@ -17,8 +17,8 @@ from ether_diffusion.errors import InputError
 from ether_diffusion.training.seeds import derive
 
 ADAPTER_NAME = "default"
-ADAPTED = (nn.Linear, nn.Conv2d)
-OTHER_LAYERS = ("LN_TUNING", "IA3", "LORA", "TRAINABLE_TOKENS")
+ADAPTABLE = (nn.Linear, nn.Conv2d)
+TYPES_FOR_OTHER_LAYERS = ("LN_TUNING", "IA3", "LORA", "TRAINABLE_TOKENS")
 """PEFT types that also take layers which are neither Linear nor Conv2d: norms, embeddings."""
 
 Configs = Mapping[str, PeftConfig | None]
@@ -45,14 +45,14 @@ def dry_run(models: Mapping[str, nn.Module], configs: Configs) -> int:
     """
     for component, config in configs.items():
         if config is not None:
-            kinds = nn.Module if config.peft_type in OTHER_LAYERS else ADAPTED
+            kinds = nn.Module if config.peft_type in TYPES_FOR_OTHER_LAYERS else ADAPTABLE
             check_targets(component, models[component], config.target_modules, kinds=kinds)
     add_adapters(models, configs, seed=0)
     return sum(parameter.numel() for parameter in trained_parameters(models, configs))
 
 
 def check_targets(
-    component: str, model: nn.Module, targets: object, *, kinds: type | tuple[type, ...] = ADAPTED
+    component: str, model: nn.Module, targets: object, *, kinds: type | tuple[type, ...] = ADAPTABLE
 ) -> None:
     """Raise `InputError` unless every target is the ending of the name of a layer of the model, of one of these kinds.
 
@@ -63,7 +63,7 @@ def check_targets(
     names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
     for target in sorted(targets):
         if not any(_ends_with(name, target) for name in names):
-            layers = [name for name, module in model.named_modules() if isinstance(module, ADAPTED)]
+            layers = [name for name, module in model.named_modules() if isinstance(module, ADAPTABLE)]
             endings = sorted({_ending(name) for name in layers})
             raise InputError(f"{component}: no layer is called {target!r}; layers to adapt are {', '.join(endings)}")
 
@@ -115,8 +115,8 @@ def _inject(model: nn.Module, config: PeftConfig) -> None:
     if not tuner.uses_shared_state:
         model.add_adapter(config, ADAPTER_NAME)
         return
-    # `add_adapter` refuses VeRA, whose layers share matrices that the tuner makes; every layer keeps hold of them, so
-    # that the model works without the tuner.
+    # `add_adapter` refuses VeRA, whose layers share matrices that the tuner makes; every layer keeps a reference to
+    # them, so the model works without the tuner.
     tuner(model, config, ADAPTER_NAME)
     model._hf_peft_config_loaded = True  # what diffusers and transformers ask before they switch adapters
     model.set_adapter(ADAPTER_NAME)
@@ -166,7 +166,7 @@ def _fitted(model: nn.Module, config: PeftConfig) -> PeftConfig:
     widths = {
         name: module.in_channels if isinstance(module, nn.Conv2d) else module.in_features
         for name, module in model.named_modules()
-        if isinstance(module, ADAPTED) and any(_ends_with(name, target) for target in targets)
+        if isinstance(module, ADAPTABLE) and any(_ends_with(name, target) for target in targets)
     }
     if isinstance(config, FittedOFTConfig):
         return _with_common_block(config, set(widths.values()))

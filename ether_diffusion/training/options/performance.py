@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 
+from ether_diffusion.dtypes import PRECISIONS
 from ether_diffusion.errors import InputError
 from ether_diffusion.training.options.base import OptionGroup, option
 from ether_diffusion.tuner.attention import BACKENDS, check_backend
-
-PRECISIONS = ("no", "fp16", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +16,7 @@ class PerformanceOptions(OptionGroup):
         "Precision of the frozen weights and of the arithmetic; what is trained stays in float32. Default: as "
         "`accelerate launch` was told, else no.",
         None,
-        choices=PRECISIONS,
+        choices=tuple(PRECISIONS),
     )
     gradient_checkpointing: bool = option("Recompute activations in the backward pass: less memory, slower.", False)
     cache_latents: bool = option(
