@@ -76,6 +76,13 @@ def test_adapter_configs_in_the_guide_can_be_given(tmp_path):
     assert read_method(AdapterOptions(adapter_config=str(tmp_path / "config.json"))).layout == "lora"
 
 
+def test_the_config_file_in_the_guide_can_be_given(tmp_path):
+    guide = (ROOT / "docs" / "training.md").read_text("utf-8")
+    (config,) = re.findall(r"^```yaml\n(.*?)^```", guide, re.DOTALL | re.MULTILINE)
+    (tmp_path / "dog.yaml").write_text(config)
+    assert parse_options(dreambooth.Options, [str(tmp_path / "dog.yaml")]).run.output_dir == "out/dog"
+
+
 def test_the_table_of_flags_is_that_of_the_code(capsys):
     assert set(SCRIPTS) == set(ROOT.glob("train_*_ether.py"))
     flag_table.main()
