@@ -16,66 +16,19 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 
 from ether_diffusion.commands.tables import UNKNOWN, show, table
-from ether_diffusion.evaluation.control import NO_FEATURES, UPERNET, ControlEvaluation, evaluate
-from ether_diffusion.evaluation.features import FRECHET_FEATURES
+from ether_diffusion.evaluation.control import ControlEvaluation, evaluate
+from ether_diffusion.training.options.command_line import add_flags
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--base", help="A pipeline, a folder or an id on the Hub. Default with --miniature: its own.")
-    parser.add_argument(
-        "--adapter",
-        required=True,
-        help="A file, folder or id of an adapter with control, or a folder of a ControlNet.",
-    )
-    data = parser.add_mutually_exclusive_group(required=True)
-    data.add_argument("--data_dir", type=Path, help="Folder with metadata.jsonl, see above.")
-    data.add_argument(
-        "--miniature", type=_positive, metavar="N", help="In place of --data_dir: N held-out maps of the miniature."
-    )
-    parser.add_argument("--output_dir", type=Path, required=True, help="Folder for report.json and sheet.png.")
-    parser.add_argument("--max_samples", type=_positive, help="Use only the first so many lines of --data_dir.")
-    parser.add_argument("--num_inference_steps", type=_positive, help="Default: %(default)s.")
-    parser.add_argument("--guidance_scale", type=float, help="Default: %(default)s.")
-    parser.add_argument("--controlnet_conditioning_scale", type=float, help="Default: %(default)s.")
-    parser.add_argument("--seed", type=int, help="Of the noise that images start from. Default: %(default)s.")
-    parser.add_argument("--batch_size", type=_positive, help="Images at once. Default: %(default)s.")
-    parser.add_argument(
-        "--evaluator",
-        "--judge",
-        help="miniature: trained here in a few minutes; edges: F1 of Sobel edges, for edge maps; or a UperNet, a "
-        f"folder or an id on the Hub. Default: {UPERNET}, with --miniature its own.",
-    )
-    parser.add_argument(
-        "--evaluator_dir",
-        "--judge_dir",
-        type=Path,
-        help="Folder where the miniature's evaluator is kept. Default: in --output_dir.",
-    )
-    parser.add_argument(
-        "--reduce_labels",
-        action="store_true",
-        help="Grey value 0 is no class and the classes start at 1, as in ADE20K.",
-    )
-    parser.add_argument(
-        "--fid_features",
-        choices=(*FRECHET_FEATURES, NO_FEATURES),
-        help="Extractor of the Fréchet distance. Default: inception, with --miniature its own, which is not "
-        "comparable with published FIDs.",
-    )
-    parser.set_defaults(
-        **{each.name: each.default for each in fields(ControlEvaluation) if each.default is not MISSING}
-    )
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"got {text}, needs a whole number from 1")
-    return value
+    add_flags(parser, ControlEvaluation)
+    # The names that these two had first.
+    for former, name, kind in (("--judge", "evaluator", str), ("--judge_dir", "evaluator_dir", Path)):
+        parser.add_argument(former, dest=name, type=kind, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> None:

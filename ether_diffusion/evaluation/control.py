@@ -1,7 +1,5 @@
 """How well a pipeline under control follows its control images: generate from each, score, compare with the base."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from collections.abc import Sequence
@@ -19,7 +17,7 @@ from ether_diffusion import metrics
 from ether_diffusion.analysis.report import CONTROLLED
 from ether_diffusion.control.encoder import CONTROL, ControlEncoder
 from ether_diffusion.errors import InputError
-from ether_diffusion.evaluation.features import MINIATURE, MiniatureFeatures
+from ether_diffusion.evaluation.features import FRECHET_FEATURES, MINIATURE, MiniatureFeatures
 from ether_diffusion.evaluation.samples import IGNORED, Sample, held_out, read_samples
 from ether_diffusion.files import MINIATURE_FOLDER, checksum
 from ether_diffusion.images import image_grid
@@ -27,6 +25,7 @@ from ether_diffusion.metrics.frechet import INCEPTION
 from ether_diffusion.miniature.control_data import HELD_OUT
 from ether_diffusion.miniature.segmenter import MiniatureSegmenter
 from ether_diffusion.training.methods.saving import load_trained
+from ether_diffusion.training.options.base import POSITIVE, OptionGroup, option
 from ether_diffusion.training.seeds import generator
 
 NO_FEATURES = "none"
@@ -36,27 +35,45 @@ SHEET_SIDE = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class ControlEvaluation:
-    """What `ether-diffusion evaluate-control` asks for; its --help explains each of them.
+class ControlEvaluation(OptionGroup):
+    """What an evaluation of control is made with: the flags of `ether-diffusion evaluate-control`."""
 
-    Either `data_dir` or `miniature`, the number of held-out maps, says what is measured on.
-    """
+    base: str | None = option("A pipeline, a folder or an id on the Hub. Default with --miniature: its own.", None)
+    adapter: str = option("A file, folder or id of an adapter with control, or a folder of a ControlNet.")
+    data_dir: Path | None = option("Folder with metadata.jsonl, see above.", None)
+    miniature: int | None = option(
+        "In place of --data_dir: so many held-out maps of the miniature.", None, fits=POSITIVE
+    )
+    output_dir: Path = option("Folder for report.json and sheet.png.")
+    max_samples: int | None = option("Use only the first so many lines of --data_dir.", None, fits=POSITIVE)
+    num_inference_steps: int = option("Denoising steps of each image.", 25, fits=POSITIVE)
+    guidance_scale: float = option("Guidance by the caption.", 7.5)
+    controlnet_conditioning_scale: float = option("Strength of control.", 1.0)
+    seed: int = option("Of the noise that images start from. Default: 0.", 0)
+    batch_size: int = option("Images at once.", 4, fits=POSITIVE)
+    evaluator: str | None = option(
+        "miniature: trained here in a few minutes; edges: F1 of Sobel edges, for edge maps; or a UperNet, a folder or "
+        f"an id on the Hub. Default: {UPERNET}, with --miniature its own.",
+        None,
+    )
+    evaluator_dir: Path | None = option(
+        "Folder where the miniature's evaluator is kept. Default: in --output_dir.", None
+    )
+    reduce_labels: bool = option("Grey value 0 is no class and the classes start at 1, as in ADE20K.", False)
+    fid_features: str | None = option(
+        "Extractor of the Fréchet distance. Default: inception, with --miniature its own, which is not comparable "
+        "with published FIDs.",
+        None,
+        choices=(*FRECHET_FEATURES, NO_FEATURES),
+    )
 
-    adapter: str
-    output_dir: Path
-    base: str | None = None
-    data_dir: Path | None = None
-    miniature: int | None = None
-    max_samples: int | None = None
-    num_inference_steps: int = 25
-    guidance_scale: float = 7.5
-    controlnet_conditioning_scale: float = 1.0
-    seed: int = 0
-    batch_size: int = 4
-    evaluator: str | None = None
-    evaluator_dir: Path | None = None
-    reduce_labels: bool = False
-    fid_features: str | None = None
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_one_given("data_dir", "miniature")
+        if self.base is None and self.miniature is None:
+            raise InputError(
+                "--base: missing; needs a pipeline, a folder or an id on the Hub (only --miniature has its own)"
+            )
 
 
 def evaluate(options: ControlEvaluation) -> tuple[dict[str, Any], Image.Image]:
@@ -67,10 +84,6 @@ def evaluate(options: ControlEvaluation) -> tuple[dict[str, Any], Image.Image]:
         ValueError: an adapter that does not fit, or a base without a UNet.
         OSError: nothing there, or the Hub cannot be reached.
     """
-    if options.base is None and options.miniature is None:
-        raise InputError(
-            "--base: missing; needs a pipeline, a folder or an id on the Hub (only --miniature has its own)"
-        )
     base = options.base or str(MINIATURE_FOLDER)
     features = options.fid_features or (INCEPTION if options.miniature is None else MINIATURE)
     pipe = _open(base)

@@ -18,7 +18,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from ether_diffusion.errors import InputError
-from ether_diffusion.training.options.base import groups_of
+from ether_diffusion.training.options.base import OptionGroup, groups_of
 
 Options = TypeVar("Options")
 
@@ -96,6 +96,12 @@ def _default_of(action: argparse.Action, value: Any, path: str) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
         raise InputError(f"{path}: {action.dest} is {value!r}, needs {words}")
     return tuple(map(str, value)) if kind is list else value if kind is bool else str(value)
+
+
+def add_flags(parser: argparse.ArgumentParser, group: type[OptionGroup]) -> None:
+    """Add the flags of one group to a parser of another kind, such as that of a subcommand."""
+    for each in dataclasses.fields(group):
+        OptionParser._parse_dataclass_field(parser, each)
 
 
 def parse_options(
