@@ -187,7 +187,7 @@ def detach(pipe: DiffusionPipeline, adapter_names: Iterable[str]) -> None:
     ]
     layers = [layer for model in models.values() for _, layer in ether_layers(model) if layer.merged]
     for layer in layers:
-        layer._pristine_weight()  # raises where it cannot be had any more
+        layer.unmerged_weight()  # raises where it cannot be had any more
     for component, model in models.items():
         if own := [record.name for record in chosen if component in record.configs]:
             _detach_layers(model, own)

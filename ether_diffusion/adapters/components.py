@@ -176,7 +176,7 @@ def base_weights(model: nn.Module, component: str, paths: Iterable[str]) -> dict
     weights = {}
     for path in paths:
         layer = modules[path]
-        weight = layer._pristine_weight() if isinstance(layer, EtherLayer) else getattr(base_of(layer), "weight", None)
+        weight = layer.unmerged_weight() if isinstance(layer, EtherLayer) else getattr(base_of(layer), "weight", None)
         weights[canonical_path(component, path)] = weight
     return weights
 

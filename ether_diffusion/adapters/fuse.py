@@ -73,7 +73,7 @@ def fuse_ether(
             _merge_at(layer, {name: ether_scale * layer.scaling[name] for name in names}, safe_fusing)
             touched.append((layer, earlier))
             if keep_original != "device":
-                layer._unmerged_weight = file or layer._pristine_weight().cpu()
+                layer.original_weight = file or layer.unmerged_weight().cpu()
     except BaseException:
         for layer, earlier in touched:
             layer.unmerge()
@@ -102,7 +102,7 @@ def unfuse_ether(self: DiffusionPipeline, components: Sequence[str] | None = Non
     chosen = [(layer, place) for layer, place in _chosen_layers(self, components) if layer.merged]
     refuse_merged_above(chosen)
     for layer, _ in chosen:
-        layer._pristine_weight()  # raises where it cannot be had any more
+        layer.unmerged_weight()  # raises where it cannot be had any more
     for layer, _ in chosen:
         layer.unmerge()
 
@@ -173,7 +173,7 @@ def _on_disk(layer: EtherLayer, place: Place, files: Mapping[str, list[Path]]) -
         ValueError: no such file.
     """
     component, path, _ = place
-    name, weight = without_base_layer(path), layer._plain_weight()
+    name, weight = without_base_layer(path), layer.plain_weight()
     for key in dict.fromkeys(f"{each}.weight" for each in (name, canonical_path(component, name))):
         for file in files.get(key, ()):
             if torch.equal(_read(file, key).to(weight.dtype), weight.cpu()):

@@ -63,7 +63,7 @@ def collect(
             for path, layer in layers.items()
             for name, vector in layer.vectors(adapter_name).named().items()
         }
-        fingerprints[component] = fingerprint({path: layer._pristine_weight() for path, layer in layers.items()})
+        fingerprints[component] = fingerprint({path: layer.unmerged_weight() for path, layer in layers.items()})
     base = {"base_model": base_model_name(pipe), "base_fingerprint": fingerprints}
     weights = _weights_of(pipe, record, replaced_modules or {})
     return AdapterFile(configs, tensors, {**record.metadata, **base}, weights=weights)

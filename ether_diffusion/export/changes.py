@@ -124,7 +124,7 @@ def _change(component: str, path: str, layer: EtherLayer, names: Sequence[str]) 
             "which would reflect it too: unload it first"
         )
     try:
-        weight = layer._plain_weight().detach().cpu()
+        weight = layer.plain_weight().detach().cpu()
     except ValueError as error:
         raise ValueError(f"{component}.{path}: {error}") from error
     adapters = {

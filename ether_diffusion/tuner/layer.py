@@ -18,10 +18,6 @@ from ether_diffusion.tuner.transforms import Vectors
 NO_MIXED_BATCHES = "ETHER does not mix adapters within a batch (adapter_names): set one with set_adapter"
 
 
-def divisors(number: int) -> list[int]:
-    return [k for k in range(1, number + 1) if number % k == 0]
-
-
 class EtherLayer(MergingLayer):
     """An adapted layer: y = f_j(x) over the active adapters in the order of their activation, on a frozen base f_0.
 
@@ -82,7 +78,7 @@ class EtherLayer(MergingLayer):
         for suffix, width in sides.items():
             if width % n:
                 side = "output" if suffix else "input"
-                fitting = ", ".join(map(str, divisors(width)[:12]))
+                fitting = ", ".join([str(k) for k in range(1, width + 1) if width % k == 0][:12])
                 raise ValueError(
                     f"{layer_name or type(self).__name__}: num_blocks={n} does not divide the {side} dimension "
                     f"{width}; try {fitting}"

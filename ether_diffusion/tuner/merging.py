@@ -27,7 +27,7 @@ class MergingLayer(BaseTunerLayer):
         """The state of a layer into which nothing is merged."""
         self.merged_adapters: list[str] = []
         self.merged_adaptations: dict[str, Adaptation] = {}  # as they were when merged
-        self._unmerged_weight: Tensor | Callable[[], Tensor] | None = None  # or what brings it
+        self.original_weight: Tensor | Callable[[], Tensor] | None = None  # while merged, or what brings it
         self._written: int | None = None  # `_checksum` of the weight as it was merged, where it is nothing but that
 
     def adapted_weight(self, adapter_names: list[str]) -> Tensor:
@@ -39,12 +39,12 @@ class MergingLayer(BaseTunerLayer):
 
     def _adaptation(self, adapter_name: str) -> Adaptation:
         """What an adapter does now to the weight: copies, on the device of the unmerged weight."""
-        device = self._plain_weight().device
+        device = self.plain_weight().device
         vectors = self.vectors(adapter_name).map(lambda vector: vector.to(device, copy=True))
         return Adaptation(vectors, self.scaling[adapter_name])
 
     def _adapted(self, adaptations: Iterable[Adaptation]) -> Tensor:
-        base = self._plain_weight()
+        base = self.plain_weight()
         accurate = base if base.dtype == torch.float64 else base.float()
         for adaptation in adaptations:
             accurate = adapted_weight(accurate, *adaptation)
@@ -52,26 +52,27 @@ class MergingLayer(BaseTunerLayer):
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """W(α) − W of one adapter alone on the base weight, in the shape of the weight; float32 (float64)."""
-        base = self._plain_weight()
+        base = self.plain_weight()
         down, up = self.low_rank_delta(adapter_name)
         return (up @ down).view(base.shape)
 
     def low_rank_delta(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """Factors (A, B) of `get_delta_weight`, flattened to (o, i·k): see `transforms.low_rank_delta`."""
-        return low_rank_delta(self._plain_weight(), *self._adaptation(adapter_name))
+        return low_rank_delta(self.plain_weight(), *self._adaptation(adapter_name))
 
-    def _pristine_weight(self) -> Tensor:
+    def unmerged_weight(self) -> Tensor:
         """The weight below as it is without ETHER: the layer's own, or while merged the kept one."""
-        kept = self._unmerged_weight
-        return self.weight.data if kept is None else kept() if callable(kept) else kept
+        if self.original_weight is None:
+            return self.weight.data
+        return self.original_weight() if callable(self.original_weight) else self.original_weight
 
-    def _plain_weight(self) -> Tensor:
-        """`_pristine_weight`, where it can be read and written as it is.
+    def plain_weight(self) -> Tensor:
+        """`unmerged_weight`, where it can be read and written as it is.
 
         Raises:
             ValueError: the weight is quantised, or elsewhere (on the meta device).
         """
-        weight = self._pristine_weight()
+        weight = self.unmerged_weight()
         if not is_plain(weight):
             raise ValueError(
                 f"the weight of {type(self.get_base_layer()).__name__} is no plain floating-point tensor here "
@@ -104,7 +105,7 @@ class MergingLayer(BaseTunerLayer):
                 f"a {type(inner).__name__} with unmerged adapters lies below this ETHER layer: merging into the "
                 "weight would drop it; merge or delete it first"
             )
-        weight, pristine = self.get_base_layer().weight, self._plain_weight()
+        weight, original = self.get_base_layer().weight, self.plain_weight()
         adaptations = self.merged_adaptations | {name: self._adaptation(name) for name in names}
         merged = self._adapted(adaptations.values()).to(weight.device, weight.dtype)
         added = self._added_since_merging() if self.merged else None
@@ -112,9 +113,10 @@ class MergingLayer(BaseTunerLayer):
             merged = (merged + added).to(weight.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"NaN or infinity in the merged weight: adapter {', '.join(names)} seems to be broken")
-        self._unmerged_weight = pristine if self._unmerged_weight is None else self._unmerged_weight
+        self.original_weight = original if self.original_weight is None else self.original_weight
         self.merged_adaptations = adaptations
-        weight.data = merged.contiguous() if merged is not pristine else merged.clone()
+        # Its own tensor, even if nothing was adapted: what is written to the weight must not reach the original.
+        weight.data = merged.contiguous() if merged is not original else merged.clone()
         self._written = _checksum(weight.data) if added is None else None
         self.merged_adapters.extend(names)
 
@@ -132,8 +134,8 @@ class MergingLayer(BaseTunerLayer):
 
     def _weight_without_merged(self) -> Tensor:
         weight = self.get_base_layer().weight
-        pristine, added = self._pristine_weight().to(weight.device, weight.dtype), self._added_since_merging()
-        return pristine if added is None else (pristine + added).to(weight.dtype)
+        original, added = self.unmerged_weight().to(weight.device, weight.dtype), self._added_since_merging()
+        return original if added is None else (original + added).to(weight.dtype)
 
     def _added_since_merging(self) -> Tensor | None:
         """What the weight has besides that which `merge` wrote, if anything; float32 (float64)."""
@@ -141,6 +143,7 @@ class MergingLayer(BaseTunerLayer):
         if _checksum(weight) == self._written:
             return None
         written = self._adapted(self.merged_adaptations.values()).to(weight.device, weight.dtype)
+        # What is not finite says nothing of what was added to it.
         same = (weight == written) | ~torch.isfinite(written)
         if same.all():
             return None

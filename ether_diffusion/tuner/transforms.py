@@ -153,7 +153,7 @@ def adapt_weight(weight: Tensor, vectors: Vectors, strength: float = 1.0) -> Ten
     with torch.autocast(weight.device.type, enabled=False):
         dtype = torch.promote_types(accurate_dtype(weight.dtype), vectors.u.dtype)
         full = base = weight.to(dtype)
-        for (u, v), axis in zip(vectors.sides(), (1, 0)):  # noqa: B905
+        for (u, v), axis in zip(vectors.sides(), (1, 0), strict=False):
             full = Transform.of(u, v, dtype).apply(full.movedim(axis, -1)).movedim(-1, axis)
         return (full if strength == 1 else base + strength * (full - base)).to(weight.dtype)
 

@@ -47,9 +47,9 @@ def test_weights_come_back_bit_for_bit_from_wherever_they_waited(vectors, tiny_p
     pipe.load_ether_weights({key: tensor.flip(-1) for key, tensor in vectors.items()}, "b")
     for fused in (["a"], ["b"]):
         pipe.fuse_ether(adapter_names=fused, keep_original=keep)
-    kept = [layer._unmerged_weight for layer in layers(pipe)]
+    kept = [layer.original_weight for layer in layers(pipe)]
     assert all(isinstance(each, torch.Tensor) != (keep == "disk") for each in kept)
-    changed = [not torch.equal(layer.weight, layer._pristine_weight()) for layer in layers(pipe)]
+    changed = [not torch.equal(layer.weight, layer.unmerged_weight()) for layer in layers(pipe)]
     assert all(changed)
     pipe.unfuse_ether()
     pipe.unload_ether_weights()

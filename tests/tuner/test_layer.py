@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.oracle import dense_weight
+from helpers.layers import make, oracle, oracle_weight
 from torch import nn
 
 from ether_diffusion import EtherConfig
-from ether_diffusion.tuner.layer import EtherConv2d, EtherLayer, EtherLinear
+from ether_diffusion.tuner.layer import EtherConv2d, EtherLinear
 
 METHODS = [("ether", "input"), ("ether_plus", "input"), ("ether_plus", "both")]
 CONVOLUTIONS = [
@@ -20,23 +20,6 @@ CONVOLUTIONS = [
     {"kernel_size": (2, 3), "padding": "same"},
     {"kernel_size": 3, "padding": 1, "padding_mode": "reflect", "bias": False},
 ]
-
-
-def make(base: nn.Module, method="ether", sides="input", n=2, name="default") -> EtherLayer:
-    kind = EtherConv2d if isinstance(base, nn.Conv2d) else EtherLinear
-    return kind(base, name, EtherConfig(method=method, sides=sides, num_blocks=n, init_weights=False))
-
-
-def oracle_weight(layer: EtherLayer, names: list[str]) -> torch.Tensor:
-    weight = layer._pristine_weight()
-    for name in names:
-        weight = dense_weight(weight, *layer.vectors(name), layer.scaling[name])
-    return weight
-
-
-def oracle(layer: EtherLayer, x: torch.Tensor, names: list[str]) -> torch.Tensor:
-    base = copy.deepcopy(layer.get_base_layer())
-    return torch.func.functional_call(base, {"weight": oracle_weight(layer, names)}, (x,))
 
 
 def cases():
@@ -94,60 +77,6 @@ def test_several_adapters_compose_in_the_order_of_their_activation(first, second
     forward = layer(x)
     layer.set_adapter(["b", "a"])
     assert not torch.allclose(layer(x), forward)
-
-
-def test_merging_one_after_the_other_is_merging_both_and_unmerges_exactly():
-    layer = make(nn.Linear(8, 12).half(), "ether_plus", "both", name="a")
-    layer.update_layer("b", EtherConfig(init_weights=False))
-    pristine = layer.weight.clone()
-    layer.merge(adapter_names=["a"])
-    layer.set_scale("a", 0.3)  # a strength that changes while merged applies from the next merge on
-    with pytest.warns(UserWarning, match="additionally merging b"):
-        layer.merge(adapter_names=["b"])
-    one_by_one = layer.weight.clone()
-    layer.unmerge()
-    assert torch.equal(layer.weight, pristine)
-    layer.set_scale("a", 1.0)
-    layer.merge(adapter_names=["a", "b"])
-    assert torch.equal(layer.weight, one_by_one)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("cycles", [3])
-def test_merge_and_unmerge_never_drift(dtype, cycles):
-    layer = make(nn.Linear(32, 16).to(dtype), "ether_plus", "both")
-    pristine = layer.weight.clone()
-    for _ in range(cycles):
-        layer.merge()
-        assert not torch.equal(layer.weight, pristine)
-        layer.unmerge()
-    assert torch.equal(layer.weight, pristine)
-
-
-def test_unmerging_what_is_not_merged_only_warns():
-    with pytest.warns(UserWarning, match="nothing is merged"):
-        make(nn.Linear(4, 4)).unmerge()
-
-
-def test_safe_merge_of_a_broken_adapter_changes_nothing():
-    layer = make(nn.Linear(8, 8))
-    pristine = layer.weight.clone()
-    with torch.no_grad():
-        layer.ether_u["default"][0, 0] = float("nan")
-    with pytest.raises(ValueError, match="adapter default seems to be broken"):
-        layer.merge(safe_merge=True)
-    assert torch.equal(layer.weight, pristine) and not layer.merged
-
-
-def test_a_merged_and_disabled_layer_answers_as_the_base_and_stays_merged():
-    layer = make(nn.Linear(8, 8))
-    x = torch.randn(2, 8)
-    base = layer.base_layer(x)
-    layer.merge()
-    layer.enable_adapters(False)
-    assert torch.equal(layer(x), base) and layer.merged
-    layer.enable_adapters(True)
-    assert not torch.equal(layer(x), base)
 
 
 def test_strength_zero_is_the_base_bit_for_bit_even_where_the_adapter_is_broken():
@@ -279,28 +208,6 @@ def test_batches_of_mixed_adapters_are_refused():
         make(nn.Linear(4, 4))(torch.randn(2, 4), adapter_names=["default", "default"])
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"method": "lora"}, "choose 'ether' or 'ether_plus'"),
-        ({"sides": "output"}, "choose 'input' or 'both'"),
-        ({"sides": "both"}, "needs method='ether_plus'"),
-        ({"num_blocks": 0}, "at least 1"),
-        ({"num_blocks": 1.5}, "at least 1"),
-        ({"bias": "lora_only"}, "choose 'none', 'all' or 'ether_only'"),
-        ({"target_modules": "a.*", "layers_to_transform": [0]}, "not a regular expression"),
-        ({"layers_pattern": "layers"}, "only together with layers_to_transform"),
-    ],
-)
-def test_a_config_that_makes_no_sense_is_refused(fields, message):
-    with pytest.raises(ValueError, match=message):
-        EtherConfig(**fields)
-
-
-def test_the_first_layer_alone_can_be_chosen():
-    assert EtherConfig(layers_to_transform=0, layers_pattern="layers").layers_to_transform == 0
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_a_layer_compiles_without_a_graph_break(method):
     layer = make(nn.Linear(8, 12), *method)
@@ -313,3 +220,13 @@ def test_forward_keeps_no_state():
     before = {k: v for k, v in layer.__dict__.items() if not k.startswith("_")}
     layer(torch.randn(2, 8))
     assert {k: v for k, v in layer.__dict__.items() if not k.startswith("_")} == before
+
+
+def test_vectors_in_any_memory_layout_give_the_same_answer():
+    layer, x = make(nn.Linear(8, 8), "ether_plus", "both"), torch.randn(3, 8)
+    expected = layer(x)
+    for name in layer.adapter_layer_names:
+        vector = getattr(layer, name)["default"]
+        vector.data = vector.data.T.contiguous().T
+        assert not vector.is_contiguous()
+    torch.testing.assert_close(layer(x), expected)

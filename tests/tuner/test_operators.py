@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.utils.checkpoint
+from helpers.layers import make
 from helpers.oracle import METHODS, dense, dense_weight, raw_vectors
 from torch import nn
 
-from ether_diffusion import EtherConfig
-from ether_diffusion.tuner.layer import EtherLinear
+from ether_diffusion.tuner.layer import EtherLayer
 from ether_diffusion.tuner.operators import adapted_linear, adapted_weight, displacement
 from ether_diffusion.tuner.transforms import Vectors
 
@@ -66,11 +66,9 @@ def test_the_displacement_is_the_dense_transform_less_the_identity(method, n):
     assert torch.autograd.gradcheck(displacement, (x, u) if v is None else (x, u, v))
 
 
-def adapted(base: nn.Module, method="ether_plus", n=1, seed=0) -> EtherLinear:
-    torch.manual_seed(seed)
-    return EtherLinear(
-        base.requires_grad_(False), "default", EtherConfig(method=method, num_blocks=n, init_weights=False)
-    )
+def adapted(base: nn.Module, method="ether_plus", n=1) -> EtherLayer:
+    torch.manual_seed(0)
+    return make(base.requires_grad_(False), method, n=n)
 
 
 @pytest.mark.parametrize("form", FORMS)

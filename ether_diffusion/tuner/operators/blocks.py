@@ -40,12 +40,12 @@ def _terms(weight: Tensor, vectors: Vectors, strength: float) -> list[_Term]:
     accurate = weight.to(torch.promote_types(accurate_dtype(weight.dtype), u.dtype))
     factors = (-2.0,) if v is None else (-1.0, 1.0)
     terms = []
-    for raw, factor in zip((u, v), factors):  # noqa: B905
+    for raw, factor in zip((u, v), factors, strict=False):
         unit, length = unit_and_length(raw)
         terms.append(_Term(unit, project(accurate, unit).T, length, strength * factor, True))
     if u_out is not None:
         side = Transform(tuple(term.x for term in terms), factors)
-        for raw, factor in zip((u_out, v_out), factors):  # noqa: B905
+        for raw, factor in zip((u_out, v_out), factors, strict=False):
             unit, length = unit_and_length(raw)
             rows = side.apply(project(accurate.T, unit).T)
             terms.append(_Term(rows, unit, length, strength * factor, False))
@@ -165,7 +165,7 @@ def _vector_gradients(
     factors = tuple(term.factor / strength for term in inner)
     through = list(products_g)
     for k, term in enumerate(inner):  # g·Cû = g·Wû + Σ f̃ (g·ũ)(ũ·Wû)
-        for j, (other, factor) in enumerate(zip(outer, factors), start=len(inner)):  # noqa: B905
+        for j, (other, factor) in enumerate(zip(outer, factors, strict=False), start=len(inner)):
             through[k] = through[k] + factor * products_g[j] @ project(term.g, other.g).T
     sums_x = _sums(x, through, on_input)  # blocks for the input side, rows xᵀ(g·ũ) for the output side
     sums_g = _sums(g, products_x, [not b for b in on_input])  # rows gᵀ(x·û) for the input side, blocks for the other
