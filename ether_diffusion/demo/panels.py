@@ -71,7 +71,7 @@ class ImagePanel:
         *,
         api_name: str,
     ) -> None:
-        """Generate when triggered, and stop by a button. The requests of both tabs are in one line, which Gradio keeps."""
+        """Generate when triggered, and stop by a button. The requests of both tabs wait in one line of Gradio's."""
         generating = gr.on(
             triggers,
             generate,
