@@ -65,15 +65,17 @@ def run(args: argparse.Namespace) -> None:
             pass
         finally:
             serving.close(verbose=False)
-            serving.trainings.close()
+            serving.trainer.close()
             serving.worker.close()
 
 
 def serve(args: argparse.Namespace, folder: Path):
     """Load the base and start the server; the page, which `close` ends. `folder` holds what is temporary."""
     from ether_diffusion.demo.library import Library
-    from ether_diffusion.demo.page import build_page, launch
+    from ether_diffusion.demo.page import build_page
     from ether_diffusion.demo.results import Results
+    from ether_diffusion.demo.server import launch
+    from ether_diffusion.demo.training import Trainer
     from ether_diffusion.demo.worker import Worker
 
     auth = None
@@ -91,7 +93,8 @@ def serve(args: argparse.Namespace, folder: Path):
     worker = Worker(args.base or miniature.FOLDER, library, device=args.device)
     # Uploads and results lie in a folder of this server's own, which nobody else on the machine can read.
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "gradio")
-    page = build_page(worker, Results(folder / "results"))
+    trainer = Trainer(worker)
+    page = build_page(worker, trainer, Results(folder / "results"))
     launch(
         page,
         server_name=args.host,
@@ -100,5 +103,5 @@ def serve(args: argparse.Namespace, folder: Path):
         auth=auth,
         prevent_thread_lock=True,
     )
-    page.worker = worker
+    page.worker, page.trainer = worker, trainer
     return page

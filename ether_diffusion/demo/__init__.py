@@ -2,3 +2,9 @@
 
 `worker` owns the pipeline and knows nothing of the page; `page` and the tabs know nothing of models.
 """
+
+import os
+
+# Gradio and the Hub's client read these when they are imported: nothing is reported to anybody.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"

@@ -5,26 +5,21 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
-from PIL import Image
 
-from ether_diffusion.demo.jobs import Cancelled, Failed, Generated, Generating
+from ether_diffusion.demo.markup import STRENGTH_NOTE, cards, note, problem, status
+from ether_diffusion.demo.panels import ImagePanel, Update, sampling_sliders
 from ether_diffusion.demo.results import Results
 from ether_diffusion.demo.settings import (
-    HIGHEST_GUIDANCE,
     HIGHEST_SEED,
     HIGHEST_STRENGTH,
     LONGEST_PROMPT,
     MOST_ADAPTERS,
     MOST_IMAGES,
-    MOST_STEPS,
     Settings,
     read_image,
 )
-from ether_diffusion.demo.widgets import image_boxes, size_sliders
-from ether_diffusion.demo.words import STRENGTH_NOTE, cards, note, problem, progress, status
 from ether_diffusion.demo.worker import Worker
 from ether_diffusion.errors import InputError
 
@@ -32,185 +27,128 @@ RANDOM_SEEDS = 10**6
 """A seed that is drawn stays below this: short enough to be told to somebody."""
 
 
-def whole(name: str, value: Any) -> int:
-    """A number from the page as a whole one.
+class GenerateTab:
+    """Built where it is made, within a `gr.Tab`."""
 
-    Raises:
-        InputError: it is none.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
-        raise InputError(f"{name}: got {value!r}, needs a whole number")
-    return int(value)
+    def __init__(self, worker: Worker, results: Results):
+        self.worker = worker
+        offered = worker.usable()
+        with gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                first_prompt = worker.library.get(offered[-1]).prompt if offered else ""
+                self.prompt = gr.Textbox(label="Prompt", value=first_prompt, max_length=LONGEST_PROMPT, autofocus=True)
+                self._choose_adapters(offered)
+                with gr.Row():
+                    self.go = gr.Button("Generate", variant="primary", elem_id="generate")
+                    self.stop = gr.Button("Cancel", elem_id="cancel")
+                with gr.Row():
+                    seeds = {"precision": 0, "minimum": 0, "maximum": HIGHEST_SEED}
+                    self.seed = gr.Number(label="Seed", value=0, min_width=120, **seeds)
+                    self.draw = gr.Checkbox(label="New seed every time", value=False, min_width=120)
+                self.images = gr.Slider(1, MOST_IMAGES, value=1, step=1, label="Number of images")
+                with gr.Accordion("More settings", open=False):
+                    self.negative = gr.Textbox(label="Negative prompt", max_length=LONGEST_PROMPT)
+                    start = Settings(prompt="an image", width=worker.side, height=worker.side)
+                    self.sampling = sampling_sliders(worker, start)
+            with gr.Column(scale=3, min_width=300):
+                label = "Images: base and adapted, from the same seed"
+                self.panel = ImagePanel(worker, results, label, gallery_id="gallery", status_id="status")
+                with gr.Accordion("Use the settings of an image", open=False):
+                    self.dropped = gr.File(label="Drop a PNG that was downloaded here", file_types=[".png"])
+        with gr.Accordion("Adapters on offer", open=True):
+            self.listing = gr.HTML(self.list_adapters(), elem_id="listing")
+        self._connect()
 
+    def _choose_adapters(self, offered: list[str]) -> None:
+        self.adapters = gr.Dropdown(
+            offered,
+            value=offered[-1:],
+            multiselect=True,
+            max_choices=MOST_ADAPTERS,
+            label="Adapters",
+            info=f"Up to {MOST_ADAPTERS}, applied in this order. None generates with the base model alone.",
+            elem_id="adapters",
+        )
+        self.strengths = [
+            gr.Slider(0, HIGHEST_STRENGTH, value=1.0, step=0.05, **shown) for shown in _strength_labels(offered[-1:])
+        ]
+        gr.HTML(note(STRENGTH_NOTE))
 
-def choices(worker: Worker, *, control: bool = False) -> list[str]:
-    """Names of the adapters that a tab offers."""
-    adapters = [each for each in worker.library.adapters() if each.is_control == control]
-    return [each.name for each in adapters if worker.fit(each).startswith("fits")]
+    def _connect(self) -> None:
+        # The order in which clients of the API give them, too.
+        inputs = [self.adapters, *self.strengths, self.prompt, self.negative, *self.sampling]
+        inputs += [self.draw, self.seed, self.images]
+        triggers = [self.go.click, self.prompt.submit]
+        self.panel.connect(triggers, self.stop, self.generate, inputs, [self.seed], api_name="generate")
+        self.adapters.change(
+            lambda names: [gr.update(**shown) for shown in _strength_labels(names or [])],
+            self.adapters,
+            self.strengths,
+            api_name=False,
+            queue=False,
+            show_progress="hidden",
+        )
+        self.dropped.upload(
+            self.restore,
+            self.dropped,
+            [*inputs, self.panel.status],
+            api_name="use_settings",
+            show_progress="hidden",
+        )
 
+    def list_adapters(self) -> str:
+        return cards((each, self.worker.fit(each)) for each in self.worker.library.adapters())
 
-def listing(worker: Worker) -> str:
-    return cards((each, worker.fit(each)) for each in worker.library.adapters())
-
-
-def paint(
-    worker: Worker, results: Results, settings: Settings, owner: str, control: Image.Image | None = None
-) -> Iterator[tuple[str, Any, Any]]:
-    """News for the page: a line of text, the preview, the images; what does not change is `gr.skip()`.
-
-    Raises:
-        gr.Error: it went wrong, in words; the line of text says the same.
-    """
-    job = None
-    try:
-        job = worker.submit(settings, owner, control=control)
-        yield status("In line …"), None, None
-        for event in job.events():
-            if isinstance(event, Generated):
-                paths = results.keep(event, owner)
-                seeds = f"seed {settings.seed}" if settings.images == 1 else f"seeds from {settings.seed} on"
-                yield status(f"Done in {event.seconds:.1f} s, {seeds}."), None, paths
-            elif isinstance(event, Generating):
-                done = (event.image - 1 + event.step / event.steps) / event.images
-                text = f"Image {event.image} of {event.images}, step {event.step} of {event.steps}"
-                yield progress(text, done), event.preview, gr.skip()
-            else:
-                ahead = f"{event.place} before yours" if event.place else "yours is next"
-                yield status(f"In line: {ahead}."), gr.skip(), gr.skip()
-    except Cancelled:
-        yield status("Cancelled."), None, gr.skip()
-    except (InputError, Failed) as error:
-        yield problem(str(error)), None, gr.skip()
-        raise gr.Error(str(error), print_exception=False) from None
-    finally:
-        if job is not None:
-            job.cancel()
-
-
-def generate_tab(worker: Worker, results: Results) -> tuple[gr.Dropdown, gr.HTML]:
-    """Build the tab; what lists adapters in it, to be brought up to date."""
-    offered = choices(worker)
-    with gr.Row():
-        with gr.Column(scale=2, min_width=300):
-            prompt = gr.Textbox(
-                label="Prompt", value=_first_prompt(worker, offered), max_length=LONGEST_PROMPT, autofocus=True
-            )
-            adapters = gr.Dropdown(
-                offered,
-                value=offered[-1:],
-                multiselect=True,
-                max_choices=MOST_ADAPTERS,
-                label="Adapters",
-                info=f"Up to {MOST_ADAPTERS}; they act in this order. None generates with the base model alone.",
-                elem_id="adapters",
-            )
-            strengths = [
-                gr.Slider(
-                    0,
-                    HIGHEST_STRENGTH,
-                    value=1.0,
-                    step=0.05,
-                    label=f"Strength of {offered[-1]}" if k == 0 and offered else f"Strength {k + 1}",
-                    visible=k == 0 and bool(offered),
-                )
-                for k in range(MOST_ADAPTERS)
-            ]
-            gr.HTML(note(STRENGTH_NOTE))
-            with gr.Row():
-                go = gr.Button("Generate", variant="primary", elem_id="generate")
-                stop = gr.Button("Cancel", elem_id="cancel")
-            with gr.Row():
-                seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, maximum=HIGHEST_SEED, min_width=120)
-                draw = gr.Checkbox(label="New seed every time", value=False, min_width=120)
-            images = gr.Slider(1, MOST_IMAGES, value=1, step=1, label="Number of images")
-            with gr.Accordion("More settings", open=False):
-                negative = gr.Textbox(label="Negative prompt", max_length=LONGEST_PROMPT)
-                steps = gr.Slider(1, MOST_STEPS, value=25, step=1, label="Steps")
-                guidance = gr.Slider(0, HIGHEST_GUIDANCE, value=5.0, step=0.5, label="Guidance")
-                sides = size_sliders(worker, worker.side, worker.side)
-        with gr.Column(scale=3, min_width=300):
-            said = gr.HTML(status("Ready."), elem_id="status")
-            preview, gallery = image_boxes("Images: base and adapted, from the same seed", "gallery")
-            with gr.Accordion("Use the settings of an image", open=False):
-                dropped = gr.File(label="Drop a PNG that was downloaded here", file_types=[".png"])
-    with gr.Accordion("Adapters on offer", open=True):
-        listed = gr.HTML(listing(worker), elem_id="listing")
-
-    inputs = [adapters, *strengths, prompt, negative, steps, guidance, *sides, draw, seed, images]
-
-    def generate(adapters, s1, s2, s3, prompt, negative, steps, guidance, width, height, draw, seed, images,
-                 request: gr.Request):  # fmt: skip
+    def generate(self, adapters, s1, s2, s3, prompt, negative, steps, guidance, width, height, draw, seed, images,
+                 request: gr.Request) -> Iterator[Update]:  # fmt: skip
         try:
             settings = Settings(
                 prompt=prompt or "",
                 negative_prompt=negative or "",
                 adapters=tuple(zip(adapters or (), (s1, s2, s3), strict=False)),
-                steps=whole("Steps", steps),
+                steps=steps,
                 guidance=guidance,
-                width=whole("Width", width),
-                height=whole("Height", height),
-                seed=secrets.randbelow(RANDOM_SEEDS) if draw else whole("Seed", seed),
-                images=whole("Number of images", images),
+                width=width,
+                height=height,
+                seed=secrets.randbelow(RANDOM_SEEDS) if draw else seed,
+                images=images,
             )
         except InputError as error:
-            yield problem(str(error)), None, gr.skip(), gr.skip()
-            raise gr.Error(str(error), print_exception=False) from None
-        for news in paint(worker, results, settings, str(request.session_hash)):
-            yield *news, settings.seed
+            yield from self.panel.explain(error)
+        else:
+            for update in self.panel.generate(settings, request):
+                yield update | {self.seed: settings.seed}
 
-    outputs = [said, preview, gallery, seed]
-    gr.on(
-        [go.click, prompt.submit],
-        generate,
-        inputs,
-        outputs,
-        api_name="generate",
-        show_progress="hidden",
-        concurrency_limit=None,
-        trigger_mode="once",
-    )
-
-    def cancel(request: gr.Request) -> None:
-        worker.cancel(str(request.session_hash))
-
-    stop.click(cancel, api_name="cancel", queue=False, show_progress="hidden")
-
-    def name_strengths(names: list[str] | None) -> list[dict]:
-        shown = [gr.update(visible=True, label=f"Strength of {name}") for name in names or ()]
-        return [*shown, *[gr.update(visible=False)] * MOST_ADAPTERS][:MOST_ADAPTERS]
-
-    adapters.change(name_strengths, adapters, strengths, api_name=False, queue=False, show_progress="hidden")
-
-    def restore(path: str | None) -> list[Any]:
+    def restore(self, path: str | None) -> Update:
+        """The settings of an image that was downloaded here."""
         if path is None:
-            return [gr.skip()] * (len(inputs) + 1)
+            return {self.panel.status: gr.skip()}
         try:
             found, control = read_image(path)
             if control is not None:
                 raise InputError(f"{Path(path).name}: was generated under a map; drop it in the tab Control")
             for name, _ in found.adapters:
-                worker.library.get(name)
+                self.worker.library.get(name)
         except InputError as error:
-            return [*[gr.skip()] * len(inputs), problem(str(error))]
-        weights = [weight for _, weight in found.adapters] + [1.0] * MOST_ADAPTERS
-        return [
-            gr.update(choices=choices(worker), value=[name for name, _ in found.adapters]),
-            *weights[:MOST_ADAPTERS],
-            found.prompt,
-            found.negative_prompt,
-            found.steps,
-            found.guidance,
-            found.width,
-            found.height,
-            False,
-            found.seed,
-            found.images,
-            status(f"These are the settings of {Path(path).name}."),
-        ]
-
-    dropped.upload(restore, dropped, [*inputs, said], api_name="use_settings", show_progress="hidden")
-    return adapters, listed
+            return {self.panel.status: problem(str(error))}
+        names, strengths = [name for name, _ in found.adapters], [strength for _, strength in found.adapters]
+        strengths += [1.0] * (MOST_ADAPTERS - len(strengths))
+        sampling = (found.steps, found.guidance, found.width, found.height)
+        return {
+            self.adapters: gr.update(choices=self.worker.usable(), value=names),
+            **dict(zip(self.strengths, strengths, strict=True)),
+            **dict(zip(self.sampling, sampling, strict=True)),
+            self.prompt: found.prompt,
+            self.negative: found.negative_prompt,
+            self.draw: False,
+            self.seed: found.seed,
+            self.images: found.images,
+            self.panel.status: status(f"These are the settings of {Path(path).name}."),
+        }
 
 
-def _first_prompt(worker: Worker, offered: list[str]) -> str:
-    return worker.library.get(offered[-1]).prompt if offered else ""
+def _strength_labels(names: list[str]) -> list[dict]:
+    """Properties of all the sliders of strengths: those of adapters that are chosen are shown, with their names."""
+    shown = [{"visible": True, "label": f"Strength of {name}"} for name in names]
+    hidden = [{"visible": False, "label": f"Strength {k + 1}"} for k in range(MOST_ADAPTERS)]
+    return shown + hidden[len(shown) :]

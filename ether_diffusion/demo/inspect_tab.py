@@ -3,115 +3,146 @@
 from __future__ import annotations
 
 import shutil
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import pandas as pd
 
 from ether_diffusion.analysis.report import METHODS, describe
-from ether_diffusion.demo.charts import bar_chart
+from ether_diffusion.demo.markup import problem, status
+from ether_diffusion.demo.panels import Update
 from ether_diffusion.demo.results import Results
-from ether_diffusion.demo.words import problem, status
 from ether_diffusion.demo.worker import Worker
-from ether_diffusion.errors import InputError, printable
+from ether_diffusion.errors import printable
 
 FORMATS = [("ETHER", "ether"), ("LoRA for diffusers", "diffusers-lora"), ("LoRA for kohya, ComfyUI, A1111", "kohya")]
 MOST_BARS = 200
+LAYER_COLUMNS = ["Layer", "Side", "Width", "Angle", "Distance"]
+START = status("Choose an adapter, or upload a file.")
 
 
-def inspect_tab(worker: Worker, results: Results) -> gr.Dropdown:
-    """Build the tab; its list of adapters."""
-    names = [each.name for each in worker.library.adapters() if not each.problem]
-    with gr.Row():
-        with gr.Column(scale=2, min_width=300):
-            chosen = gr.Dropdown(names, value=names[0] if names else None, label="Adapter")
-            look = gr.Button("Inspect", variant="primary", elem_id="inspect")
-            form = gr.Radio(FORMATS, value="ether", label="Format")
-            take = gr.Button("Prepare the file", elem_id="export")
-            taken = gr.File(label="Download", interactive=False)
-            uploaded = gr.File(label="Or inspect a file of your own (.safetensors)", elem_id="adapter-file")
-        with gr.Column(scale=3, min_width=300):
-            said = gr.HTML(status("Choose an adapter, or upload a file."), elem_id="inspect-status")
-            report = gr.HTML(elem_id="report")
+class InspectTab:
+    """Built where it is made, within a `gr.Tab`."""
 
-    def inspect(name: str | None) -> tuple[str, str]:
+    def __init__(self, worker: Worker, results: Results):
+        self.worker, self.results = worker, results
+        names = self.names()
+        with gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                self.adapter = gr.Dropdown(names, value=next(iter(names), None), label="Adapter")
+                self.look = gr.Button("Inspect", variant="primary", elem_id="inspect")
+                self.format = gr.Radio(FORMATS, value="ether", label="Format")
+                self.prepare = gr.Button("Prepare the file", elem_id="export")
+                self.download = gr.File(label="Download", interactive=False)
+                self.uploaded = gr.File(label="Or inspect a file of your own (.safetensors)", elem_id="adapter-file")
+            with gr.Column(scale=3, min_width=300):
+                self.status = gr.HTML(START, elem_id="inspect-status")
+                with gr.Column(visible=False, elem_id="report") as self.report:
+                    self.facts = gr.Dataframe(
+                        headers=["", "What the file says"], wrap=True, column_widths=["25%", "75%"]
+                    )
+                    self.chart = gr.BarPlot(x="layer", x_axis_labels_visible=False, tooltip="all", height=260)
+                    with gr.Accordion("All layers", open=False):
+                        self.layers = gr.Dataframe(headers=LAYER_COLUMNS, interactive=False, show_label=False)
+        self._connect()
+
+    def _connect(self) -> None:
+        outputs = [self.status, self.report, self.facts, self.chart, self.layers]
+        hidden = {"show_progress": "hidden"}
+        self.look.click(self.inspect, self.adapter, outputs, api_name="inspect", **hidden)
+        self.uploaded.change(self.check, self.uploaded, outputs, api_name="check_file", **hidden)
+        chosen = [self.adapter, self.format]
+        self.prepare.click(self.export, chosen, [self.status, self.download], api_name="export", **hidden)
+
+    def names(self) -> list[str]:
+        return [each.name for each in self.worker.library.adapters() if not each.problem]
+
+    def inspect(self, name: str | None) -> Update:
         try:
-            adapter = worker.library.get(str(name))
-            return status(f"{adapter.name}: {worker.fit(adapter)}."), _report(describe(adapter.path))
+            adapter = self.worker.library.get(str(name))
+            return self._show(f"{adapter.name}: {self.worker.fit(adapter)}.", describe(adapter.path))
         except (ValueError, OSError) as error:
-            return problem(str(error)), ""
+            return self._hide(problem(str(error)))
 
-    def check(path: str | None) -> tuple[str, str]:
+    def check(self, path: str | None) -> Update:
         if path is None:
-            return status("Choose an adapter, or upload a file."), ""
+            return self._hide(START)
         try:
-            return status(f"{Path(path).name}: {worker.check_file(Path(path))}."), _report(describe(path))
+            return self._show(f"{Path(path).name}: {self.worker.check_file(Path(path))}.", describe(path))
         except (ValueError, OSError) as error:
-            return problem(str(error).replace(str(path), Path(path).name)), ""
+            return self._hide(problem(str(error).replace(str(path), Path(path).name)))
 
-    def export(name: str | None, to: str, request: gr.Request) -> tuple[str, str | None]:
+    def export(self, name: str | None, to: str, request: gr.Request) -> Update:
         try:
-            adapter, folder = worker.library.get(str(name)), results.folder(str(request.session_hash))
+            adapter = self.worker.library.get(str(name))
+            folder = self.results.folder(str(request.session_hash))
             if to == "ether":
                 path = Path(shutil.copy(adapter.path, folder / f"{adapter.name}.safetensors"))
             else:
-                path = worker.export(adapter.name, to, folder)
-            return status(f"{path.name}: {path.stat().st_size:,} bytes."), str(path)
-        except (InputError, ValueError, OSError) as error:
-            return problem(str(error)), None
+                path = self.worker.export(adapter.name, to, folder)
+            return {self.status: status(f"{path.name}: {path.stat().st_size:,} bytes."), self.download: str(path)}
+        except (ValueError, OSError) as error:
+            return {self.status: problem(str(error)), self.download: None}
 
-    look.click(inspect, chosen, [said, report], api_name="inspect", show_progress="hidden")
-    uploaded.change(check, uploaded, [said, report], api_name="check_file", show_progress="hidden")
-    take.click(export, [chosen, form], [said, taken], api_name="export", show_progress="hidden")
-    return chosen
+    def _hide(self, message: str) -> Update:
+        return {self.status: message, self.report: gr.update(visible=False)}
+
+    def _show(self, fit: str, report: dict[str, Any]) -> Update:
+        return {
+            self.status: status(fit),
+            self.report: gr.update(visible=True),
+            self.facts: _facts(report),
+            self.chart: _chart(report["layers"][:MOST_BARS]),
+            self.layers: [_row(layer) for layer in report["layers"]],
+        }
 
 
-def _report(facts: dict[str, Any]) -> str:
-    """What `ether-diffusion inspect` says: a table of facts, a chart of angles, a table of layers."""
-    rows = {
-        "Prompt": facts["prompt"] or "–",
-        "Base model": facts["base_model"] or "–",
-        "Parameters": f"{facts['parameters']:,}",
-        "File": f"{facts['file_bytes']:,} bytes",
-        "Written by": ", ".join(f"{name} {number}" for name, number in (facts["versions"] or {}).items()) or "–",
-    }
-    for each in facts["components"]:
-        rows[each["component"] or "component"] = (
+def _facts(report: dict[str, Any]) -> list[list[str]]:
+    versions = (report["versions"] or {}).items()
+    rows = [
+        ("Prompt", report["prompt"] or "–"),
+        ("Base model", report["base_model"] or "–"),
+        ("Parameters", f"{report['parameters']:,}"),
+        ("File", f"{report['file_bytes']:,} bytes"),
+        ("Written by", ", ".join(f"{name} {number}" for name, number in versions) or "–"),
+    ]
+    for each in report["components"]:
+        text = (
             f"{METHODS[each['method']]}, sides {each['sides']}, {each['num_blocks']} blocks, {each['layers']} layers"
         )
-    table = "".join(
-        f"<tr><th scope='row'>{_safe(name)}</th><td>{_safe(value)}</td></tr>" for name, value in rows.items()
+        rows.append((each["component"] or "component", text))
+    return [[_shortened(name), _shortened(value)] for name, value in rows]
+
+
+def _chart(layers: list[dict[str, Any]]) -> gr.BarPlot:
+    """How far every side of every layer has turned; plain ETHER does not tell, so its distance is shown."""
+    turned = [layer for layer in layers if layer["angle"]]
+    if turned:
+        heights, title, top = [layer["angle"]["mean"] for layer in turned], "Degrees turned since the start", 90
+    else:
+        heights, title, top = [layer["distance"] for layer in layers], "Distance from the identity", None
+    bars = pd.DataFrame(
+        {
+            "layer": [_short_name(layer) for layer in turned or layers],
+            title: heights,
+            "side": [layer["side"] for layer in turned or layers],
+        }
     )
-    layers = facts["layers"]
-    turned = [(_bar(row), row["angle"]["mean"]) for row in layers if row["angle"]]
-    moved = [(_bar(row), row["distance"]) for row in layers]
-    chart = (
-        bar_chart(turned[:MOST_BARS], "Degrees turned since the start, by layer and side", unit="°", top=90.0)
-        if turned
-        else bar_chart(moved[:MOST_BARS], "Distance from the identity (ETHER does not tell its angle)")
-    )
-    cells = "".join(
-        f"<tr><td>{_safe(_place(row))}</td><td>{row['side']}</td><td>{row['width']}</td>"
-        f"<td>{'–' if row['angle'] is None else format(row['angle']['mean'], '.1f') + '°'}</td>"
-        f"<td>{row['distance']:.3f}</td></tr>"
-        for row in layers
-    )
-    heads = "".join(f"<th scope='col'>{each}</th>" for each in ("Layer", "Side", "Width", "Angle", "Distance"))
-    return (
-        f"<div class='ether-scroll'><table>{table}</table></div>{chart}<details><summary>All layers</summary><div "
-        f"class='ether-scroll'><table><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table></div></details>"
-    )
+    return gr.BarPlot(bars, y=title, title=title, y_title="", y_lim=[0, top], color="side")
 
 
-def _bar(row: dict[str, Any]) -> str:
-    """A short name for a side of a layer: what most names have in common is left out."""
-    return f"{row['path']} {row['side']}".replace(".transformer_blocks", "").replace(".attentions", "")
+def _row(layer: dict[str, Any]) -> list[Any]:
+    place = f"{layer['component']}.{layer['path']}" if layer["component"] else layer["path"]
+    angle = "–" if layer["angle"] is None else f"{layer['angle']['mean']:.1f}°"
+    return [_shortened(place), layer["side"], layer["width"], angle, f"{layer['distance']:.3f}"]
 
 
-def _place(row: dict[str, Any]) -> str:
-    return f"{row['component']}.{row['path']}" if row["component"] else row["path"]
+def _short_name(layer: dict[str, Any]) -> str:
+    """What most names have in common is left out."""
+    name = f"{layer['path']} {layer['side']}".replace(".transformer_blocks", "").replace(".attentions", "")
+    return name if len(name) <= 52 else f"…{name[-51:]}"
 
 
-def _safe(text: str) -> str:
-    return escape(printable(str(text))[:300])
+def _shortened(text: str) -> str:
+    return printable(str(text))[:300]

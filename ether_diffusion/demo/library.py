@@ -99,7 +99,7 @@ class Library:
         return adapters[name]
 
     def add(self, name: str, folder: Path) -> str:
-        """Take a trained adapter in, with its image; the name that it gets, numbered where it is taken."""
+        """Take a trained adapter in; the name that it gets, numbered where it is taken."""
         with self._lock:
             taken = {self._name(path) for each in self.folders for path in self._files(each)}
             numbered = (name, *(f"{name}-{k}" for k in range(2, 10_000)))
@@ -107,9 +107,7 @@ class Library:
             target = self.folders[-1] / free
             partial = self.folders[-1] / f".{free}"
             partial.mkdir()
-            for file in (WEIGHTS_NAME, IMAGE_NAME):
-                if (folder / file).is_file():
-                    shutil.copy(folder / file, partial / file)
+            shutil.copy(folder / WEIGHTS_NAME, partial)
             partial.rename(target)
             return free
 
@@ -128,30 +126,31 @@ class Library:
     def _look(self, path: Path) -> Adapter:
         status = path.stat()
         stamp = (status.st_mtime_ns, status.st_size)
-        if path in self._known and self._known[path].stamp == stamp:
-            return self._known[path]
         beside = [path.parent / name for name in IMAGE_NAMES] if path.name == WEIGHTS_NAME else []
         image = next((each for each in beside if each.is_file() and _within(each, path.parent)), None)
+        known = self._known.get(path)
+        if known is not None and (known.stamp, known.image) == (stamp, image):
+            return known
         try:
-            checkpoint, problem = find_adapter_file(path), None
+            file, problem = find_adapter_file(path), None
         except (ValueError, OSError) as error:
             # Where the folder lies is nobody's business on the page.
-            checkpoint, problem = AdapterFile({}, {}), str(error).replace(str(path), path.name)
-        if problem is None and set(checkpoint.weights) - {CONTROL}:
+            file, problem = AdapterFile({}, {}), str(error).replace(str(path), path.name)
+        if problem is None and set(file.weights) - {CONTROL}:
             problem = "it replaces weights of the base model, which would show in the images of others"
         self._known[path] = Adapter(
             name=self._name(path),
             path=path,
             image=image,
-            prompt=printable(str(checkpoint.metadata.get("prompt") or ""))[:LONGEST_PROMPT_SHOWN],
-            methods=tuple(dict.fromkeys(config.method for config in checkpoint.configs.values())),
+            prompt=printable(str(file.metadata.get("prompt") or ""))[:LONGEST_PROMPT_SHOWN],
+            methods=tuple(dict.fromkeys(config.method for config in file.configs.values())),
             parameters=sum(
                 tensor.numel()
-                for vectors in (*checkpoint.tensors.values(), *(each.tensors for each in checkpoint.weights.values()))
+                for vectors in (*file.tensors.values(), *(each.tensors for each in file.weights.values()))
                 for tensor in vectors.values()
             ),
             size=status.st_size,
-            is_control=CONTROL in checkpoint.weights,
+            is_control=CONTROL in file.weights,
             problem=problem,
             stamp=stamp,
         )

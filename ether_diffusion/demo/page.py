@@ -1,115 +1,57 @@
-"""The page: tabs, theme, and what the server lets through."""
+"""The page: its tabs, and how they learn of new adapters."""
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 
-# Before Gradio is imported, which reads them then.
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+import gradio as gr
 
-from collections.abc import Awaitable, Callable  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+from ether_diffusion import miniature
+from ether_diffusion.demo.control_tab import ControlTab
+from ether_diffusion.demo.generate_tab import GenerateTab
+from ether_diffusion.demo.inspect_tab import InspectTab
+from ether_diffusion.demo.panels import Update
+from ether_diffusion.demo.results import Results
+from ether_diffusion.demo.train_tab import TrainTab
+from ether_diffusion.demo.training import Trainer
+from ether_diffusion.demo.worker import Worker
 
-import gradio as gr  # noqa: E402
-from PIL import Image  # noqa: E402
-
-from ether_diffusion import miniature  # noqa: E402
-from ether_diffusion.demo.control_tab import control_tab  # noqa: E402
-from ether_diffusion.demo.generate_tab import choices, generate_tab, listing  # noqa: E402
-from ether_diffusion.demo.inspect_tab import inspect_tab  # noqa: E402
-from ether_diffusion.demo.results import Results  # noqa: E402
-from ether_diffusion.demo.train_tab import train_tab  # noqa: E402
-from ether_diffusion.demo.training import Trainings  # noqa: E402
-from ether_diffusion.demo.worker import Worker  # noqa: E402
-
-MAX_UPLOAD = "20mb"
-MAX_UPLOAD_BYTES = 200_000_000
-"""Of all that is sent at once."""
-MAX_PIXELS = 40_000_000
-"""Of an image; Pillow refuses what has twice as many."""
-MAX_THREADS = 100
-"""Everyone in line holds one."""
 CACHE_SECONDS = 24 * 3600
-FONTS = ["system-ui", "sans-serif"]
-SECURITY_HEADERS = {
-    # Nothing is fetched from anywhere else, whatever a part of the page would like.
-    "content-security-policy": (
-        "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
-        "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; worker-src 'self' blob:; "
-        "media-src 'self' data: blob:; object-src 'none'; frame-ancestors 'self'; form-action 'self'"
-    ),
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-}
-CSS = """
-.gradio-container { max-width: 1200px !important; }
-.ether-cards { list-style: none; margin: 0; padding: 0; display: grid; gap: 12px;
-  grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); }
-.ether-cards li { display: flex; gap: 12px; margin: 0; padding: 10px; border-radius: 8px;
-  border: 1px solid var(--border-color-primary); background: var(--block-background-fill); }
-.ether-cards img { width: 72px; height: 72px; object-fit: cover; border-radius: 6px; image-rendering: pixelated; }
-.ether-cards div { min-width: 0; overflow-wrap: anywhere; }
-.ether-status, .ether-problem { padding: 8px 10px; border-radius: 6px; overflow-wrap: anywhere; }
-.ether-status { background: var(--block-background-fill); }
-.ether-status progress { display: block; width: 100%; margin-top: 6px; accent-color: var(--color-accent); }
-.ether-problem { border: 2px solid #b91c1c; color: var(--body-text-color); }
-.ether-chart text { fill: var(--body-text-color); font: 11px system-ui, sans-serif; }
-.ether-chart rect { fill: var(--color-accent); }
-.ether-scroll { overflow-x: auto; }
-#gallery img, .ether-preview img { image-rendering: pixelated; }
-.grid-wrap { padding-top: 40px !important; }
-.ether-samples img { padding-top: 36px; }
-button.primary:hover { background: var(--primary-700); }
-.ether-preview img { width: 100%; height: 100%; object-fit: contain; }
-.ether-preview:not(:has(img)) { display: none !important; }
-#map-gallery img { image-rendering: pixelated; }
-.ether-note { font-size: 0.85em; }
-.gradio-container { --block-info-text-color: var(--body-text-color); }
-"""
 TOGGLE_DARK = "() => { document.body.classList.toggle('dark') }"
 
 
-def build_page(worker: Worker, results: Results) -> gr.Blocks:
-    """The page of a worker; `launch` serves it."""
-    trainings = Trainings(worker)
+def build_page(worker: Worker, trainer: Trainer, results: Results) -> gr.Blocks:
+    """The page of a worker; `server.launch` serves it."""
     with gr.Blocks(title="ETHER diffusion", analytics_enabled=False, delete_cache=(600, CACHE_SECONDS)) as page:
         with gr.Row():
             gr.Markdown(f"# ETHER diffusion\nBase model: {_describe_base(worker)}")
             toggle = gr.Button("Light / dark", size="sm", min_width=110, scale=0)
         toggle.click(None, js=TOGGLE_DARK, api_name=False)
         with gr.Tab("Generate"):
-            adapters, listed = generate_tab(worker, results)
+            generate = GenerateTab(worker, results)
         with gr.Tab("Train"):
-            trained = train_tab(trainings, results)
+            train = TrainTab(trainer, results)
         with gr.Tab("Inspect and export"):
-            inspected = inspect_tab(worker, results)
+            inspect = InspectTab(worker, results)
         with gr.Tab("Control"):
-            control = control_tab(worker, results)
+            control = ControlTab(worker, results)
 
-        def refresh() -> tuple[Any, ...]:
-            usable, steering = choices(worker), choices(worker, control=True)
-            everything = [each.name for each in worker.library.adapters() if not each.problem]
-            return (
-                gr.update(choices=usable),
-                listing(worker),
-                gr.update(choices=everything),
-                gr.update(choices=steering),
-            )
+        def refresh() -> Update:
+            return {
+                generate.adapters: gr.update(choices=worker.usable()),
+                generate.listing: generate.list_adapters(),
+                inspect.adapter: gr.update(choices=inspect.names()),
+                control.adapter: gr.update(choices=worker.usable(control=True)),
+            }
 
-        lists = [adapters, listed, inspected, control]
+        lists = [generate.adapters, generate.listing, inspect.adapter, control.adapter]
         page.load(refresh, None, lists, api_name="refresh", show_progress="hidden")
-        trained(refresh, None, lists, api_name=False, show_progress="hidden")
+        train.trained.then(refresh, None, lists, api_name=False, show_progress="hidden")
 
         def leave(request: gr.Request) -> None:
-            owner = str(request.session_hash)
-            worker.cancel(owner)
-            trainings.stop(owner)
-            results.forget(owner)
+            results.forget(str(request.session_hash))
 
         page.unload(leave)
-    page.trainings = trainings
     return page
 
 
@@ -117,55 +59,3 @@ def _describe_base(worker: Worker) -> str:
     if worker.base == str(miniature.FOLDER):
         return "the miniature, a toy that comes with the package and generates 64×64 pixels."
     return f"`{Path(worker.base).name}`, {worker.side} pixels a side."
-
-
-def launch(page: gr.Blocks, **options: Any) -> tuple[Any, str, str | None]:
-    """Serve the page; `options` are those of Gradio's `launch`."""
-    from starlette.middleware import Middleware
-
-    Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-    page.queue(max_size=MAX_THREADS, default_concurrency_limit=4)
-    return page.launch(
-        theme=gr.themes.Soft(font=FONTS, font_mono=["ui-monospace", "monospace"]),
-        css=CSS,
-        max_file_size=MAX_UPLOAD,
-        max_threads=MAX_THREADS,
-        ssr_mode=False,
-        enable_monitoring=False,
-        footer_links=["api"],
-        app_kwargs={"middleware": [Middleware(Guard)]},
-        quiet=True,
-        **options,
-    )
-
-
-class Guard:
-    """ASGI middleware: headers that keep the page to itself, and no fetching of addresses on somebody's behalf."""
-
-    def __init__(self, app: Callable[..., Awaitable[None]]):
-        self.app = app
-
-    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        if "file=http" in scope["path"].lower() or scope["path"].startswith("/gradio_api/proxy="):
-            return await _refuse(send, 403, "only files of this server are served")
-        if scope["method"] == "POST":
-            length = dict(scope["headers"]).get(b"content-length", b"")
-            if not length.isdigit() or int(length) > MAX_UPLOAD_BYTES:
-                return await _refuse(
-                    send, 413, f"{MAX_UPLOAD_BYTES:,} bytes at most fit, and their number must be told"
-                )
-
-        async def guarded(message: dict) -> None:
-            if message["type"] == "http.response.start":
-                ours = [(name.encode(), value.encode()) for name, value in SECURITY_HEADERS.items()]
-                message["headers"] = [*message.get("headers", ()), *ours]
-            await send(message)
-
-        return await self.app(scope, receive, guarded)
-
-
-async def _refuse(send: Callable, status: int, words: str) -> None:
-    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
-    await send({"type": "http.response.body", "body": words.encode()})

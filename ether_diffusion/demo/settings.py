@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 from ether_diffusion.errors import InputError
+from ether_diffusion.images import DAMAGE
 
 TEXT_KEY = "ether_diffusion"
 """Of the PNG text chunk that holds the settings."""
@@ -28,7 +29,7 @@ LARGEST_TEXT_CHUNK = 20_000
 class Settings:
     """One request: what is generated, with which adapters.
 
-    adapters: (name, strength) in the order in which they act.
+    adapters: (name, strength) in the order in which they are applied.
     seed: of the first image; the next have the numbers after it.
     width, height: in pixels; what fits them is the base model's to say.
 
@@ -50,7 +51,7 @@ class Settings:
         for name in ("prompt", "negative_prompt"):
             text = getattr(self, name)
             if not isinstance(text, str) or len(text) > LONGEST_PROMPT:
-                raise InputError(f"{_said(name)}: needs a text of {LONGEST_PROMPT} characters at most")
+                raise InputError(f"{_label(name)}: needs a text of {LONGEST_PROMPT} characters at most")
         if not self.prompt.strip():
             raise InputError("Prompt: is empty; say what the image should show")
         for name, low, high in (
@@ -61,8 +62,11 @@ class Settings:
             ("height", 1, 1 << 13),
         ):
             value = getattr(self, name)
+            if isinstance(value, float) and value.is_integer():  # browsers and clients send 25.0 as well as 25
+                value = int(value)
+                object.__setattr__(self, name, value)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise InputError(f"{_said(name)}: got {value!r}, needs a whole number from {low} to {high}")
+                raise InputError(f"{_label(name)}: got {value!r}, needs a whole number from {low} to {high}")
         _check_number("Guidance", self.guidance, HIGHEST_GUIDANCE)
         names = [name for name, _ in self.adapters]
         if len(names) > MOST_ADAPTERS or len(set(names)) < len(names):
@@ -95,7 +99,7 @@ class Settings:
         return json.dumps(asdict(self))
 
 
-def _said(name: str) -> str:
+def _label(name: str) -> str:
     return name.replace("_", " ").capitalize()
 
 
@@ -127,7 +131,7 @@ def read_image(path: str | Path) -> tuple[Settings, Image.Image | None]:
         with Image.open(path, formats=("PNG",)) as image:
             text = image.info.get(TEXT_KEY)
             maps = [content for kind, content, *_ in image.private_chunks if kind == MAP_CHUNK]
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except DAMAGE as error:
         raise InputError(f"{name}: is not a PNG image that can be read") from error
     if not isinstance(text, str) or len(text) > LARGEST_TEXT_CHUNK:
         raise InputError(f"{name}: holds no settings; images that were downloaded from this page do")
@@ -137,9 +141,9 @@ def read_image(path: str | Path) -> tuple[Settings, Image.Image | None]:
 def _read_map(name: str, content: bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
-            if max(image.size) <= LARGEST_MAP:
+            size = image.size
+            if max(size) <= LARGEST_MAP:
                 return image.convert("RGBA")
-            said = f"has {image.width}×{image.height} pixels; {LARGEST_MAP} a side at most fit"
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except DAMAGE as error:
         raise InputError(f"{name}: the map in it cannot be read") from error
-    raise InputError(f"{name}: the map in it {said}")
+    raise InputError(f"{name}: the map in it has {size[0]}×{size[1]} pixels; {LARGEST_MAP} a side at most fit")

@@ -2,153 +2,184 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
+import pandas as pd
 from PIL import Image
 
-from ether_diffusion.demo.charts import line_chart
 from ether_diffusion.demo.jobs import Cancelled, Failed
+from ether_diffusion.demo.markup import problem, progress, status
+from ether_diffusion.demo.panels import Update, stop_by
+from ether_diffusion.demo.photos import LARGEST_SQUARE, cut_square, read_photo
 from ether_diffusion.demo.results import Results
-from ether_diffusion.demo.training import (
-    FEWEST_PHOTOS,
-    MOST_PHOTOS,
-    TOKEN,
-    WHOLE_SQUARE,
-    Progress,
-    Trainings,
-    cut_square,
-    read_photo,
-)
-from ether_diffusion.demo.words import problem, progress, status
+from ether_diffusion.demo.training import FEWEST_PHOTOS, MOST_PHOTOS, TOKEN, Progress, Trainer
 from ether_diffusion.errors import InputError
 from ether_diffusion.training.options import DEFAULT_METHOD
 
 LARGEST_CUT = 1024
 THUMBNAIL = 512
-READY = status("Ready.")
+READY, STOPPED = status("Ready."), status("Stopped; nothing was kept.")
 METHODS = [("ETHER+ (moves both sides, the default)", "ether_plus"), ("ETHER (a quarter of the size)", "ether")]
+INTRODUCTION = (
+    f"Teach the base model a subject from {FEWEST_PHOTOS} to {MOST_PHOTOS} photos. Everyone who uses this server can "
+    f"then use it: say *{TOKEN}* before its word, as in *a photo of {TOKEN} dog on a red background*."
+)
 
 
-def train_tab(trainings: Trainings, results: Results) -> Callable[..., Any]:
-    """Build the tab; the event that an adapter is new, to be told of by calling it as Gradio's events are."""
-    gr.Markdown(
-        f"Teach the base model a subject from {FEWEST_PHOTOS} to {MOST_PHOTOS} photos. Everyone who uses this server "
-        f"can then use it: say *{TOKEN}* before its word, as in *a photo of {TOKEN} dog on a red background*."
-    )
-    with gr.Row():
-        with gr.Column(scale=2, min_width=300):
-            photos = gr.File(
-                label=f"Photos ({FEWEST_PHOTOS} to {MOST_PHOTOS})",
-                file_count="multiple",
-                file_types=["image"],
-                elem_id="photos",
-            )
-            shown = gr.Gallery(
-                label="What was uploaded; choose one to crop it",
-                columns=4,
-                height=180,
-                interactive=False,
-                buttons=[],
-                preview=False,
-                allow_preview=False,
-                elem_id="uploaded",
-            )
-            which, photo = gr.Number(visible=False, precision=0), gr.State()  # the one to cut, and it made small
-            with gr.Column(visible=False, elem_id="cropping") as cropping:
-                cut = gr.Image(label="The square to keep", interactive=False, buttons=[], height=260, elem_id="cut")
-                size = gr.Slider(10, 100, 100, step=1, label="Size, % of the shorter side")
-                across = gr.Slider(0, 100, 50, step=1, label="From left to right, %")
-                down = gr.Slider(0, 100, 50, step=1, label="From top to bottom, %")
-                keep = gr.Button("Keep this square", size="sm", elem_id="keep-cut")
-            name = gr.Textbox(label="Name of the adapter", max_length=40, placeholder="my-dog")
-            word = gr.Textbox(label="What the photos show", max_length=30, placeholder="dog")
-            method = gr.Radio(METHODS, value=DEFAULT_METHOD, label="Method")
-            with gr.Row():
-                go = gr.Button("Train", variant="primary", elem_id="train")
-                stop = gr.Button("Stop", elem_id="stop-training")
-        with gr.Column(scale=3, min_width=300):
-            said = gr.HTML(READY, elem_id="training-status")
-            chart = gr.HTML()
-            samples = gr.Image(
-                label="Samples: base above, adapted below", interactive=False, buttons=[], elem_classes="ether-samples"
-            )
+class TrainTab:
+    """Built where it is made, within a `gr.Tab`. Attribute `trained`: the event that a training has ended."""
 
-    def preview(paths: list[str] | None) -> tuple[Any, ...]:
-        paths, closed = paths or [], (None, gr.update(visible=False))  # what was open is of other photos
+    def __init__(self, trainer: Trainer, results: Results):
+        self.trainer, self.results = trainer, results
+        gr.Markdown(INTRODUCTION)
+        with gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                self._choose_photos()
+                self.name = gr.Textbox(label="Name of the adapter", max_length=40, placeholder="my-dog")
+                self.word = gr.Textbox(label="What the photos show", max_length=30, placeholder="dog")
+                self.method = gr.Radio(METHODS, value=DEFAULT_METHOD, label="Method")
+                with gr.Row():
+                    self.go = gr.Button("Train", variant="primary", elem_id="train")
+                    self.stop = gr.Button("Stop", elem_id="stop-training")
+            with gr.Column(scale=3, min_width=300):
+                self.status = gr.HTML(READY, elem_id="training-status", elem_classes="ether-line")
+                self.losses = gr.LinePlot(x="step", y="loss", title="Loss", height=200, visible=False)
+                self.samples = gr.Image(
+                    label="Samples: base above, adapted below",
+                    interactive=False,
+                    buttons=[],
+                    elem_classes="ether-samples",
+                )
+        self._connect_photos()
+        self._connect_training()
+
+    def _choose_photos(self) -> None:
+        self.photos = gr.File(
+            label=f"Photos ({FEWEST_PHOTOS} to {MOST_PHOTOS})",
+            file_count="multiple",
+            file_types=["image"],
+            elem_id="photos",
+        )
+        self.shown = gr.Gallery(
+            label="What was uploaded; choose one to crop it",
+            columns=4,
+            height=180,
+            interactive=False,
+            buttons=[],
+            preview=False,
+            allow_preview=False,
+            elem_id="uploaded",
+        )
+        self.chosen = gr.Number(visible=False, precision=0)  # the index of the photo to crop
+        self.small = gr.State()  # that photo, made small, so that the preview of the square keeps up with the sliders
+        with gr.Column(visible=False, elem_id="cropping") as self.cropping:
+            self.cut = gr.Image(label="The square to keep", interactive=False, buttons=[], height=260, elem_id="cut")
+            self.square = [
+                gr.Slider(10, 100, 100, step=1, label="Size, % of the shorter side"),
+                gr.Slider(0, 100, 50, step=1, label="From left to right, %"),
+                gr.Slider(0, 100, 50, step=1, label="From top to bottom, %"),
+            ]
+            self.keep = gr.Button("Keep this square", size="sm", elem_id="keep-cut")
+
+    def _connect_photos(self) -> None:
+        hidden = {"api_name": False, "show_progress": "hidden"}
+        self.photos.change(
+            self.show_photos, self.photos, [self.shown, self.status, self.chosen, self.cropping], **hidden
+        )
+        opened = [self.small, self.cut, self.chosen, self.cropping, *self.square]
+        self.shown.select(self.open_cropping, self.photos, opened, **hidden)
+        gr.on(
+            [slider.input for slider in self.square],
+            cut_square,
+            [self.small, *self.square],
+            self.cut,
+            trigger_mode="always_last",
+            **hidden,
+        )
+        self.keep.click(
+            self.crop,
+            [self.photos, self.chosen, *self.square],
+            [self.photos, self.cropping, self.status],
+            api_name="crop",
+            show_progress="hidden",
+        )
+
+    def _connect_training(self) -> None:
+        """One training at a time; Gradio keeps the line."""
+        self.trained = self.go.click(
+            self.train,
+            [self.photos, self.name, self.word, self.method],
+            [self.status, self.losses, self.samples],
+            api_name="train",
+            concurrency_id="training",
+            concurrency_limit=1,
+            show_progress="full",
+            show_progress_on=self.status,  # the place in line
+            trigger_mode="once",
+        )
+        stop_by(self.stop, self.trained, lambda: STOPPED, self.status)
+
+    def show_photos(self, paths: list[str] | None) -> Update:
+        paths = paths or []
+        # What was being cropped is of other photos.
+        update = {self.shown: None, self.status: READY, self.chosen: None, self.cropping: gr.update(visible=False)}
         if len(paths) > MOST_PHOTOS:
-            return None, problem(f"Photos: got {len(paths)}, needs {FEWEST_PHOTOS} to {MOST_PHOTOS}"), *closed
+            message = f"Photos: got {len(paths)}, needs {FEWEST_PHOTOS} to {MOST_PHOTOS}"
+            return update | {self.status: problem(message)}
         try:
-            return [read_photo(path, THUMBNAIL) for path in paths], READY, *closed
+            return update | {self.shown: [read_photo(path, THUMBNAIL) for path in paths]}
         except InputError as error:
-            return None, problem(str(error)), *closed
+            return update | {self.status: problem(str(error))}
 
-    photos.change(preview, photos, [shown, said, which, cropping], api_name=False, show_progress="hidden")
-
-    square = [size, across, down]
-
-    def open_cropping(paths: list[str] | None, chosen: gr.SelectData) -> tuple[Any, ...]:
+    def open_cropping(self, paths: list[str] | None, selected: gr.SelectData) -> Update:
         try:
-            opened = _photo(paths, chosen.index, THUMBNAIL)
+            photo = _chosen_photo(paths, selected.index, THUMBNAIL)
         except InputError as error:
             raise gr.Error(str(error), print_exception=False) from None
-        return opened, cut_square(opened), chosen.index, gr.update(visible=True), *WHOLE_SQUARE
+        return {
+            self.small: photo,
+            self.cut: cut_square(photo),
+            self.chosen: selected.index,
+            self.cropping: gr.update(visible=True),
+            **dict(zip(self.square, LARGEST_SQUARE, strict=True)),
+        }
 
-    shown.select(open_cropping, photos, [photo, cut, which, cropping, *square], api_name=False, show_progress="hidden")
-    gr.on(
-        [slider.input for slider in square],
-        cut_square,
-        [photo, *square],
-        cut,
-        api_name=False,
-        show_progress="hidden",
-        trigger_mode="always_last",
-    )
-
-    def crop(paths: list[str] | None, index: int | None, size: float, across: float, down: float, request: gr.Request):
-        """The files, with the square in the place of the photo it was cut from."""
+    def crop(
+        self, paths: list[str] | None, index: int | None, size: float, across: float, down: float, request: gr.Request
+    ) -> Update:
+        """The files, with the square in the place of the photo that it was cut from."""
+        closed = {self.cropping: gr.update(visible=False)}
         try:
-            kept = cut_square(_photo(paths, index), size, across, down)
+            kept = cut_square(_chosen_photo(paths, index), size, across, down)
         except InputError as error:
-            return gr.skip(), gr.update(visible=False), problem(str(error))
+            return closed | {self.status: problem(str(error))}
         kept.thumbnail((LARGEST_CUT, LARGEST_CUT), Image.Resampling.LANCZOS)
-        path = results.folder(str(request.session_hash)) / f"{Path(paths[index]).stem[:40]}-cut.png"
+        path = self.results.folder(str(request.session_hash)) / f"{Path(paths[index]).stem[:40]}-cut.png"
         kept.save(path)
-        return [*paths[:index], str(path), *paths[index + 1 :]], gr.update(visible=False), READY
+        return closed | {self.photos: [*paths[:index], str(path), *paths[index + 1 :]], self.status: READY}
 
-    keep.click(crop, [photos, which, *square], [photos, cropping, said], api_name="crop", show_progress="hidden")
-
-    def train(photos, name, word, method, request: gr.Request):
+    def train(self, photos, name, word, method) -> Iterator[Update]:
         try:
-            news = trainings.train(photos or [], name=name, word=word, method=method, owner=str(request.session_hash))
-            for now in news:
-                yield _words(now), line_chart(now.losses, "Loss", length=now.steps), _image(now)
+            for now in self.trainer.train(photos or [], name=name, word=word, method=method):
+                yield self._show(now)
         except Cancelled:
-            yield status("Stopped; nothing was kept."), gr.skip(), gr.skip()
+            yield {self.status: STOPPED}
         except (InputError, Failed) as error:
-            yield problem(str(error)), gr.skip(), gr.skip()
+            yield {self.status: problem(str(error))}
             raise gr.Error(str(error), print_exception=False) from None
 
-    event = go.click(
-        train,
-        [photos, name, word, method],
-        [said, chart, samples],
-        api_name="train",
-        show_progress="hidden",
-        concurrency_limit=None,
-        trigger_mode="once",
-    )
-
-    def end(request: gr.Request) -> None:
-        trainings.stop(str(request.session_hash))
-
-    stop.click(end, api_name="stop_training", queue=False, show_progress="hidden")
-    return event.then
+    def _show(self, now: Progress) -> Update:
+        losses = pd.DataFrame({"step": range(1, len(now.losses) + 1), "loss": now.losses})
+        return {
+            self.status: _words(now),
+            self.losses: gr.LinePlot(losses, x_lim=[1, now.steps], visible=bool(now.losses)),
+            self.samples: gr.skip() if now.image is None else now.image,
+        }
 
 
-def _photo(paths: list[str] | None, index: int | None, side: int | None = None) -> Image.Image:
+def _chosen_photo(paths: list[str] | None, index: int | None, side: int | None = None) -> Image.Image:
     if not paths or index is None or not 0 <= index < len(paths):
         raise InputError("Crop: choose a photo first")
     return read_photo(paths[index], side)
@@ -157,16 +188,8 @@ def _photo(paths: list[str] | None, index: int | None, side: int | None = None) 
 def _words(now: Progress) -> str:
     if now.name is not None:
         return status(f"Done: the adapter {now.name} is in the list.")
-    if now.place:
-        return status(f"In line: {now.place} before yours. Stop gives the place up.")
-    if now.step == 0:
+    if not now.losses:
         return status("Loading the base model and generating its samples …")
-    left = "" if now.seconds_left is None else f", about {now.seconds_left:.0f} s left"
-    return progress(f"Step {now.step} of {now.steps}{left}", now.step / now.steps)
-
-
-def _image(now: Progress) -> Any:
-    if now.picture is None:
-        return gr.skip()
-    with Image.open(now.picture) as image:
-        return image.convert("RGB")
+    step = len(now.losses)
+    text = f"Step {step} of {now.steps}, about {now.left} left; loss {now.losses[-1]:.4f}"
+    return progress(text, step / now.steps)

@@ -1,7 +1,7 @@
-"""The one thread that generates: it owns pipeline and adapters, and takes requests in the order in which they come.
+"""The model of the page: it owns the pipeline, loads adapters onto it, and generates on a thread of its own.
 
-Which adapters act is part of a request. They are set before its images and nobody else generates in between, so no
-request ever sees those of another.
+The adapters of a request are set before its images, and everything that touches the pipeline runs on that one thread,
+so no request ever sees the adapters of another.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import gc
 import inspect
 import logging
-import threading
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,12 +22,11 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from ether_diffusion.adapters import pipeline as loaders
 from ether_diffusion.adapters.attach import attach
 from ether_diffusion.adapters.fit import fit
 from ether_diffusion.adapters.locate import find_adapter_file
 from ether_diffusion.control.pipelines import EtherControlPipeline, EtherControlXLPipeline
-from ether_diffusion.demo.jobs import Cancelled, Failed, Generated, Generating, Job, Waiting
+from ether_diffusion.demo.jobs import Cancelled, Failed, Generated, Generating, Job
 from ether_diffusion.demo.library import Adapter, Library
 from ether_diffusion.demo.settings import Settings
 from ether_diffusion.errors import EtherFileError, InputError
@@ -36,7 +35,6 @@ from ether_diffusion.export.lora import export_lora
 logger = logging.getLogger(__name__)
 
 LOADED_AT_MOST = 32
-LONGEST_LINE, MOST_PER_OWNER = 64, 8
 PREVIEW_SHARE = 0.25
 """Of the time that an image takes, what previews may add at most."""
 WITH_CONTROL = {
@@ -60,7 +58,6 @@ class Worker:
     """
 
     def __init__(self, base: str | Path, library: Library, *, device: str | None = None):
-        loaders.install()
         self.base, self.library = str(base), library
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.float16 if self.device == "cuda" else torch.float32
@@ -68,105 +65,63 @@ class Worker:
         pipe = kind.from_pretrained(base, dtype=dtype)
         pipe.set_progress_bar_config(disable=True)
         self.pipe = pipe.to(self.device)
-        self._model = threading.RLock()
-        self._line = threading.Condition()
-        self._jobs: deque[Job] = deque()
-        self._current: Job | None = None
+        self.side, self.unit = _sizes(pipe)
         self._loaded: OrderedDict[str, tuple[int, int]] = OrderedDict()  # name -> stamp, least used first
         self._fits: dict[tuple[str, tuple[int, int]], str] = {}
-        self._closed = False
-        denoiser = getattr(pipe, "unet", None) or pipe.transformer
-        factor = getattr(pipe, "vae_scale_factor", 8)
-        latent_side = getattr(pipe, "default_sample_size", None) or denoiser.config.sample_size
-        levels = len(getattr(denoiser.config, "block_out_channels", None) or (1, 1))
-        self.side, self.unit = latent_side * factor, factor * 2 ** (levels - 1)
-        self._thread = threading.Thread(target=self._work, name="worker", daemon=True)
-        self._thread.start()
+        self._jobs: set[Job] = set()
+        self._thread = ThreadPoolExecutor(1, "worker")
 
     @property
     def controls(self) -> bool:
         """Whether control adapters can be used on this base."""
         return isinstance(self.pipe, EtherControlPipeline | EtherControlXLPipeline)
 
-    # The line ---------------------------------------------------------------------------------------------------
+    def close(self) -> None:
+        """End the thread; what is being generated is cancelled."""
+        for job in tuple(self._jobs):
+            job.cancelled = True
+        self._thread.shutdown()
 
-    def submit(self, settings: Settings, owner: str = "", *, control: Image.Image | None = None) -> Job:
-        """Put a request in line.
+    # Generating ---------------------------------------------------------------------------------------------------
+
+    def generate(self, settings: Settings, *, control: Image.Image | None = None) -> Iterator[Generating | Generated]:
+        """Generate, and tell how far it is; the last news are `Generated`. Closing the iterator cancels.
 
         Raises:
-            InputError: a size or an adapter that does not fit the base, or the line is full.
+            InputError: a size or an adapter that does not fit the base.
+            Cancelled: the worker was closed.
+            Failed: whatever else went wrong, in words.
         """
+        self._check(settings, control)
+        job = Job()
+        self._jobs.add(job)
+        try:
+            self._thread.submit(self._run, job, settings, control)
+            yield from job.events()
+        finally:
+            job.cancelled = True
+            self._jobs.discard(job)
+
+    def _check(self, settings: Settings, control: Image.Image | None) -> None:
         for name, value in (("Width", settings.width), ("Height", settings.height)):
             if value % self.unit or not self.side // 2 <= value <= 2 * self.side:
                 raise InputError(
                     f"{name}: got {value}, needs a multiple of {self.unit} from {self.side // 2} to {2 * self.side}"
                 )
         chosen = [self.library.get(name) for name, _ in settings.adapters]
-        steered = [each.name for each in chosen if each.is_control]
-        if len(steered) > 1 or (control is None) != (not steered):
+        controls = sum(each.is_control for each in chosen)
+        if controls > 1 or (control is None) != (controls == 0):
             raise InputError(
                 "Control adapters are used one at a time, with a map, in the tab Control; others without one"
             )
-        job = Job(settings, owner, control)
-        with self._line:
-            own = sum(each.owner == owner for each in self._jobs)
-            if len(self._jobs) >= LONGEST_LINE or own >= MOST_PER_OWNER:
-                raise InputError(
-                    f"the line is full ({len(self._jobs)} requests, {own} of them yours); try again in a moment"
-                )
-            self._jobs.append(job)
-            self._tell_places()
-            self._line.notify_all()
-        return job
 
-    def cancel(self, owner: str) -> None:
-        """Take back everything that this owner has asked for."""
-        with self._line:
-            for job in [each for each in self._jobs if each.owner == owner]:
-                self._jobs.remove(job)
-                job.fail(Cancelled("cancelled"))
-            self._tell_places()
-            if self._current is not None and self._current.owner == owner:
-                self._current.cancel()
-
-    def close(self) -> None:
-        """End the thread; what is in line is not generated."""
-        with self._line:
-            self._closed = True
-            for job in (*self._jobs, self._current):
-                if job is not None:
-                    job.cancel()
-            self._line.notify_all()
-        self._thread.join(timeout=60)
-
-    def _tell_places(self) -> None:
-        ahead = 0 if self._current is None else 1
-        for place, job in enumerate(self._jobs, ahead):
-            job.tell(Waiting(place))
-
-    def _work(self) -> None:
-        while True:
-            with self._line:
-                self._line.wait_for(lambda: self._jobs or self._closed)
-                if self._closed:
-                    for job in self._jobs:
-                        job.fail(Cancelled("the server is going down"))
-                    return
-                self._current = job = self._jobs.popleft()
-                self._tell_places()
-            try:
-                if job.given_up:
-                    raise Cancelled("cancelled")
-                with self._model:
-                    generated = self._generate_all(job)
-                job.tell(generated)
-            except (Cancelled, InputError, Failed) as error:
-                job.fail(error)
-            except Exception as error:  # whatever it is, the next request is served
-                job.fail(self._explain(error, job.settings))
-            finally:
-                with self._line:
-                    self._current = None
+    def _run(self, job: Job, settings: Settings, control: Image.Image | None) -> None:
+        try:
+            job.tell(self._generate_all(job, settings, control))
+        except (Cancelled, InputError) as error:
+            job.tell(error)
+        except Exception as error:  # whatever it is, the next request is served
+            job.tell(self._explain(error, settings))
 
     def _explain(self, error: Exception, settings: Settings) -> Failed:
         """What went wrong, for the person who asked; what can be freed is freed."""
@@ -176,7 +131,7 @@ class Worker:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             return Failed(
-                f"There was not enough memory for a picture of {settings.width}×{settings.height} pixels. A smaller "
+                f"There was not enough memory for an image of {settings.width}×{settings.height} pixels. A smaller "
                 "one may fit; nothing else is affected."
             )
         logger.error("a request failed", exc_info=error)
@@ -184,47 +139,23 @@ class Worker:
             return Failed(str(error))
         return Failed(f"The model failed ({type(error).__name__}: {error}). The next request starts afresh.")
 
-    # Generating ---------------------------------------------------------------------------------------------------
+    def _generate_all(self, job: Job, settings: Settings, control: Image.Image | None) -> Generated:
+        started = time.perf_counter()
+        total = settings.images * (2 if settings.adapters else 1)
+        pairs, number = [], 1
+        self._activate(settings.adapters)
+        for k in range(settings.images):
+            one = replace(settings, seed=settings.seed + k)
+            with self._inactive():
+                base = self._generate(one, None, _Watch(job, self, one.steps, number, total))
+            adapted = None
+            if settings.adapters:
+                adapted = self._generate(one, control, _Watch(job, self, one.steps, number + 1, total))
+            pairs.append((base, adapted))
+            number += 2 if settings.adapters else 1
+        return Generated(pairs, settings, control, time.perf_counter() - started)
 
-    def _generate_all(self, job: Job) -> Generated:
-        settings, started = job.settings, time.perf_counter()
-        passes = 2 if settings.adapters else 1
-        pictures = []
-        with self._adapters(settings.adapters) as rest:
-            for k in range(settings.images):
-                one = replace(settings, seed=settings.seed + k)
-                with rest():
-                    base = self._generate(job, one, None, k * passes + 1, settings.images * passes)
-                adapted = None
-                if settings.adapters:
-                    adapted = self._generate(job, one, job.control, k * passes + 2, settings.images * passes)
-                pictures.append((base, adapted))
-        return Generated(pictures, settings, job.control, time.perf_counter() - started)
-
-    @contextmanager
-    def _adapters(self, adapters: tuple[tuple[str, float], ...]) -> Iterator[Callable[[], Any]]:
-        """The adapters at work, in this order; what is given is a context in which they rest."""
-        for name, _ in adapters:
-            self._load(self.library.get(name))
-
-        @contextmanager
-        def resting() -> Iterator[None]:
-            if self._loaded:
-                self.pipe.disable_ether()
-            try:
-                yield
-            finally:
-                if self._loaded:
-                    self.pipe.enable_ether()
-
-        if adapters:
-            self.pipe.set_adapters([_on_pipe(name) for name, _ in adapters], [weight for _, weight in adapters])
-        yield resting
-
-    def _generate(
-        self, job: Job, settings: Settings, control: Image.Image | None, number: int, of: int
-    ) -> Image.Image:
-        watch = _Watch(job, self, settings.steps, number, of)
+    def _generate(self, settings: Settings, control: Image.Image | None, watch: _Watch) -> Image.Image:
         arguments = {
             "height": settings.height,
             "width": settings.width,
@@ -237,6 +168,7 @@ class Worker:
             arguments["negative_prompt"] = settings.negative_prompt
         if control is not None:
             arguments["control_image"] = control
+        # Pipelines differ in what they take; those with control pass on what their stock class takes.
         stock = type(self.pipe)._stock if self.controls else type(self.pipe)
         known = inspect.signature(stock.__call__).parameters
         if "negative_prompt" in arguments and "negative_prompt" not in known:
@@ -257,8 +189,27 @@ class Worker:
 
     # Adapters ---------------------------------------------------------------------------------------------------
 
+    def _activate(self, adapters: tuple[tuple[str, float], ...]) -> None:
+        """Load these adapters and make them, in this order, the active ones."""
+        for name, _ in adapters:
+            self._load(self.library.get(name))
+        if adapters:
+            self.pipe.set_adapters([_on_pipe(name) for name, _ in adapters], [weight for _, weight in adapters])
+
+    @contextmanager
+    def _inactive(self) -> Iterator[None]:
+        """The base model alone."""
+        if not self._loaded:
+            yield
+            return
+        self.pipe.disable_ether()
+        try:
+            yield
+        finally:
+            self.pipe.enable_ether()
+
     def _load(self, adapter: Adapter) -> None:
-        """Have an adapter on the pipeline. The caller holds the model."""
+        """Have an adapter on the pipeline, as its file is now."""
         if self._loaded.get(adapter.name) == adapter.stamp:
             self._loaded.move_to_end(adapter.name)
             return
@@ -270,21 +221,21 @@ class Worker:
         attach(self.pipe, find_adapter_file(adapter.path), _on_pipe(adapter.name))
         self._loaded[adapter.name] = adapter.stamp
 
+    def usable(self, *, control: bool = False) -> list[str]:
+        """Names of the adapters that fit the base: control adapters, or the others."""
+        adapters = [each for each in self.library.adapters() if each.is_control == control]
+        return [each.name for each in adapters if self.fit(each).startswith("fits")]
+
     def fit(self, adapter: Adapter) -> str:
         """Whether an adapter fits the base, in words."""
         if adapter.problem:
             return f"cannot be used: {adapter.problem}"
         key = (adapter.name, adapter.stamp)
         if key not in self._fits:
-            with self._model:
-                try:
-                    self._load(adapter)
-                    differing = self.pipe.ether_adapters[_on_pipe(adapter.name)].other_base
-                    self._fits[key] = (
-                        f"fits, but was trained on other weights of {', '.join(differing)}" if differing else "fits"
-                    )
-                except (ValueError, OSError) as error:
-                    self._fits[key] = f"does not fit: {str(error).replace(str(adapter.path), adapter.path.name)}"
+            try:
+                self._fits[key] = self.check_file(adapter.path)
+            except (ValueError, OSError) as error:
+                self._fits[key] = f"does not fit: {error}"
         return self._fits[key]
 
     def check_file(self, path: Path) -> str:
@@ -293,13 +244,12 @@ class Worker:
         Raises:
             EtherFileError: a file that cannot be loaded anywhere.
         """
-        checkpoint = find_adapter_file(path)
-        with self._model:
-            try:
-                fit(self.pipe, checkpoint)
-            except EtherFileError as error:
-                return f"does not fit: {str(error).replace(str(path), path.name)}"
-        return "fits"
+        file = find_adapter_file(path)
+        try:
+            others = self._thread.submit(fit, self.pipe, file).result().other_base
+        except EtherFileError as error:
+            return f"does not fit: {str(error).replace(str(path), path.name)}"
+        return f"fits, but was trained on other weights of {', '.join(others)}" if others else "fits"
 
     def export(self, name: str, to: str, folder: Path) -> Path:
         """Write an adapter of the library as a LoRA ("diffusers-lora" or "kohya"); the file.
@@ -307,9 +257,12 @@ class Worker:
         Raises:
             ValueError: the format has no name for a layer.
         """
-        with self._model:
-            with self._adapters(((name, 1.0),)):
-                return export_lora(self.pipe, folder, to=to, weight_name=f"{name}-{to}.safetensors").path
+
+        def write() -> Path:
+            self._activate(((name, 1.0),))
+            return export_lora(self.pipe, folder, to=to, weight_name=f"{name}-{to}.safetensors").path
+
+        return self._thread.submit(write).result()
 
 
 class _Watch:
@@ -317,12 +270,14 @@ class _Watch:
 
     def __init__(self, job: Job, worker: Worker, steps: int, number: int, of: int):
         self.job, self.worker, self.steps, self.number, self.of = job, worker, steps, number, of
+        if job.cancelled:  # before an image is begun, too: pipelines without callbacks are stopped here
+            raise Cancelled("cancelled")
         self.began = time.perf_counter()
         self.spent = self.cost = 0.0
         self.preview: Image.Image | None = None
 
     def __call__(self, _pipe: DiffusionPipeline, step: int, _time: Any, values: dict[str, Any]) -> dict[str, Any]:
-        if self.job.given_up:
+        if self.job.cancelled:
             raise Cancelled("cancelled")
         begun = time.perf_counter()
         # The first preview of an image tells what one costs.
@@ -332,6 +287,15 @@ class _Watch:
             self.spent += self.cost
         self.job.tell(Generating(self.number, self.of, min(step + 1, self.steps), self.steps, self.preview))
         return {}
+
+
+def _sizes(pipe: DiffusionPipeline) -> tuple[int, int]:
+    """A pipeline's own image size, and what sizes must be a multiple of, in pixels."""
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    factor = getattr(pipe, "vae_scale_factor", 8)
+    latent_side = getattr(pipe, "default_sample_size", None) or denoiser.config.sample_size
+    levels = len(getattr(denoiser.config, "block_out_channels", None) or (1, 1))
+    return latent_side * factor, factor * 2 ** (levels - 1)
 
 
 def _on_pipe(name: str) -> str:

@@ -2,7 +2,6 @@
 
 import io
 import shutil
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +10,9 @@ import torch
 from PIL import Image
 
 sync_api = pytest.importorskip("playwright.sync_api")
-pytest.importorskip("gradio")
 
 from ether_diffusion import EtherControlPipeline, miniature  # noqa: E402
-from ether_diffusion.commands.demo import SHIPPED, serve  # noqa: E402
+from ether_diffusion.commands.demo import SHIPPED  # noqa: E402
 from ether_diffusion.demo.settings import read_image  # noqa: E402
 
 CHROMIUM = shutil.which("chromium")
@@ -38,15 +36,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium; apt-get install chromium"),
 ]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    args = Namespace(base=None, adapters=None, host="127.0.0.1", port=0, share=False, auth=None, device="cpu")
-    page = serve(args, tmp_path_factory.mktemp("served"))
-    yield page
-    page.close()
-    page.worker.close()
 
 
 @pytest.fixture(scope="module")
@@ -206,15 +195,18 @@ def test_photos_are_cut_trained_on_and_generated_with(open_page, photographs):
     assert pixels(base) != pixels(adapted)
 
 
-def test_a_cancelled_image_stops_and_the_page_goes_on(open_page):
-    page = open_page()
+def test_the_place_in_line_is_shown_and_a_cancelled_image_stops(open_page):
+    page, other = open_page(), open_page()
     page.get_by_text("More settings").click()
     page.get_by_role("spinbutton", name="Steps").first.fill("150")
     page.get_by_role("spinbutton", name="Steps").first.press("Enter")
     page.click("#generate")
     says(page, "#status", "of 150")
+    other.click("#generate")
+    says(other, "#status", "queue: 1/1")
     page.click("#cancel")
     says(page, "#status", "Cancelled.")
+    says(other, "#status", "Done")
     page.get_by_role("spinbutton", name="Steps").first.fill("25")
     assert len(generate(page)) == 2
 
@@ -229,7 +221,7 @@ def test_a_broken_file_is_explained_where_it_was_dropped(open_page, tmp_path):
     says(page, "#report", "Parameters")
 
 
-def test_a_image_that_is_dropped_brings_its_settings_back(open_page, tmp_path):
+def test_an_image_that_is_dropped_brings_its_settings_back(open_page, tmp_path):
     page = open_page()
     page.get_by_label("Prompt", exact=True).first.fill("a photo of sks toy on a red background")
     page.get_by_label("Seed", exact=True).first.fill("11")

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ether_diffusion.analysis.report import METHODS
 from ether_diffusion.demo.library import Adapter
+from ether_diffusion.images import DAMAGE
 
 THUMBNAIL = 160
 LARGEST_IMAGE = 4_000_000
@@ -47,14 +48,14 @@ def cards(adapters: Iterable[tuple[Adapter, str]]) -> str:
 
 
 def _card(adapter: Adapter, fit: str) -> str:
-    picture = ""
+    image = ""
     if adapter.image is not None:
         stamp = adapter.image.stat().st_mtime_ns
         if source := _thumbnail(adapter.image, stamp):
-            picture = f'<img src="{source}" alt="Sample of {escape(adapter.name)}">'
+            image = f'<img src="{source}" alt="Sample of {escape(adapter.name)}">'
     kind = ", ".join([METHODS[method] for method in adapter.methods] + ["control"] * adapter.is_control)
     return (
-        f"<li>{picture}<div><strong>{escape(adapter.name)}</strong><br>{escape(adapter.prompt) or '–'}<br>"
+        f"<li>{image}<div><strong>{escape(adapter.name)}</strong><br>{escape(adapter.prompt) or '–'}<br>"
         f"<small>{escape(kind)} · {adapter.parameters:,} parameters · {adapter.size:,} bytes<br>{escape(fit)}"
         "</small></div></li>"
     )
@@ -68,7 +69,7 @@ def _thumbnail(path: Path, _stamp: int) -> str:
             return ""
         with Image.open(path) as image:
             small = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except DAMAGE:
         return ""
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     content = io.BytesIO()

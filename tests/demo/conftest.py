@@ -1,0 +1,60 @@
+"""A worker on a folder of adapters, and the served page; one of each for a module."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("gradio_client")
+
+from helpers.demo import close, connect, serve_page  # noqa: E402
+
+from ether_diffusion import miniature  # noqa: E402
+from ether_diffusion.commands.demo import SHIPPED  # noqa: E402
+from ether_diffusion.control.encoder import ControlEncoder  # noqa: E402
+from ether_diffusion.control.pipelines import EtherControlPipeline  # noqa: E402
+from ether_diffusion.demo.library import Library  # noqa: E402
+from ether_diffusion.demo.worker import Worker  # noqa: E402
+
+
+@pytest.fixture(scope="package")
+def adapters(tmp_path_factory) -> Path:
+    """A folder with the shipped adapters, a control adapter, and a file that is none."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for each in SHIPPED.iterdir():
+        (folder / each.name).mkdir()
+        for file in each.iterdir():
+            (folder / each.name / file.name).write_bytes(file.read_bytes())
+    torch.manual_seed(0)
+    pipe = EtherControlPipeline.from_pipe(miniature.load_pipeline())
+    encoder = ControlEncoder.for_unet(pipe.unet, factor=pipe.vae_scale_factor)
+    torch.nn.init.normal_(encoder.embedding.conv_out.weight, std=0.2)
+    pipe.add_control("map", encoder)
+    pipe.save_ether_weights(folder / "map", "map")
+    (folder / "broken.safetensors").write_bytes(b"no adapter")
+    return folder
+
+
+@pytest.fixture(scope="package")
+def worker(adapters):
+    worker = Worker(miniature.FOLDER, Library(adapters), device="cpu")
+    yield worker
+    worker.close()
+
+
+@pytest.fixture(scope="package")
+def served(tmp_path_factory) -> Path:
+    """Where the server keeps what is temporary."""
+    return tmp_path_factory.mktemp("served")
+
+
+@pytest.fixture(scope="package")
+def server(served):
+    page = serve_page(served)
+    yield page
+    close(page)
+
+
+@pytest.fixture
+def client(server):
+    return connect(server)

@@ -1,0 +1,135 @@
+"""The worker alone: what it generates, tells and refuses."""
+
+import inspect
+import threading
+
+import numpy as np
+import pytest
+import torch
+from helpers.demo import PROMPT, STEPS, generate
+from PIL import Image
+
+import ether_diffusion
+from ether_diffusion import miniature
+from ether_diffusion.commands.demo import SHIPPED
+from ether_diffusion.demo.jobs import Cancelled, Failed, Generated, Generating
+from ether_diffusion.demo.library import Library
+from ether_diffusion.demo.settings import Settings, read_image
+from ether_diffusion.demo.worker import Worker
+from ether_diffusion.errors import InputError
+
+
+def test_shipped_adapters_fit_and_change_the_image(worker):
+    offered = [each for each in worker.library.adapters() if (SHIPPED / each.name).is_dir()]
+    shipped = [each for each in offered if not each.is_control]
+    assert len(shipped) == 3
+    for adapter in shipped:
+        assert worker.fit(adapter) == "fits" and adapter.image is not None and "a photo of" in adapter.prompt
+        ((base, adapted),) = generate(worker, adapters=((adapter.name, 1.0),)).images
+        assert np.asarray(base).tolist() != np.asarray(adapted).tolist()
+
+
+def test_strength_zero_is_the_base_and_a_seed_repeats(worker):
+    stock = miniature.load_pipeline()
+    stock.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(5)
+    expected = np.asarray(stock(PROMPT, num_inference_steps=STEPS, guidance_scale=5.0, generator=generator).images[0])
+    for strength in (1.0, 0.0):
+        ((base, adapted),) = generate(worker, seed=5, adapters=(("toy-1", strength), ("house-1", strength))).images
+        assert np.array_equal(np.asarray(base), expected)
+        assert np.array_equal(np.asarray(adapted), expected) == (strength == 0.0)
+
+
+def test_a_crash_is_told_and_the_next_request_is_served(worker, monkeypatch, caplog):
+    before = generate(worker, adapters=(("toy-1", 1.0),))
+    stock = type(worker.pipe).__call__
+
+    def fails(self, prompt, **arguments):
+        if prompt == "crash":
+            raise RuntimeError("a wire is loose")
+        if prompt == "fill the memory":
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 8 TB")
+        return stock(self, prompt, **arguments)
+
+    fails.__signature__ = inspect.signature(stock)
+    monkeypatch.setattr(type(worker.pipe), "__call__", fails)
+    with pytest.raises(Failed, match="a wire is loose.*starts afresh"):
+        generate(worker, prompt="crash", adapters=(("house-1", 1.0),))
+    with pytest.raises(Failed, match="not enough memory for an image of 64×64 pixels. A smaller"):
+        generate(worker, prompt="fill the memory")
+    after = generate(worker, adapters=(("toy-1", 1.0),))
+    assert np.array_equal(np.asarray(before.images[0][1]), np.asarray(after.images[0][1]))
+
+
+def test_news_say_the_step_and_show_a_preview(worker):
+    news = list(worker.generate(Settings(prompt=PROMPT, steps=8)))
+    steps = [each for each in news if isinstance(each, Generating)]
+    assert [each.step for each in steps] == sorted({each.step for each in steps}) and steps[-1].steps == 8
+    assert any(each.preview is not None for each in steps)
+    assert isinstance(news[-1], Generated)
+
+
+def test_closing_the_news_cancels(worker, monkeypatch):
+    taken, step = [], worker.pipe.scheduler.step
+    monkeypatch.setattr(worker.pipe.scheduler, "step", lambda *a, **k: taken.append(1) or step(*a, **k))
+    news = worker.generate(Settings(prompt=PROMPT, steps=150, images=4))
+    next(news)
+    news.close()
+    generate(worker)  # comes after whatever is left of the other
+    assert len(taken) < 150
+
+
+def test_closing_the_worker_cancels(adapters):
+    worker = Worker(miniature.FOLDER, Library(adapters), device="cpu")
+    news = worker.generate(Settings(prompt=PROMPT, steps=150, images=4))
+    next(news)
+    worker.close()
+    with pytest.raises(Cancelled):
+        list(news)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompt": "  "}, "Prompt: is empty"),
+        ({"steps": 0}, "Steps: got 0, needs a whole number from 1 to 150"),
+        ({"width": 60}, "Width: got 60, needs a multiple of 8 from 32 to 128"),
+        ({"adapters": (("toy-1", 2.0),)}, "Strength of toy-1: got 2.0, needs a number from 0 to 1.5"),
+        ({"adapters": (("../toy-1", 1.0),)}, "there is no adapter '../toy-1'; on offer are broken, face-1"),
+        ({"adapters": (("broken", 1.0),)}, "the adapter broken cannot be used: .*broken.safetensors is not a whole"),
+        ({"adapters": (("map", 1.0),)}, "Control adapters are used one at a time, with a map"),
+        ({"guidance": float("nan")}, "Guidance: got nan"),
+    ],
+)
+def test_what_cannot_be_generated_is_said(worker, settings, message):
+    with pytest.raises(InputError, match=message):
+        generate(worker, **settings)
+
+
+def test_a_control_adapter_steers_with_its_map_and_leaves_no_trace(worker):
+    board = Image.fromarray(np.kron(np.eye(8, dtype=np.uint8) * 255, np.ones((8, 8), np.uint8)))
+    plain = generate(worker).images[0][0]
+    ((base, steered),) = generate(worker, adapters=(("map", 1.0),), control=board).images
+    assert not np.array_equal(np.asarray(base), np.asarray(steered))
+    assert np.array_equal(np.asarray(generate(worker).images[0][0]), np.asarray(plain))
+
+
+def test_the_shipped_control_adapter_comes_with_the_map_of_its_image(worker):
+    (adapter,) = (each for each in Library(SHIPPED).adapters() if each.is_control)
+    settings, control = read_image(adapter.image)
+    *_, last = worker.generate(settings, control=control)
+    ((base, steered),) = last.images
+    with Image.open(adapter.image) as shown:
+        expected = np.asarray(shown.convert("RGB"), np.float32)
+    # Processors round differently; another image differs by much more.
+    assert np.abs(np.asarray(steered, np.float32) - expected).mean() < 4
+    assert np.abs(np.asarray(base, np.float32) - expected).mean() > 8
+
+
+def test_ether_is_known_to_every_thread(worker):
+    """The worker generates in a thread of its own, in which nothing was imported."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(hasattr(worker.pipe, "load_ether_weights")))
+    thread.start()
+    thread.join()
+    assert found == [True] and ether_diffusion.__version__

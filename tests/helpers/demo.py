@@ -1,0 +1,57 @@
+"""What tests do with the web page: start it, and ask it for images as clients of its API do."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import gradio_client
+import numpy as np
+from PIL import Image
+
+from ether_diffusion.commands.demo import serve
+from ether_diffusion.demo.jobs import Generated
+from ether_diffusion.demo.settings import Settings
+from ether_diffusion.demo.worker import Worker
+
+PROMPT = "a photo of sks toy on a red background"
+STEPS = 2
+
+
+def serve_page(folder: Path, **flags: object):
+    """The demo as its command starts it, on a free port; the page, with `local_url`, `worker` and `trainer`."""
+    usual = {"base": None, "adapters": None, "host": "127.0.0.1", "port": 0, "share": False, "auth": None}
+    return serve(Namespace(**usual | {"device": "cpu"} | flags), folder)
+
+
+def close(page) -> None:
+    page.close()
+    page.trainer.close()
+    page.worker.close()
+
+
+def connect(page) -> gradio_client.Client:
+    patient = {"timeout": 60}
+    return gradio_client.Client(page.local_url, verbose=False, analytics_enabled=False, httpx_kwargs=patient)
+
+
+def generate(worker: Worker, *, control: Image.Image | None = None, **settings: object) -> Generated:
+    settings = {"prompt": PROMPT, "steps": STEPS} | settings
+    *_, last = worker.generate(Settings(**settings), control=control)
+    return last
+
+
+def ask(client, *adapters: tuple[str, float], seed: int = 0, steps: int = STEPS, **others: object):
+    """What the page answers: (status, preview, gallery, seed)."""
+    strengths = [strength for _, strength in adapters] + [1.0] * 3
+    others = {"prompt": PROMPT, "negative": "", "width": 64, "height": 64, "draw": False, "count": 1} | others
+    return client.submit(
+        [name for name, _ in adapters], *strengths[:3], others["prompt"], others["negative"], steps, 5.0,
+        others["width"], others["height"], others["draw"], seed, others["count"], api_name="/generate",
+    )  # fmt: skip
+
+
+def images_of(answer) -> list[np.ndarray]:
+    return [np.asarray(Image.open(each["image"])) for each in answer[2]]
+
+
+def uploaded(photographs: Path) -> list:
+    return [gradio_client.handle_file(path) for path in sorted(photographs.iterdir())]
