@@ -212,10 +212,12 @@ class EtherLayer(MergingLayer):
         if vectors.u_out is None:
             return self._adapted_output((x + strength * displaced).to(x.dtype), earlier, args, kwargs)
         y = self._adapted_output((x + displaced).to(x.dtype), earlier, args, kwargs)
+        # The output side reflects the product alone: the bias is no part of the weight.
         product = y - self._bias_under(x, y, args, kwargs)
         full = y + self._displaced(product, vectors.u_out, vectors.v_out)
         if strength == 1:
             return full.to(y.dtype)
+        # Strength mixes outputs, not the two sides: W(α) is linear in α.
         unchanged = self._adapted_output(x, earlier, args, kwargs)
         return (unchanged + strength * (full - unchanged)).to(y.dtype)
 

@@ -124,7 +124,7 @@ class Transform(NamedTuple):
 
     def displace(self, x: Tensor) -> Tensor:
         """(T − I)x on the last axis of x: (..., d), of the dtype of the units."""
-        moved = torch.zeros_like(x)
+        moved = torch.zeros_like(x)  # Tx − x would lose a small change in the rounding of x
         for unit, factor in zip(self.units, self.factors, strict=True):
             moved = add_along(moved, project(x, unit), unit, factor)
         return moved
