@@ -10,8 +10,8 @@ added to its unit vectors at the start of training; of noise that of what is add
 weight's own. Measured, as means over the layers: ‖W' − W‖_F / ‖W‖_F, and ‖T − I‖_F where the method is a transform;
 and of the images: drift, 1 − cosine to the base's images of the same seeds in CLIP, and similarity to
 their prompts (CLIP-T).
-Writes JSON row by row (the same command goes on where it was stopped) and a strip of images (above each its strength
-and relative distance), and prints a table.
+Writes JSON row by row (the same command goes on where it was stopped) and a strip of images (above each row its
+strengths and relative distances), and prints a table.
 
 This is the perturbation study of the ETHER paper, arXiv:2405.20271, by default on the miniature.
 """

@@ -1,19 +1,13 @@
 """The denoising loss on held-out images: the same for the same grid, however it is computed."""
 
-from pathlib import Path
-
 import pytest
+from denoising import denoising_loss
 from helpers.zoo import sdxl
 from PIL import Image
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
-def test_the_held_out_loss_is_repeatable_and_the_same_for_any_batch(tiny_pipeline, monkeypatch, family):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from denoising import denoising_loss
-
+def test_the_held_out_loss_is_repeatable_and_the_same_for_any_batch(tiny_pipeline, family):
     pipe = sdxl(tiny_pipeline) if family == "sdxl" else tiny_pipeline
     square = Image.effect_noise((16, 16), 60).convert("RGB")
     wide = Image.new("RGB", (40, 16))
