@@ -129,7 +129,7 @@ def _chart(layers: list[dict[str, Any]]) -> gr.BarPlot:
             "side": [layer["side"] for layer in turned or layers],
         }
     )
-    return gr.BarPlot(bars, y=title, title=title, y_title="", y_lim=[0, top], color="side")
+    return gr.BarPlot(bars, y=title, y_lim=[0, top], color="side")
 
 
 def _row(layer: dict[str, Any]) -> list[Any]:

@@ -235,7 +235,7 @@ class Worker:
             try:
                 self._fits[key] = self.check_file(adapter.path)
             except (ValueError, OSError) as error:
-                self._fits[key] = f"does not fit: {error}"
+                self._fits[key] = f"does not fit: {str(error).replace(str(adapter.path), adapter.path.name)}"
         return self._fits[key]
 
     def check_file(self, path: Path) -> str:

@@ -1,5 +1,6 @@
-"""A worker on a folder of adapters, and the served page; one of each for a module."""
+"""A worker on a folder of adapters, and the served page; one of each for this folder."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,7 @@ from ether_diffusion.demo.worker import Worker  # noqa: E402
 @pytest.fixture(scope="package")
 def adapters(tmp_path_factory) -> Path:
     """A folder with the shipped adapters, a control adapter, and a file that is none."""
-    folder = tmp_path_factory.mktemp("adapters")
-    for each in SHIPPED.iterdir():
-        (folder / each.name).mkdir()
-        for file in each.iterdir():
-            (folder / each.name / file.name).write_bytes(file.read_bytes())
+    folder = shutil.copytree(SHIPPED, tmp_path_factory.mktemp("adapters"), dirs_exist_ok=True)
     torch.manual_seed(0)
     pipe = EtherControlPipeline.from_pipe(miniature.load_pipeline())
     encoder = ControlEncoder.for_unet(pipe.unet, factor=pipe.vae_scale_factor)

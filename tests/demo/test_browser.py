@@ -26,10 +26,10 @@ NAMELESS = """() => [...document.querySelectorAll('input, textarea, select, butt
     each.offsetParent && !each.labels?.length && !each.ariaLabel && !each.title && !each.innerText.trim() &&
     !each.getAttribute('aria-labelledby') && !each.closest('label')).map(each => each.outerHTML.slice(0, 120))"""
 
-LISTEN = """() => { window.said = []; new MutationObserver(() => {
-    window.said.push(document.querySelector('#status').innerText);
+LISTEN = """() => { window.told = []; new MutationObserver(() => {
+    window.told.push(document.querySelector('#status').innerText);
 }).observe(document.body, {subtree: true, childList: true, characterData: true}); }"""
-GENERATED = "() => said.some(each => each.includes('step')) && said.at(-1).includes('Done')"
+GENERATED = "() => told.some(each => each.includes('step')) && told.at(-1).includes('Done')"
 SHOWN = "(images) => images.length > 0 && images.every(each => each.complete && each.naturalWidth > 0)"
 
 pytestmark = [
@@ -72,6 +72,12 @@ def says(page, place: str, text: str) -> None:
     sync_api.expect(page.locator(place)).to_contain_text(text, timeout=WAIT)
 
 
+def enter(page, label: str, number: str) -> None:
+    box = page.get_by_role("spinbutton", name=label).first
+    box.fill(number)
+    box.press("Enter")
+
+
 def generated(page, gallery: str = "#gallery") -> list[bytes]:
     """The files of a gallery, as they would be downloaded."""
     page.wait_for_timeout(500)
@@ -111,8 +117,7 @@ def test_base_and_adapted_differ_and_repeat_for_the_seed(open_page):
 
 def test_strength_zero_is_the_base(open_page):
     page = open_page()
-    page.get_by_role("spinbutton", name="Strength of toy-1").fill("0")
-    page.get_by_role("spinbutton", name="Strength of toy-1").press("Enter")
+    enter(page, "Strength of toy-1", "0")
     base, adapted = generate(page)
     assert pixels(base) == pixels(adapted) and base != adapted  # the settings in them differ
 
@@ -189,8 +194,7 @@ def test_photos_are_cut_trained_on_and_generated_with(open_page, photographs):
     page.locator("#adapters input").click()
     page.get_by_role("option", name="mine").click()
     page.keyboard.press("Escape")
-    page.get_by_role("spinbutton", name="Strength of toy-1").fill("0")
-    page.get_by_role("spinbutton", name="Strength of toy-1").press("Enter")
+    enter(page, "Strength of toy-1", "0")
     base, adapted = generate(page)
     assert pixels(base) != pixels(adapted)
 
@@ -198,8 +202,7 @@ def test_photos_are_cut_trained_on_and_generated_with(open_page, photographs):
 def test_the_place_in_line_is_shown_and_a_cancelled_image_stops(open_page):
     page, other = open_page(), open_page()
     page.get_by_text("More settings").click()
-    page.get_by_role("spinbutton", name="Steps").first.fill("150")
-    page.get_by_role("spinbutton", name="Steps").first.press("Enter")
+    enter(page, "Steps", "150")
     page.click("#generate")
     says(page, "#status", "of 150")
     other.click("#generate")
@@ -207,7 +210,7 @@ def test_the_place_in_line_is_shown_and_a_cancelled_image_stops(open_page):
     page.click("#cancel")
     says(page, "#status", "Cancelled.")
     says(other, "#status", "Done")
-    page.get_by_role("spinbutton", name="Steps").first.fill("25")
+    enter(page, "Steps", "25")
     assert len(generate(page)) == 2
 
 

@@ -120,10 +120,10 @@ def test_a_controlled_image_brings_its_map_back(server, client):
     assert start[1] and Image.open(drawn["composite"]).size == (512, 512)
     files = {key: drawn[key] and gradio_client.handle_file(drawn[key]) for key in ("background", "composite")}
     sent = {**files, "layers": []}
-    said, _, gallery = client.predict("scene-map", start[1], sent, 1.0, 5, STEPS, 5.0, 64, 64, api_name="/control")
+    told, _, gallery = client.predict("scene-map", start[1], sent, 1.0, 5, STEPS, 5.0, 64, 64, api_name="/control")
     base, steered = (each["image"] for each in gallery)
     settings, control = read_image(steered)
-    assert "Done" in said and settings.seed == 5 and read_image(base)[1] is None
+    assert "Done" in told and settings.seed == 5 and read_image(base)[1] is None
     *_, last = server.worker.generate(settings, control=control)
     assert np.array_equal(np.asarray(Image.open(steered)), np.asarray(last.images[0][1]))
     restored = client.predict(gradio_client.handle_file(steered), api_name="/use_map")
@@ -157,17 +157,17 @@ def test_a_large_photo_keeps_its_detail_when_it_is_cut(client, photographs, tmp_
 
 def test_a_broken_upload_is_explained_and_a_sound_one_described(client, tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"\x80\x04pickle")
-    said, *report = client.predict(gradio_client.handle_file(tmp_path / "bad.safetensors"), api_name="/check_file")
-    assert "bad.safetensors holds a pickle" in said and str(tmp_path) not in said and "ETHER+" not in str(report)
+    told, *report = client.predict(gradio_client.handle_file(tmp_path / "bad.safetensors"), api_name="/check_file")
+    assert "bad.safetensors holds a pickle" in told and str(tmp_path) not in told and "ETHER+" not in str(report)
     sound = SHIPPED / "toy-1" / "pytorch_ether_weights.safetensors"
-    said, *report = client.predict(gradio_client.handle_file(sound), api_name="/check_file")
-    assert "fits" in said and all(each in str(report) for each in ("ETHER+", "19,968", "Degrees", "°", "to_out.0"))
+    told, *report = client.predict(gradio_client.handle_file(sound), api_name="/check_file")
+    assert "fits" in told and all(each in str(report) for each in ("ETHER+", "19,968", "Degrees", "°", "to_out.0"))
 
 
 @pytest.mark.parametrize("to", ["ether", "diffusers-lora", "kohya"])
 def test_an_adapter_can_be_taken_along(client, to):
-    said, file = client.predict("toy-1", to, api_name="/export")
-    assert "toy-1" in said and Path(file).stat().st_size > 10_000
+    told, file = client.predict("toy-1", to, api_name="/export")
+    assert "toy-1" in told and Path(file).stat().st_size > 10_000
     if to != "kohya":
         pipe = miniature.load_pipeline()
         pipe.load_ether_weights(file) if to == "ether" else pipe.load_lora_weights(file)

@@ -92,6 +92,6 @@ def test_the_page_is_for_this_machine_unless_flags_say_otherwise(tmp_path, monke
         (["--base", "no/such/folder"], "no/such/folder"),
     ],
 )
-def test_flags_that_cannot_be_used_are_said(given, message, capsys):
+def test_flags_that_cannot_be_used_are_refused(given, message, capsys):
     assert main(["demo", *given]) == 1
     assert message in capsys.readouterr().err

@@ -80,9 +80,9 @@ def test_a_training_that_cannot_start_is_explained(client, photographs, tmp_path
 def test_photos_become_an_adapter_that_generates(server, client, photographs):
     photos = uploaded(photographs)
     job = client.submit(photos, "my toy", "toy", "ether_plus", api_name="/train")
-    said, chart, sample = job.result()
-    assert "my-toy is in the list" in said and Image.open(sample).size[0] > 100
-    assert len(chart["plot"]["data"]) == 200
+    told, chart, sample = job.result()
+    assert "my-toy is in the list" in told and Image.open(sample).size[0] > 100
+    assert len(chart["value"]["data"]) == 200
     assert any("left" in each[0] for each in job.outputs())
     client.predict(api_name="/refresh")
     with Image.open(server.worker.library.get("my-toy").image) as image:

@@ -101,7 +101,7 @@ def test_closing_the_worker_cancels(adapters):
         ({"guidance": float("nan")}, "Guidance: got nan"),
     ],
 )
-def test_what_cannot_be_generated_is_said(worker, settings, message):
+def test_what_cannot_be_generated_is_refused(worker, settings, message):
     with pytest.raises(InputError, match=message):
         generate(worker, **settings)
 
