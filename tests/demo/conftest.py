@@ -40,14 +40,8 @@ def worker(adapters):
 
 
 @pytest.fixture(scope="package")
-def served(tmp_path_factory) -> Path:
-    """Where the server keeps what is temporary."""
-    return tmp_path_factory.mktemp("served")
-
-
-@pytest.fixture(scope="package")
-def server(served):
-    page = serve_page(served)
+def server(tmp_path_factory):
+    page = serve_page(tmp_path_factory.mktemp("served"))
     yield page
     close(page)
 

@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from helpers.demo import PROMPT, STEPS, generate
+from helpers.demo import PROMPT, STEPS, count_steps, generate
 from PIL import Image
 
 import ether_diffusion
@@ -70,8 +70,7 @@ def test_news_say_the_step_and_show_a_preview(worker):
 
 
 def test_closing_the_news_cancels(worker, monkeypatch):
-    taken, step = [], worker.pipe.scheduler.step
-    monkeypatch.setattr(worker.pipe.scheduler, "step", lambda *a, **k: taken.append(1) or step(*a, **k))
+    taken = count_steps(worker, monkeypatch)
     news = worker.generate(Settings(prompt=PROMPT, steps=150, images=4))
     next(news)
     news.close()

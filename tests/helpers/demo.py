@@ -39,6 +39,13 @@ def generate(worker: Worker, *, control: Image.Image | None = None, **settings: 
     return last
 
 
+def count_steps(worker: Worker, monkeypatch) -> list:
+    """A list that grows by one with every denoising step of the worker."""
+    taken, step = [], worker.pipe.scheduler.step
+    monkeypatch.setattr(worker.pipe.scheduler, "step", lambda *a, **k: taken.append(None) or step(*a, **k))
+    return taken
+
+
 def ask(client, *adapters: tuple[str, float], seed: int = 0, steps: int = STEPS, **others: object):
     """What the page answers: (status, preview, gallery, seed)."""
     strengths = [strength for _, strength in adapters] + [1.0] * 3
