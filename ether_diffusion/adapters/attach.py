@@ -32,6 +32,7 @@ from ether_diffusion.tuner.layer import EtherLayer
 from ether_diffusion.tuner.model import layer_class
 
 
+@torch.inference_mode(False)  # tensors made in it could not be written over later
 def attach(pipe: DiffusionPipeline, file: AdapterFile, adapter_name: str) -> AdapterRecord:
     """Check everything, then add the adapter to every component that it is for, and make it the active one.
 
@@ -106,6 +107,7 @@ def add_control(pipe: DiffusionPipeline, adapter_name: str, encoder: ControlEnco
     keep_record(pipe, record, [*record.configs, *record.replaced])
 
 
+@torch.inference_mode(False)
 def hotswap(pipe: DiffusionPipeline, file: AdapterFile, adapter_name: str) -> AdapterRecord:
     """Check everything, then write a file's vectors over those of an adapter, in place.
 
@@ -147,6 +149,8 @@ def hotswap(pipe: DiffusionPipeline, file: AdapterFile, adapter_name: str) -> Ad
     for component, weights in fitted.file.weights.items():
         own = fitted.parameters.get(component) or dict(record.control.encoder.named_parameters())
         targets += [(own[name], tensor) for name, tensor in weights.tensors.items()]
+    if any(parameter.is_inference() for parameter, _ in targets):
+        raise ValueError(f"hotswap: {adapter_name!r} was made in inference mode: delete it and load the other instead")
     with torch.no_grad():
         for parameter, tensor in targets:
             parameter.copy_(tensor)
@@ -169,6 +173,7 @@ def _vector_targets(
     return [(old[name][adapter_name], vector) for name, vector in vectors.items()]
 
 
+@torch.inference_mode(False)
 def detach(pipe: DiffusionPipeline, adapter_names: Iterable[str]) -> None:
     """Remove ETHER adapters: vectors, replaced modules (whose own weights come back) and control encoders.
 
@@ -187,7 +192,7 @@ def detach(pipe: DiffusionPipeline, adapter_names: Iterable[str]) -> None:
     ]
     layers = [layer for model in models.values() for _, layer in ether_layers(model) if layer.merged]
     for layer in layers:
-        layer.unmerged_weight()  # raises where it cannot be had any more
+        layer.check_unmergeable()
     for component, model in models.items():
         if own := [record.name for record in chosen if component in record.configs]:
             _detach_layers(model, own)

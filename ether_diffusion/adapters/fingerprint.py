@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from ether_diffusion.adapters.schema import bytes_of
 from ether_diffusion.files import MINIATURE_NAME, is_miniature
 from ether_diffusion.tuner.base_layer import is_plain
 
@@ -36,7 +37,7 @@ def fingerprint(weights: Mapping[str, Tensor], dtypes: Iterable[str] = tuple(FIN
             total = hashlib.sha256()
             for path, weight in sorted(weights.items()):
                 total.update(f"\0{path}\0{tuple(weight.shape)}\0".encode())
-                total.update(weight.detach().to("cpu", dtype).contiguous().view(torch.uint8).numpy().data)
+                total.update(bytes_of(weight.to(dtype)))
             prints[name] = total.hexdigest()
     return prints
 

@@ -18,13 +18,14 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ether_diffusion.adapters.components import ether_layers, models_of, named, records_of
-from ether_diffusion.adapters.schema import canonical_path, without_base_layer
+from ether_diffusion.adapters.schema import bytes_of, canonical_path, without_base_layer
 from ether_diffusion.adapters.stacks import Place, refuse_merged_above, refuse_unless_lowest
 from ether_diffusion.tuner.layer import EtherLayer
 
 KEEP_ORIGINAL = ("device", "cpu", "disk")
 
 
+@torch.inference_mode(False)
 def fuse_ether(
     self: DiffusionPipeline,
     components: Sequence[str] | None = None,
@@ -92,6 +93,7 @@ def _merge_at(layer: EtherLayer, strengths: Mapping[str, float], safe: bool = Fa
         layer.scaling |= now
 
 
+@torch.inference_mode(False)
 def unfuse_ether(self: DiffusionPipeline, components: Sequence[str] | None = None) -> None:
     """Undo `fuse_ether`: the weights are bit for bit what they were.
 
@@ -102,7 +104,7 @@ def unfuse_ether(self: DiffusionPipeline, components: Sequence[str] | None = Non
     chosen = [(layer, place) for layer, place in _chosen_layers(self, components) if layer.merged]
     refuse_merged_above(chosen)
     for layer, _ in chosen:
-        layer.unmerged_weight()  # raises where it cannot be had any more
+        layer.check_unmergeable()
     for layer, _ in chosen:
         layer.unmerge()
 
@@ -153,7 +155,7 @@ def _read(file: Path, key: str) -> Tensor:
 
 
 def _digest(weight: Tensor) -> str:
-    return hashlib.sha256(weight.cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
+    return hashlib.sha256(bytes_of(weight)).hexdigest()
 
 
 def _files_of(model: nn.Module) -> dict[str, list[Path]]:

@@ -180,8 +180,9 @@ METHODS = (
     strength.enable_ether,
     strength.disable_ether,
     strength.set_ether_device,
+    stacks.save_pretrained,
 )
-GUARDS = (stacks.load_lora_weights, stacks.fuse_lora, stacks.unload_lora_weights)
+GUARDS = (stacks.load_lora_weights, stacks.fuse_lora, stacks.unload_lora_weights, stacks.fuse_qkv_projections)
 
 
 class _OnSome:

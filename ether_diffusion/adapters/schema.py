@@ -88,13 +88,18 @@ def canonical_path(component: str, path: str) -> str:
     return f"text_model.{path}" if in_clip else path
 
 
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor in the order of its elements, however they are strided in memory."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)  # 1×1 kernels in channels_last count as contiguous as well
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
 def digest(tensors: Mapping[str, Tensor], document: str) -> str:
     """SHA-256 over the document and, in the order of their names, every tensor's name, dtype, shape and bytes."""
     total = hashlib.sha256(document.encode())
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        total.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+        total.update(f"\0{name}\0{tensors[name].dtype}\0{tuple(tensors[name].shape)}\0".encode())
+        total.update(bytes_of(tensors[name]))
     return total.hexdigest()
 
 

@@ -14,9 +14,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ether_diffusion.adapters.attach import forget
-from ether_diffusion.adapters.components import ether_layers, models_of, records_of
+from ether_diffusion.adapters.components import ether_layers, models_of, peft_adapters, records_of
 from ether_diffusion.adapters.strength import stock
 from ether_diffusion.tuner.layer import EtherLayer
+
+stock_save_pretrained = DiffusionPipeline.save_pretrained  # before `install` puts ours in its place
 
 Place = tuple[str, str, nn.Module]
 """Where a layer is: component, module path, the component itself."""
@@ -81,7 +83,24 @@ def fuse_lora(
         if components is None or component in components:
             for path, stack in stacks(model):
                 _check_order(f"{component}: {path}", stack, adapter_names)
+    if records_of(self):
+        for component, model in models_of(self).items():
+            if component in self._lora_loadable_modules and (components is None or component in components):
+                _merge_from_below(model, lora_scale, safe_fusing, adapter_names)
     stock(self, "fuse_lora")(lora_scale=lora_scale, safe_fusing=safe_fusing, adapter_names=adapter_names, **options)
+
+
+def _merge_from_below(model: nn.Module, scale: float, safe: bool, adapter_names: Sequence[str] | None) -> None:
+    """Merge stacks of several adapters, so that diffusers finds them merged.
+
+    Of a text encoder it would merge the layers from the outside in, and what lies above ETHER would be reflected.
+    """
+    for _, stack in stacks(model):
+        for layer in stack if len(stack) > 1 else ():
+            if names := [name for name in adapter_names or layer.active_adapters if name in _unmerged(layer)]:
+                layer.scale_layer(scale)
+                layer.merge(safe_merge=safe, adapter_names=names)
+                layer.unscale_layer(scale)  # diffusers scales it again
 
 
 def _check_order(where: str, stack: list[BaseTunerLayer], adapter_names: Sequence[str] | None) -> None:
@@ -119,6 +138,34 @@ def load_lora_weights(self: DiffusionPipeline, *args, **kwargs) -> None:
         if any(layer.merged for _, layer in ether_layers(model)):
             raise ValueError(f"{component} has a fused ETHER adapter: call unfuse_ether before loading a LoRA")
     stock(self, "load_lora_weights")(*args, **kwargs)
+
+
+def fuse_qkv_projections(self: DiffusionPipeline, *args, **kwargs) -> None:
+    """Diffusers' `fuse_qkv_projections`; the one projection that it makes of three would have no adapter.
+
+    Raises:
+        ValueError: an adapter is on the pipeline.
+    """
+    if names := peft_adapters(self):
+        raise ValueError(
+            f"fuse_qkv_projections: {', '.join(names)} would be lost without a word; merge adapters, or delete "
+            "them first"
+        )
+    stock(self, "fuse_qkv_projections")(*args, **kwargs)
+
+
+def save_pretrained(self: DiffusionPipeline, *args, **kwargs) -> None:
+    """Diffusers' `save_pretrained`; of layers with adapters it would write a folder that does not open.
+
+    Raises:
+        ValueError: an ETHER adapter is on the pipeline.
+    """
+    if records := records_of(self):
+        raise ValueError(
+            f"save_pretrained: {', '.join(records)} cannot be written into a pipeline's folder: save_ether_weights "
+            "writes the adapter alone, ether_diffusion.export.merge_adapters a pipeline with it merged"
+        )
+    return stock_save_pretrained(self, *args, **kwargs)
 
 
 def unload_lora_weights(self: DiffusionPipeline, *args, **kwargs) -> None:

@@ -66,6 +66,19 @@ class MergingLayer(BaseTunerLayer):
             return self.weight.data
         return self.original_weight() if callable(self.original_weight) else self.original_weight
 
+    def check_unmergeable(self) -> None:
+        """Make sure that `unmerge` can put the original weight back.
+
+        Raises:
+            ValueError: the layer has been offloaded since, or the file with the original is gone or has changed.
+        """
+        if self.get_base_layer().weight.is_meta:
+            raise ValueError(
+                "a layer that was fused has been offloaded since, so its weight cannot be put back: end the "
+                "offloading first (remove_all_hooks, accelerate.hooks.remove_hook_from_module)"
+            )
+        self.unmerged_weight()
+
     def plain_weight(self) -> Tensor:
         """`unmerged_weight`, where it can be read and written as it is.
 
