@@ -105,6 +105,11 @@ def to_pixels(image: Image.Image) -> torch.Tensor:
     return values.permute(2, 0, 1).div(127.5).sub(1.0)
 
 
+def to_bytes(images: Sequence[Image.Image]) -> torch.Tensor:
+    """Images of one size, read as RGB: (n, 3, height, width), uint8."""
+    return torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images])).permute(0, 3, 1, 2)
+
+
 SMALLEST_CELL = 128  # pixels; smaller images are enlarged, so that a person can see them
 GAP, FONT_SIZE = 8, 16  # pixels
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
+
+from ether_diffusion.images import to_bytes
 
 INCEPTION, INCEPTION_WIDTH = "inception", 2048
-FID_BATCH = 50
-
-# Axes: n images, h and w pixels, d features.
+BATCH = 50
 
 
 def frechet_distance(
@@ -25,14 +24,12 @@ def frechet_distance(
 ) -> float:
     """Fréchet distance between the features of two sets: |μ − ν|² + tr(Σ + Ω − 2(ΣΩ)^½), from sums in float64.
 
-    μ, Σ: mean and covariance of the features of the images, ν, Ω: of the references. Computed by torchmetrics. The
-    estimate falls as sets grow, so compare only sets of one size. Source: arXiv:1706.08500, eq. 6.
+    μ, Σ: mean and covariance of the features of the images, ν, Ω: of the references, by torchmetrics. The estimate falls as sets grow, so compare only sets of one size. Source: arXiv:1706.08500, eq. 6.
 
     Args:
         images, references: at least two of each, of any sizes.
         features: "inception": InceptionV3 as torch-fidelity holds it, that of published FIDs (downloads its weights;
-            needs the extra `eval`); or a module that gives (n, d) for (n, 3, h, w), uint8.
-        device: where features are computed.
+            needs the extra `eval`); or a module that gives d features, (n, d), for n images (n, 3, h, w), uint8.
 
     Raises:
         ImportError: torchmetrics is missing, or torch-fidelity, for "inception".
@@ -54,12 +51,6 @@ def frechet_distance(
     for part, real in ((references, True), (images, False)):
         for _, group in itertools.groupby(part, key=lambda image: image.size):
             group = list(group)
-            for start in range(0, len(group), FID_BATCH):
-                metric.update(_to_bytes(group[start : start + FID_BATCH]).to(device), real=real)
+            for start in range(0, len(group), BATCH):
+                metric.update(to_bytes(group[start : start + BATCH]).to(device), real=real)
     return metric.compute().item()
-
-
-def _to_bytes(images: Sequence[Image.Image]) -> Tensor:
-    """(n, 3, h, w), uint8, of images of one size."""
-    pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2)

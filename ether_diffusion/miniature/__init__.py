@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
@@ -16,6 +15,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from ether_diffusion.files import MINIATURE_FOLDER
 from ether_diffusion.metrics.similarity import BATCH, ClipFeatures
+from ether_diffusion.miniature.render import to_tensor
 
 FOLDER = MINIATURE_FOLDER
 """A folder that `StableDiffusionPipeline.from_pretrained` loads as it is; `clip/` in it holds the metric model."""
@@ -27,12 +27,7 @@ def load_pipeline(dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline
 
 
 class ClipScore(ClipFeatures):
-    """The miniature's own CLIP, trained on its world alone and not a part of the pipeline: measures similarity.
-
-    Args:
-        device: where it computes.
-        batch_size: images or prompts at a time.
-    """
+    """The miniature's own CLIP, trained on its world alone and not a part of the pipeline: measures similarity."""
 
     def __init__(self, *, device: torch.device | str = "cpu", batch_size: int = BATCH) -> None:
         self.model = CLIPModel.from_pretrained(FOLDER / "clip").eval().to(device)
@@ -40,7 +35,6 @@ class ClipScore(ClipFeatures):
         self.batch_size = batch_size
 
     def _pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """(n, 3, h, w), from −1 to 1: the whole image, never a part of it, is brought to the tower's size."""
+        # The whole image, never a part of it, is brought to the tower's size.
         size = (self.model.config.vision_config.image_size,) * 2
-        pixels = np.stack([np.asarray(image.convert("RGB").resize(size)) for image in images])
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return to_tensor([image.convert("RGB").resize(size) for image in images])

@@ -5,12 +5,12 @@ from __future__ import annotations
 import colorsys
 import itertools
 import math
+from collections.abc import Sequence
 
-import numpy as np
-import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ether_diffusion.images import to_bytes
 from ether_diffusion.miniature.shapes import LABELS, Polygon
 
 SIZE = 64  # pixels
@@ -77,7 +77,6 @@ def label_image(labels: Image.Image) -> Image.Image:
     return indexed.convert("RGB")
 
 
-def to_tensor(images: list[Image.Image]) -> Tensor:
-    """(len(images), 3, SIZE, SIZE), in [−1, 1]."""
-    pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+def to_tensor(images: Sequence[Image.Image]) -> Tensor:
+    """Images of one size as (n, 3, h, w), from −1 to 1."""
+    return to_bytes(images).float() / 127.5 - 1

@@ -58,9 +58,7 @@ class SegmenterSettings:
 
     def fingerprint(self) -> str:
         """Of all that the weights depend on."""
-        settings = asdict(self) | {"version": VERSION, "labels": LABELS}
-        if self.softened:
-            settings["autoencoder"] = checksum(FOLDER / "vae")
+        settings = asdict(self) | {"version": VERSION, "labels": LABELS, "autoencoder": checksum(FOLDER / "vae")}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
@@ -83,9 +81,9 @@ class SegmentationNet(nn.Module):
     It reasons at a quarter of the image's sides and below, and finds the borders at a half.
     """
 
-    def __init__(self, classes: int = len(LABELS), widths: tuple[int, int, int] = (80, 128, 128)):
+    def __init__(self) -> None:
         super().__init__()
-        fine, middle, coarse = widths
+        fine, middle, coarse = 80, 128, 128
         self.down_4 = nn.Sequential(_convolve(3 * 16, fine), _Residual(fine))
         self.down_8 = nn.Sequential(_convolve(fine, middle), _Residual(middle))
         self.down_16 = nn.Sequential(_convolve(middle, coarse), _Residual(coarse))
@@ -93,7 +91,7 @@ class SegmentationNet(nn.Module):
         self.from_8, self.up_4 = nn.Conv2d(middle, fine, 1), _convolve(fine, fine)
         self.from_4 = nn.Conv2d(fine, 4 * 40, 1)
         self.borders = nn.Sequential(nn.Conv2d(40 + 3 * 4, 64, 3, padding=1), nn.ReLU())
-        self.head = nn.Linear(64, 4 * classes)
+        self.head = nn.Linear(64, 4 * len(LABELS))
 
     def cells(self, pixels: Tensor) -> Tensor:
         """Features of squares of 2 × 2 pixels: (n, h/2, w/2, c)."""
@@ -125,7 +123,7 @@ class MiniatureSegmenter:
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
-        pixels = to_tensor(list(images))
+        pixels = to_tensor(images)
         if pixels.shape[-2:] != (SIZE, SIZE):
             raise ValueError(f"the miniature's segmenter got images of {images[0].size}, needs {SIZE} × {SIZE} pixels")
         return torch.cat([self.net(part).argmax(1) for part in pixels.split(BATCH)])
@@ -179,17 +177,17 @@ def soften(pixels: Tensor) -> Tensor:
 def _train(settings: SegmenterSettings) -> SegmentationNet:
     random = torch.Generator().manual_seed(settings.seed)
     pixels, labels = renders("segmenter/train", settings.renders)
-    soft = soften(pixels[: settings.softened]) if settings.softened else pixels[:0]
+    soft = soften(pixels[: settings.softened])
     labels = F.pixel_unshuffle(labels[:, None], 2).movedim(1, -1)  # (n, h/2, w/2, 4): the four pixels of each cell
     net = SegmentationNet().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(net.parameters(), lr=settings.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=0.2
     )
-    from_soft = settings.batch_size // 4 if settings.softened else 0
+    from_soft = settings.batch_size // 4
     for step in tqdm(range(settings.steps), desc="training the segmenter", mininterval=5):
         clean_ids = torch.randint(settings.renders, (settings.batch_size - from_soft,), generator=random)
-        soft_ids = torch.randint(max(1, settings.softened), (from_soft,), generator=random)
+        soft_ids = torch.randint(settings.softened, (from_soft,), generator=random)
         x, truth = torch.cat([pixels[clean_ids], soft[soft_ids]]), labels[torch.cat([clean_ids, soft_ids])]
         if step % 2:
             x, truth = x.flip(-1), truth.flip(2)[..., [1, 0, 3, 2]]
@@ -200,13 +198,9 @@ def _train(settings: SegmenterSettings) -> SegmentationNet:
             cells, truth = net.cells(x).flatten(0, 2), truth.flatten(0, 2).long()  # (n·h/2·w/2, c), (…, 4)
             # A quarter of the cells tells nearly as much as all; things, the smaller part, come more often.
             things = (truth > 0).any(1).nonzero()[:, 0]
-            of_things, of_all = len(cells) // 16, 3 * len(cells) // 16
-            at = torch.cat(
-                [
-                    things[torch.randint(len(things), (of_things,), generator=random)],
-                    torch.randint(len(cells), (of_all,), generator=random),
-                ]
-            )
+            of_things = torch.randint(len(things), (len(cells) // 16,), generator=random)
+            of_all = torch.randint(len(cells), (3 * len(cells) // 16,), generator=random)
+            at = torch.cat([things[of_things], of_all])
             logits = net.head(cells[at])
         loss = F.cross_entropy(logits.float().unflatten(1, (-1, 4)), truth[at])
         optimizer.zero_grad()

@@ -9,8 +9,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-Point = tuple[float, float]
-Polygon = tuple[Point, ...]
+Polygon = tuple[tuple[float, float], ...]
 
 
 class Patch(NamedTuple):
@@ -53,12 +52,6 @@ def _heart() -> Polygon:
     return tuple(points)
 
 
-def _moon() -> Polygon:
-    outer = ellipse(-0.1, 0, 1.0, 1.0, 60, 300)
-    inner = ellipse(0.42, 0, 0.87, 0.87, 266, 94)
-    return outer + inner
-
-
 SHAPES: dict[str, Polygon] = {
     "circle": ellipse(0, 0, 0.9, 0.9),
     "square": box(0, 0, 0.78, 0.78),
@@ -70,7 +63,7 @@ SHAPES: dict[str, Polygon] = {
         (0.3, 0.95), (-0.3, 0.95), (-0.3, 0.3), (-0.95, 0.3), (-0.95, -0.3), (-0.3, -0.3),
     ),
     "ring": ellipse(0, 0, 0.95, 0.95) + tuple(reversed(ellipse(0, 0, 0.5, 0.5))),
-    "moon": _moon(),
+    "moon": ellipse(-0.1, 0, 1.0, 1.0, 60, 300) + ellipse(0.42, 0, 0.87, 0.87, 266, 94),
     "diamond": ((0, -1.0), (0.62, 0), (0, 1.0), (-0.62, 0)),
     "arrow": ((-0.95, -0.28), (0.1, -0.28), (0.1, -0.8), (0.98, 0), (0.1, 0.8), (0.1, 0.28), (-0.95, 0.28)),
 }  # fmt: skip
@@ -114,19 +107,10 @@ def _toy(colour: dict[str, str], style: dict[str, int]) -> list[Patch]:
 
 def _face(colour: dict[str, str], style: dict[str, int]) -> list[Patch]:
     head = (ellipse(0, 0.1, 0.66, 0.74), box(0, 0.1, 0.6, 0.7), ellipse(0, 0.14, 0.76, 0.64))[style["head"]]
+    spikes = ((-0.74, 0.0), (-0.8, -0.74), (-0.46, -0.42), (-0.26, -0.86))
     hair = (
         ellipse(0, -0.16, 0.76, 0.62, 180, 360),
-        (
-            (-0.74, 0.0),
-            (-0.8, -0.74),
-            (-0.46, -0.42),
-            (-0.26, -0.86),
-            (0, -0.46),
-            (0.26, -0.86),
-            (0.46, -0.42),
-            (0.8, -0.74),
-            (0.74, 0.0),
-        ),
+        (*spikes, (0, -0.46), *reversed(mirrored(spikes))),
         box(-0.68, 0.2, 0.16, 0.62),
     )
     mouth = (ellipse(0, 0.46, 0.3, 0.2, 0, 180), box(0, 0.54, 0.28, 0.07), ellipse(0, 0.54, 0.15, 0.15))[

@@ -5,8 +5,9 @@ Every random choice comes from a `random.Random` seeded with text, so image `i` 
 
 from __future__ import annotations
 
+import itertools
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ether_diffusion.miniature.render import COLOURS, PATTERNS
@@ -43,10 +44,8 @@ class Subject:
         rng = random.Random(f"{self.name}/view/{index}")
         background = rng.choice([c for c in COLOURS if c not in dict(self.figure.colours).values()])
         pattern = PATTERNS[index % len(PATTERNS)]
-        figure = Figure(
-            self.figure.name,
-            self.figure.colours,
-            self.figure.styles,
+        figure = replace(
+            self.figure,
             x=rng.uniform(0.42, 0.58),
             y=rng.uniform(0.45, 0.55),
             radius=rng.uniform(0.34, 0.42),
@@ -86,23 +85,16 @@ def _draw_figure(rng: random.Random, name: str, fewest_colours: int = 2) -> Figu
 @lru_cache
 def subjects() -> tuple[Subject, ...]:
     """Nine subjects, three of each class: figures whose colouring never occurs in the training images."""
-    found = []
-    for name in FIGURES:
-        for k in range(3):
-            rng = random.Random(f"subject/{name}/{k}")
-            found.append(Subject(f"{name}-{k + 1}", _draw_figure(rng, name, fewest_colours=4)))
-    return tuple(found)
-
-
-@lru_cache
-def _subject_colourings() -> frozenset:
-    return frozenset((s.class_name, s.figure.colours) for s in subjects())
+    return tuple(
+        Subject(f"{name}-{k + 1}", _draw_figure(random.Random(f"subject/{name}/{k}"), name, fewest_colours=4))
+        for name, k in itertools.product(FIGURES, range(3))
+    )
 
 
 def _known_figure(rng: random.Random) -> Figure:
     while True:
         figure = _draw_figure(rng, rng.choice(list(FIGURES)))
-        if (figure.name, figure.colours) not in _subject_colourings():
+        if (figure.name, figure.colours) not in {(s.class_name, s.figure.colours) for s in subjects()}:
             return figure
 
 
@@ -127,18 +119,10 @@ def _jittered(rng: random.Random, place: tuple[float, float], amount: float) -> 
 
 def _set_scene(rng: random.Random, phrase: str, background: str, pattern: str) -> str:
     """Put a noun phrase into one of several wordings, with or without its background."""
-    prefix, ground = rng.choice(PREFIXES), describe_background(background, pattern)
+    phrase_first, ground = rng.choice(PREFIXES) + phrase, describe_background(background, pattern)
     plain = ground.split(" ", 1)[1]
-    return rng.choice(
-        (
-            f"{prefix}{phrase} on {ground}",
-            f"{prefix}{phrase} on {ground}",
-            f"{prefix}{phrase}, {plain}",
-            f"{prefix}{phrase} in front of {ground}",
-            f"{ground} with {phrase}",
-            f"{prefix}{phrase}",
-        )
-    )
+    endings = (f" on {ground}", f" on {ground}", f", {plain}", f" in front of {ground}")
+    return rng.choice((*(phrase_first + each for each in endings), f"{ground} with {phrase}", phrase_first))
 
 
 def describe_figure(rng: random.Random, figure: Figure, name: str = "") -> str:
@@ -188,7 +172,7 @@ def _portrait(rng: random.Random, figure: Figure) -> tuple[tuple, str]:
     where = rng.choice(list(POSITIONS)) if small else "in the middle"
     x, y = _jittered(rng, POSITIONS[where], 0.06)
     radius = rng.uniform(0.24, 0.28) if small else rng.uniform(0.33, 0.42)
-    thing = Figure(figure.name, figure.colours, figure.styles, x, y, radius, rng.uniform(-9, 9))
+    thing = replace(figure, x=x, y=y, radius=radius, tilt=rng.uniform(-9, 9))
     phrase = describe_figure(rng, figure, _invented_name(rng) if rng.random() < 0.2 else "")
     if small:
         phrase = phrase.replace("a ", "a small ", 1) + f" {where}"
@@ -199,7 +183,7 @@ def _company(rng: random.Random, figure: Figure, background: str) -> tuple[tuple
     shape, colour = _known_pair(rng, background)
     left = rng.random() < 0.5
     x, y = _jittered(rng, (0.34 if left else 0.66, 0.52), 0.03)
-    thing = Figure(figure.name, figure.colours, figure.styles, x, y, rng.uniform(0.28, 0.32), rng.uniform(-6, 6))
+    thing = replace(figure, x=x, y=y, radius=rng.uniform(0.28, 0.32), tilt=rng.uniform(-6, 6))
     place = _jittered(rng, (0.8 if left else 0.2, 0.5), 0.03)
     other = Shape(shape, colour, "small", *place, rng.uniform(0.13, 0.16))
     phrase = describe_figure(rng, figure, _invented_name(rng) if rng.random() < 0.2 else "")
