@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ from ether_diffusion.errors import EtherFileError, InputError
 from ether_diffusion.files import MINIATURE_FOLDER, is_miniature
 from ether_diffusion.tuner.layer import EtherLayer
 from ether_diffusion.tuner.transforms import Transform
+
+CONFLICT = ("alignment", "commutator")
 
 
 def analyze(
@@ -44,20 +45,19 @@ def analyze(
         OSError: nothing there, or the Hub cannot be reached.
     """
     lora = _lora_file(Path(file))
-    if lora is not None and against is not None:
-        raise InputError(f"--against: compares adapters of ETHER, but {file} is a LoRA")
-    if lora is not None:
-        pipe, source = _with_lora(str(base), lora), str(lora)
-        transforms, conflicts, verdict = {}, {}, None
-    else:
+    if lora is None:
         pipe, source, transforms, conflicts, verdict = _with_ether(str(base), file, against)
+    elif against is not None:
+        raise InputError(f"--against: compares adapters of ETHER, but {file} is a LoRA")
+    else:
+        pipe, source, transforms, conflicts, verdict = _with_lora(str(base), lora), str(lora), {}, {}, None
     pipe.set_adapters([ADAPTER], [strength])
     layers = []
-    for component, model in _adapted_models(pipe).items():
-        for path, before, after in adapted_weights(model):
+    for component, model in models_of(pipe).items():
+        for path, before, after in adapted_weights(model) if _is_adapted(model) else ():
             name = canonical_path(component, path)
             sides = {
-                side[2]: measure(transform) | conflicts.get(side, {"alignment": None, "commutator": None})
+                side[2]: measure(transform) | conflicts.get(side, dict.fromkeys(CONFLICT))
                 for side, transform in transforms.items()
                 if side[:2] == (component, name)
             }
@@ -88,10 +88,7 @@ def _with_ether(
     rows = [] if other is None else compare(adapter, other)["conflicts"]
     if other is not None and not rows:
         raise InputError(f"--against: {against} adapts no layer that {file} does; there is nothing to compare")
-    conflicts = {
-        (row["component"], row["path"], row["side"]): {name: row[name] for name in ("alignment", "commutator")}
-        for row in rows
-    }
+    conflicts = {(row["component"], row["path"], row["side"]): {name: row[name] for name in CONFLICT} for row in rows}
     return pipe, adapter.source, transforms_of(adapter), conflicts, fit["verdict"]
 
 
@@ -114,17 +111,13 @@ def _with_lora(base: str, file: Path) -> DiffusionPipeline:
         pipe.load_lora_weights(file, adapter_name=ADAPTER)
     except (AttributeError, KeyError, RuntimeError, ValueError) as error:
         raise InputError(f"{file}: is no LoRA for {base}: {str(error).splitlines()[0]}") from error
-    if not _adapted_models(pipe):
+    if not any(map(_is_adapted, models_of(pipe).values())):
         raise InputError(f"{file}: no layer of {base} has the name of one in this LoRA")
     return pipe
 
 
-def _adapted_models(pipe: DiffusionPipeline) -> Mapping[str, nn.Module]:
-    return {
-        component: model
-        for component, model in models_of(pipe).items()
-        if any(isinstance(layer, BaseTunerLayer) for layer in model.modules())
-    }
+def _is_adapted(model: nn.Module) -> bool:
+    return any(isinstance(layer, BaseTunerLayer) for layer in model.modules())
 
 
 def _describe_weights(layer: nn.Module, before: Tensor, after: Tensor) -> dict[str, float]:

@@ -34,7 +34,6 @@ from ether_diffusion.tuner.transforms import Transform
 METHODS = {"ether": "ETHER", "ether_plus": "ETHER+"}
 ADAPTER = "inspected"
 """The name under which an adapter is attached to the base that it is checked against."""
-CONTROLNET = "controlnet"
 CONTROLLED = {
     StableDiffusionPipeline: (EtherControlPipeline, StableDiffusionControlNetPipeline),
     StableDiffusionXLPipeline: (EtherControlXLPipeline, StableDiffusionXLControlNetPipeline),
@@ -64,7 +63,8 @@ def describe(file: str | Path, *, base: str | None = None, against: str | Path |
     if base is not None:
         adapter, other, fit = check_fit(open_base(base, adapter), adapter, other)
     path, metadata = Path(adapter.source), adapter.metadata
-    path = path / PEFT_WEIGHTS_NAME if path.is_dir() else path
+    if path.is_dir():
+        path = path / PEFT_WEIGHTS_NAME
     components = [
         {
             "component": component,
@@ -90,7 +90,16 @@ def describe(file: str | Path, *, base: str | None = None, against: str | Path |
         "parameters": sum(part["parameters"] for part in (*components, *weights)),
         "components": components,
         "weights": weights,
-        "layers": [_describe_side(side, transform) for side, transform in transforms_of(adapter).items()],
+        "layers": [
+            {
+                **_name_side(side),
+                "num_blocks": len(transform.units[0]),
+                "width": transform.units[0].numel(),
+                "parameters": sum(unit.numel() for unit in transform.units),
+                **measure(transform),
+            }
+            for side, transform in transforms_of(adapter).items()
+        ],
         "fit": None if fit is None else {"base": base, **fit},
         "against": None if other is None else compare(adapter, other),
     }
@@ -119,16 +128,6 @@ def _name_side(side: Side) -> dict[str, Any]:
     return dict(zip(("component", "path", "side"), side, strict=True))
 
 
-def _describe_side(side: Side, transform: Transform) -> dict[str, Any]:
-    return {
-        **_name_side(side),
-        "num_blocks": len(transform.units[0]),
-        "width": transform.units[0].numel(),
-        "parameters": sum(unit.numel() for unit in transform.units),
-        **measure(transform),
-    }
-
-
 def measure(transform: Transform) -> dict[str, Any]:
     """How far a transform lies from the identity, and by how many degrees it has turned (None for ETHER)."""
     angles = angles_from_start(transform)
@@ -148,10 +147,12 @@ def open_base(base: str, adapter: AdapterFile) -> DiffusionPipeline:
     base is opened as it is.
     """
     pipe = DiffusionPipeline.from_pretrained(base)
-    light, with_controlnet = CONTROLLED.get(type(pipe), (None, None))
-    if light is not None and CONTROL in adapter.weights:
+    if type(pipe) not in CONTROLLED:
+        return pipe
+    light, with_controlnet = CONTROLLED[type(pipe)]
+    if CONTROL in adapter.weights:
         return light.from_pipe(pipe)
-    if with_controlnet is not None and CONTROLNET in {*adapter.configs, *adapter.weights}:
+    if "controlnet" in {*adapter.configs, *adapter.weights}:
         widths = ControlEncoder.for_unet(pipe.unet, factor=pipe.vae_scale_factor).config.block_out_channels
         controlnet = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=widths)
         return with_controlnet.from_pipe(pipe, controlnet=controlnet)
@@ -163,12 +164,7 @@ def check_fit(
 ) -> tuple[AdapterFile, AdapterFile | None, dict[str, str | None]]:
     """Check whether an adapter fits a pipeline, and whether it was trained on that pipeline's weights.
 
-    Attaches the adapter, as ADAPTER, where it fits.
-
-    Args:
-        pipe: as `open_base` gives it.
-        adapter: what is checked.
-        other: a second adapter, which is only told its component where it does not name it.
+    Attaches the adapter, as ADAPTER, where it fits. `other` is only told its component where it does not name it.
 
     Returns:
         Both adapters, with their components named, and {"verdict": …, "error": the reason why it does not fit}.
@@ -199,7 +195,7 @@ def same_weights(then: Mapping[str, Mapping[str, str]], now: Mapping[str, Mappin
     for component, prints in now.items():
         recorded = then.get(component, {})
         common = prints.keys() & recorded.keys()
-        agreements.append(any(prints[dtype] == recorded[dtype] for dtype in common) if common else None)
+        agreements.append(bool(prints.items() & recorded.items()) if common else None)
     return False if False in agreements else None if None in agreements or not agreements else True
 
 

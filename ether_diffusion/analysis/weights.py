@@ -34,8 +34,8 @@ def transform_distance(transform: Transform) -> float:
 
     ETHER: always 2√n. ETHER+: √Σ_k(2 − 2(û_k·v̂_k)²), from 0 at the start to √(2n).
     """
-    pairs = [(f, a) for f, a in zip(transform.factors, transform.units, strict=True)]
-    square = sum(f * g * (a * b).sum(-1).square().sum().item() for f, a in pairs for g, b in pairs)
+    terms = list(zip(transform.factors, transform.units, strict=True))
+    square = sum(f * g * (a * b).sum(-1).square().sum().item() for f, a in terms for g, b in terms)
     return math.sqrt(max(square, 0.0))
 
 
@@ -45,9 +45,7 @@ def angles_from_start(transform: Transform) -> Tensor | None:
     ETHER+ starts with û and v̂ on one line (v = −u), so it is the angle between the two lines. ETHER starts at a random
     direction, which its vectors no longer tell.
     """
-    if len(transform.units) == 1:
-        return None
-    return angle_between(*transform.units)
+    return None if len(transform.units) == 1 else angle_between(*transform.units)
 
 
 def angle_between(before: Tensor, after: Tensor) -> Tensor:
@@ -130,16 +128,13 @@ def hyperspherical_energy(weight: Tensor, *, half_space: bool = False) -> float:
     Σ_{i≠j} (‖ŵ_i − ŵ_j‖⁻¹ + ‖ŵ_i + ŵ_j‖⁻¹). Orthonormal neurons have o(o − 1)/√2 and twice that.
     Source: Liu et al., Learning towards Minimum Hyperspherical Energy, arXiv:1805.09298, with s = 1.
 
-    Args:
-        weight: (o, i) of a linear layer, or (o, i, …) of a convolution, whose kernels are flattened. Rows of zeros
-            have no direction and are left out.
-
-    Computed in float64, ROWS_AT_ONCE rows at a time.
+    weight: (o, i) of a linear layer, or (o, i, …) of a convolution, whose kernels are flattened. Rows of zeros have no
+    direction and are left out.
     """
     rows = weight.detach().flatten(1).to(torch.float64, copy=True)
     lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     directed = lengths.squeeze(1) != 0
-    if not directed.all():
+    if not directed.all():  # a copy of all rows only where it is needed
         rows, lengths = rows[directed], lengths[directed]
     rows.div_(lengths)
     energy = 0.0
@@ -183,9 +178,8 @@ def adapted_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
         raise ValueError(f"adapted_weights: {merged} is merged; call unmerge_adapter() first")
     for name, layer in layers:
         base = layer.get_base_layer()
-        held = {
-            key: parameter.detach().clone() for key, parameter in base.named_parameters()
-        }  # some merge into a bias
+        # All parameters, since some methods merge into a bias.
+        held = {key: parameter.detach().clone() for key, parameter in base.named_parameters()}
         layer.merge()
         try:
             after = base.weight.detach().clone()

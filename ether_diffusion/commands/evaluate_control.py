@@ -38,8 +38,8 @@ def run(args: argparse.Namespace) -> None:
 def evaluate_and_show(options: ControlEvaluation) -> None:
     """Evaluate, write report.json and sheet.png, and print the scores."""
     report, sheet = evaluate(options)
-    options.output_dir.mkdir(parents=True, exist_ok=True)
     path = options.output_dir / "report.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     sheet.save(options.output_dir / "sheet.png")
     names = list(report["scores"]["real"])

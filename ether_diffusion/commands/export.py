@@ -43,28 +43,28 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def open_inputs(args: argparse.Namespace, result: str) -> tuple[DiffusionPipeline, list[str]]:
-    """The base with the adapters on it, as `open_adapted` gives them.
-
-    Args:
-        result: what is to be written, in words.
+    """The base with the adapters on it, as `open_adapted` gives them. `result`: what is to be written, in words.
 
     Raises:
         InputError: an adapter of control training, whose encoder or modules would be lost; says what to do instead.
     """
     for adapter in args.adapter:
-        whole = find_adapter_file(adapter).weights
-        if CONTROL in whole:
-            raise InputError(
-                f"--adapter {adapter}: holds a control encoder, which {result} has no place for; load it with "
-                "EtherControlPipeline (for SDXL, EtherControlXLPipeline)"
+        weights = find_adapter_file(adapter).weights
+        if not weights:
+            continue
+        if CONTROL in weights:
+            held = "a control encoder"
+            instead = "load it with EtherControlPipeline (for SDXL, EtherControlXLPipeline)"
+        else:
+            names = "; ".join(
+                f"{component}: {', '.join(each.about['modules'])}" for component, each in weights.items()
             )
-        if whole:
-            held = "; ".join(f"{component}: {', '.join(each.about['modules'])}" for component, each in whole.items())
-            raise InputError(
-                f"--adapter {adapter}: holds modules that were trained as a whole ({held}), which {result} has no "
-                "place for; control training leaves the ControlNet merged in the folder controlnet beside the file, "
-                "for ControlNetModel.from_pretrained"
+            held = f"modules that were trained as a whole ({names})"
+            instead = (
+                "control training leaves the ControlNet merged in the folder controlnet beside the file, for "
+                "ControlNetModel.from_pretrained"
             )
+        raise InputError(f"--adapter {adapter}: holds {held}, which {result} has no place for; {instead}")
     return open_adapted(args.base, args.adapter, args.scale, allow_other_base=args.allow_other_base)
 
 
@@ -97,13 +97,5 @@ def _rank(text: str) -> int | None:
 
 def run(args: argparse.Namespace) -> None:
     pipe, names = open_inputs(args, "a LoRA")
-    report = export_lora(
-        pipe,
-        args.output_dir,
-        to=args.to,
-        adapter_names=names,
-        rank=args.rank,
-        dtype=DTYPES[args.dtype],
-        weight_name=args.weight_name,
-    )
-    print(report)
+    options = {"to": args.to, "rank": args.rank, "dtype": DTYPES[args.dtype], "weight_name": args.weight_name}
+    print(export_lora(pipe, args.output_dir, adapter_names=names, **options))

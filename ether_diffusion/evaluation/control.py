@@ -30,8 +30,7 @@ from ether_diffusion.training.seeds import generator
 
 NO_FEATURES = "none"
 UPERNET = "openmmlab/upernet-convnext-small"
-SHEET_COLUMNS = 12
-SHEET_SIDE = 256
+SHEET_COLUMNS, SHEET_SIDE = 12, 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,16 +85,26 @@ def evaluate(options: ControlEvaluation) -> tuple[dict[str, Any], Image.Image]:
     """
     base = options.base or str(MINIATURE_FOLDER)
     features = options.fid_features or (INCEPTION if options.miniature is None else MINIATURE)
-    pipe = _open(base)
+    pipe = _prepared(DiffusionPipeline.from_pretrained(base), f"--base {base}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    samples = _samples(options, side)
+    if options.miniature:
+        samples = held_out(options.miniature, side)
+    else:
+        samples = read_samples(
+            options.data_dir,
+            side,
+            most=options.max_samples,
+            reduce_labels=options.reduce_labels,
+            labels_from_colours=options.evaluator == MINIATURE,
+        )
     _check_features(features, len(samples))
     controlled, argument = _controlled(pipe, options)
     evaluator = make_evaluator(options, device)
     with_control = _generate(controlled.to(device), samples, options, argument)
     del pipe, controlled  # the adapter stays in their models, so the base is opened anew
-    without = _generate(_open(base).to(device), samples, options)
+    pipe = _prepared(DiffusionPipeline.from_pretrained(base), f"--base {base}")
+    without = _generate(pipe.to(device), samples, options)
 
     real = [sample.real for sample in samples]
     rows = {"real": real, "with_control": with_control, "without_control": without}
@@ -105,8 +114,9 @@ def evaluate(options: ControlEvaluation) -> tuple[dict[str, Any], Image.Image]:
         scores[name] = evaluator.scores(images, truth)
         if features != NO_FEATURES:
             extractor = MiniatureFeatures() if features == MINIATURE else features
-            distance = metrics.frechet_distance
-            scores[name]["fid"] = None if images is real else distance(images, real, features=extractor, device=device)
+            scores[name]["fid"] = None
+            if images is not real:
+                scores[name]["fid"] = metrics.frechet_distance(images, real, features=extractor, device=device)
     settings = ("num_inference_steps", "guidance_scale", "controlnet_conditioning_scale", "seed")
     report = {
         "base": base,
@@ -121,18 +131,6 @@ def evaluate(options: ControlEvaluation) -> tuple[dict[str, Any], Image.Image]:
     if base == str(MINIATURE_FOLDER):
         report |= {"base": "miniature", "base_sha256": checksum(MINIATURE_FOLDER)}
     return report, draw_sheet({"control": [sample.control for sample in samples], **rows})
-
-
-def _samples(options: ControlEvaluation, side: int) -> list[Sample]:
-    if options.miniature:
-        return held_out(options.miniature, side)
-    return read_samples(
-        options.data_dir,
-        side,
-        most=options.max_samples,
-        reduce_labels=options.reduce_labels,
-        labels_from_colours=options.evaluator == MINIATURE,
-    )
 
 
 def _check_features(features: str, count: int) -> None:
@@ -164,10 +162,6 @@ def draw_sheet(rows: dict[str, Sequence[Image.Image]]) -> Image.Image:
 
 
 # Generating -------------------------------------------------------------------------------------------------------
-
-
-def _open(base: str) -> DiffusionPipeline:
-    return _prepared(DiffusionPipeline.from_pretrained(base), f"--base {base}")
 
 
 def _prepared(pipe: DiffusionPipeline, given: str) -> DiffusionPipeline:

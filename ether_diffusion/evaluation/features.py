@@ -19,7 +19,7 @@ FRECHET_FEATURES = ("inception", MINIATURE)
 class MiniatureFeatures(nn.Module):
     """Pooled features of the miniature's own CLIP vision tower, for `frechet_distance`: (n, 3, h, w) uint8 -> (n, d).
 
-    It knows the miniature's world alone: distances in it are not comparable with published FIDs.
+    Distances in them are not comparable with published FIDs.
     """
 
     def __init__(self) -> None:

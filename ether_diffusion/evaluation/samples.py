@@ -38,9 +38,8 @@ def held_out(count: int, side: int) -> list[Sample]:
         InputError: the pipeline's images have other sides than the world's.
     """
     if side != SIZE:
-        raise InputError(
-            f"--miniature: its images have {SIZE} pixels a side, and those of --base {side}; use --data_dir"
-        )
+        sides = f"its images have {SIZE} pixels a side, and those of --base {side}"
+        raise InputError(f"--miniature: {sides}; use --data_dir")
     pairs = [draw_pair(HELD_OUT, k) for k in range(count)]
     return [Sample(pair.control, pair.image, pair.caption, _to_labels(pair.labels)) for pair in pairs]
 
@@ -51,8 +50,7 @@ def read_samples(
     """Read the images that a folder's metadata.jsonl names, cut to a square at their centre and scaled to `side`.
 
     Args:
-        folder: of --data_dir.
-        side: of the pipeline's images, in pixels.
+        folder, side: of --data_dir, and of the pipeline's images in pixels.
         most: read only the first so many lines.
         reduce_labels: grey value 0 is no class and the classes start at 1, as in ADE20K.
         labels_from_colours: where a line has no labels, read them from the control image: a map of the miniature.
@@ -72,10 +70,8 @@ def read_samples(
         where = f"{index}, line {number}"
         row = _read_row(line, where)
         real, control = (read_image(folder / row[name], row[name]) for name in COLUMNS[:2])
-        labels = None
-        if row.get("labels"):
-            labels = read_labels(folder / row["labels"], side, reduce_labels)
-        elif labels_from_colours:
+        labels = read_labels(folder / row["labels"], side, reduce_labels) if row.get("labels") else None
+        if labels is None and labels_from_colours:
             try:
                 labels = _to_labels(_fit(read_label_image(control), side))
             except ValueError as error:
@@ -83,9 +79,8 @@ def read_samples(
         samples.append(Sample(_fit(control, side), _fit(real, side, Image.Resampling.LANCZOS), row["text"], labels))
     known = [sample.labels is not None for sample in samples]
     if any(known) and not all(known):
-        raise InputError(
-            f"{index}: line {known.index(not known[0]) + 1} has {'no ' * known[0]}labels; all or none need them"
-        )
+        odd = f"line {known.index(not known[0]) + 1} has {'no ' * known[0]}labels"
+        raise InputError(f"{index}: {odd}; all or none need them")
     return samples
 
 

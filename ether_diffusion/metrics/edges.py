@@ -38,14 +38,10 @@ def edge_consistency(
     P is the share of the image's edges that lie within `tolerance` pixels (of the larger of both distances) of an
     edge of the map, R the share of the map's edges that lie so near to one of the image.
 
-    Args:
-        image: the image.
-        edge_map: of the same size, edges white on black; what is brighter than the middle grey is an edge.
-        threshold: as for `sobel_edges`.
-        tolerance: in pixels.
+    edge_map: of the image's size, edges white on black; what is brighter than the middle grey is an edge.
+    threshold: as for `sobel_edges`.
 
-    Returns:
-        The F1; 1 where neither has edges, 0 where only one has.
+    Returns 1 where neither has edges, 0 where only one has.
 
     Raises:
         ValueError: the two have different sizes.

@@ -24,7 +24,8 @@ def frechet_distance(
 ) -> float:
     """Fréchet distance between the features of two sets: |μ − ν|² + tr(Σ + Ω − 2(ΣΩ)^½), from sums in float64.
 
-    μ, Σ: mean and covariance of the features of the images, ν, Ω: of the references, by torchmetrics. The estimate falls as sets grow, so compare only sets of one size. Source: arXiv:1706.08500, eq. 6.
+    μ, Σ: mean and covariance of the features of the images, ν, Ω: of the references. Computed by torchmetrics. The
+    estimate falls as sets grow, so compare only sets of one size. Source: arXiv:1706.08500, eq. 6.
 
     Args:
         images, references: at least two of each, of any sizes.

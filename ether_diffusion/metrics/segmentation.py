@@ -65,8 +65,7 @@ def mean_iou(counts: Tensor) -> float:
     Raises:
         ValueError: nothing was counted.
     """
-    _check_counts(counts)
-    return class_iou(counts).nanmean().item()
+    return class_iou(_checked(counts)).nanmean().item()
 
 
 def pixel_accuracy(counts: Tensor) -> float:
@@ -77,16 +76,16 @@ def pixel_accuracy(counts: Tensor) -> float:
     Raises:
         ValueError: nothing was counted.
     """
-    _check_counts(counts)
-    counts = counts.double()
+    counts = _checked(counts)
     return (counts.trace() / counts.sum()).item()
 
 
-def _check_counts(counts: Tensor) -> None:
+def _checked(counts: Tensor) -> Tensor:
     if counts.ndim != 2 or counts.shape[0] != counts.shape[1]:
         raise ValueError(f"counts are {tuple(counts.shape)}, need (classes, classes)")
     if not counts.sum() > 0:
         raise ValueError("no pixels were counted; at least one needs a truth that is not ignored")
+    return counts.double()
 
 
 class Segmenter(Protocol):
@@ -100,19 +99,13 @@ class Segmenter(Protocol):
 
 
 class UperNetSegmenter:
-    """A UperNet from the Hub or a folder; the usual ones name the 150 classes of ADE20K.
-
-    Args:
-        model_id: as `from_pretrained` takes it.
-        device: where it computes.
-    """
+    """A UperNet from the Hub or a folder, as `from_pretrained` takes it; the usual ones name ADE20K's 150 classes."""
 
     def __init__(self, model_id: str = "openmmlab/upernet-convnext-small", device: torch.device | str = "cpu"):
         self.model = UperNetForSemanticSegmentation.from_pretrained(model_id).eval().to(device)
         # The processor on PIL needs no torchvision.
         self.processor = AutoImageProcessor.from_pretrained(model_id, backend="pil")
         self.classes: int = self.model.config.num_labels
-        self.names = tuple(self.model.config.id2label[k] for k in range(self.classes))
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:

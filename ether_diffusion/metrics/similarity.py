@@ -10,12 +10,13 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
+
+from ether_diffusion.images import to_bytes
 
 DINO, DINOV2, CLIP = "facebook/dino-vits16", "facebook/dinov2-small", "openai/clip-vit-base-patch32"
 LPIPS_NETS = ("alex", "vgg", "squeeze")
@@ -42,63 +43,62 @@ class TextImageFeatures(ImageFeatures, Protocol):
         ...
 
 
-def in_batches(items: Sequence[Any], batch_size: int, embed: Callable[[Sequence[Any]], Tensor]) -> Tensor:
-    """Features of length 1 of all items, `batch_size` at a time: (n, d), float32, on the CPU."""
-    parts = [embed(items[k : k + batch_size]).float().cpu() for k in range(0, len(items), batch_size)]
-    return F.normalize(torch.cat(parts), dim=-1)
+class _Extractor:
+    """A frozen network and its image processor, some images or prompts at a time."""
 
+    model_class: type = AutoModel
 
-class ClassTokenFeatures:
-    """The class token after the last norm of a vision transformer such as DINO (ViT-S/16) or DINOv2.
-
-    Args:
-        model_id: as `from_pretrained` takes it; the folder holds the image processor as well.
-        device: where it computes.
-        batch_size: images at a time.
-    """
-
-    def __init__(self, model_id: str = DINO, *, device: torch.device | str = "cpu", batch_size: int = BATCH):
-        self.model = AutoModel.from_pretrained(model_id).eval().to(device)
+    def __init__(self, model_id: str, *, device: torch.device | str = "cpu", batch_size: int = BATCH):
+        self.model = self.model_class.from_pretrained(model_id).eval().to(device)
         # The processor on PIL needs no torchvision.
         self.processor = AutoImageProcessor.from_pretrained(model_id, backend="pil")
         self.batch_size = batch_size
 
-    @torch.no_grad()
     def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
-        return in_batches(images, self.batch_size, self._embed)
+        """Images of any size -> (n, d), length 1."""
+        return self._in_batches(images, self._embed_images)
 
-    def _embed(self, images: Sequence[Image.Image]) -> Tensor:
-        inputs = self.processor([image.convert("RGB") for image in images], return_tensors="pt")
-        return self.model(pixel_values=inputs.pixel_values.to(self.model.device)).last_hidden_state[:, 0]
+    @torch.no_grad()
+    def _in_batches(self, items: Sequence[Any], embed: Callable[[Sequence[Any]], Tensor]) -> Tensor:
+        starts = range(0, len(items), self.batch_size)
+        return F.normalize(torch.cat([embed(items[k : k + self.batch_size]).float().cpu() for k in starts]), dim=-1)
+
+    def _pixels(self, images: Sequence[Image.Image]) -> Tensor:
+        return self.processor([image.convert("RGB") for image in images], return_tensors="pt").pixel_values
 
 
-class ClipFeatures:
+class ClassTokenFeatures(_Extractor):
+    """The class token after the last norm of a vision transformer such as DINO (ViT-S/16) or DINOv2.
+
+    Args:
+        model_id: as `from_pretrained` takes it; the folder holds the image processor as well.
+        device, batch_size: where it computes, and how many images at a time.
+    """
+
+    def __init__(self, model_id: str = DINO, *, device: torch.device | str = "cpu", batch_size: int = BATCH):
+        super().__init__(model_id, device=device, batch_size=batch_size)
+
+    def _embed_images(self, images: Sequence[Image.Image]) -> Tensor:
+        return self.model(pixel_values=self._pixels(images).to(self.model.device)).last_hidden_state[:, 0]
+
+
+class ClipFeatures(_Extractor):
     """Both towers of a CLIP: images and prompts in one space.
 
     Args:
         model_id: as `from_pretrained` takes it; the folder holds image processor and tokenizer as well.
-        device: where it computes.
-        batch_size: images or prompts at a time.
+        device, batch_size: where it computes, and how many images or prompts at a time.
     """
 
+    model_class = CLIPModel
+
     def __init__(self, model_id: str = CLIP, *, device: torch.device | str = "cpu", batch_size: int = BATCH):
-        self.model = CLIPModel.from_pretrained(model_id).eval().to(device)
-        self.processor = AutoImageProcessor.from_pretrained(model_id, backend="pil")
+        super().__init__(model_id, device=device, batch_size=batch_size)
         self.tokenizer = AutoTokenizer.from_pretrained(model_id)
-        self.batch_size = batch_size
 
-    @torch.no_grad()
-    def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Images of any size -> (n, d), length 1."""
-        return in_batches(images, self.batch_size, self._embed_images)
-
-    @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Prompts -> (n, d), length 1; what is longer than the tower reads is cut."""
-        return in_batches(texts, self.batch_size, self._embed_texts)
-
-    def _pixels(self, images: Sequence[Image.Image]) -> Tensor:
-        return self.processor([image.convert("RGB") for image in images], return_tensors="pt").pixel_values
+        return self._in_batches(texts, self._embed_texts)
 
     def _embed_images(self, images: Sequence[Image.Image]) -> Tensor:
         pooled = self.model.vision_model(pixel_values=self._pixels(images).to(self.model.device)).pooler_output
@@ -116,13 +116,7 @@ class ClipFeatures:
 def load_features(
     model_id: str, *, device: torch.device | str = "cpu", batch_size: int = BATCH
 ) -> ClassTokenFeatures | ClipFeatures:
-    """The extractor that fits a model: CLIP's two towers, or the class token of any other vision transformer.
-
-    Args:
-        model_id: a folder or an id on the Hub.
-        device: where it computes.
-        batch_size: images at a time.
-    """
+    """The extractor that fits a model, a folder or an id on the Hub: CLIP's two towers, or the class token."""
     kind = ClipFeatures if AutoConfig.from_pretrained(model_id).model_type == "clip" else ClassTokenFeatures
     return kind(model_id, device=device, batch_size=batch_size)
 
@@ -133,32 +127,25 @@ def load_features(
 def image_similarity(
     images: Sequence[Image.Image], references: Sequence[Image.Image], features: ImageFeatures
 ) -> float:
-    """Mean cosine over all pairs: 1/(n m) Σ_ij f(x_i)·f(r_j), with |f| = 1, from −1 to 1.
+    """Mean cosine over all pairs of n images x and m references r: 1/(n m) Σ_ij f(x_i)·f(r_j), from −1 to 1.
 
     CLIP-I with the features of CLIP, "DINO" with those of DINO. Source: arXiv:2208.12242, section 4.
 
-    Args:
-        images: x, n of them.
-        references: r, m of them, such as the photographs of the subject.
-        features: f.
+    references: such as the photographs of the subject. features: f, with |f| = 1.
 
     Raises:
         ValueError: no images or no references.
     """
+    counts = f"{len(images)} images and {len(references)} references"
     if not len(images) or not len(references):
-        raise ValueError(
-            f"image_similarity: got {len(images)} images and {len(references)} references, needs one of each"
-        )
+        raise ValueError(f"image_similarity: got {counts}, needs one of each")
     return (features.embed_images(images) @ features.embed_images(references).T).mean().item()
 
 
 def text_similarity(images: Sequence[Image.Image], prompts: Sequence[str], features: TextImageFeatures) -> float:
-    """Mean cosine of each image with its own prompt (CLIP-T): 1/n Σ_k f(x_k)·g(p_k), with |f| = |g| = 1.
+    """Mean cosine of each image x with its own prompt p (CLIP-T): 1/n Σ_k f(x_k)·g(p_k), with |f| = |g| = 1.
 
-    Args:
-        images: x.
-        prompts: p, one for each image.
-        features: f and g.
+    features: f and g.
 
     Raises:
         ValueError: no images, or another number of prompts.
@@ -168,14 +155,11 @@ def text_similarity(images: Sequence[Image.Image], prompts: Sequence[str], featu
 
 
 def drift(images: Sequence[Image.Image], base_images: Sequence[Image.Image], features: ImageFeatures) -> float:
-    """How far images have moved from those of the base model: 1/n Σ_k (1 − f(x_k)·f(b_k)), from 0 to 2.
+    """How far images x have moved from those of the base model, b: 1/n Σ_k (1 − f(x_k)·f(b_k)), from 0 to 2.
 
     Measured on prompts without the subject, it is what training changed that it should not have; 0 where nothing did.
 
-    Args:
-        images: x.
-        base_images: b, by the base model, for the same prompts and seeds.
-        features: f, with |f| = 1.
+    base_images: for the same prompts and seeds. features: f, with |f| = 1.
 
     Raises:
         ValueError: no images, or another number of them.
@@ -193,11 +177,7 @@ def _check_pairs(where: str, images: Sequence[object], others: Sequence[object],
 class Lpips:
     """LPIPS, the perceptual distance of arXiv:1801.03924, by torchmetrics, with its trained weights.
 
-    The network itself comes from torchvision, which downloads it at the first use.
-
-    Args:
-        net: "alex", "vgg" or "squeeze".
-        device: where it computes.
+    The network itself, one of LPIPS_NETS, comes from torchvision, which downloads it at the first use.
 
     Raises:
         ImportError: torchmetrics or torchvision is missing.
@@ -252,8 +232,7 @@ def diversity(
     measure = Lpips(distance, device=device) if isinstance(distance, str) else distance
     means = []
     for group in groups:
-        pixels = np.stack([np.asarray(image.convert("RGB")) for image in group])
-        values = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1  # (n, 3, h, w)
+        values = to_bytes(group).float() / 127.5 - 1  # (n, 3, h, w)
         first, second = torch.tensor(list(itertools.combinations(range(len(group)), 2))).T
         parts = [
             measure(values[i], values[j])
