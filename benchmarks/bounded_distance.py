@@ -95,13 +95,9 @@ def turn(layer: EtherLayer, degrees: float, numbers: Generator) -> None:
             vs[ADAPTER].copy_(-(u * math.cos(angle) + w * math.sin(angle)))
 
 
-def spread_up(layer: nn.Module, deviation: float, numbers: Generator) -> None:
-    weight = layer.lora_B[ADAPTER].weight
-    weight.copy_(deviation * normal(weight, numbers))
-
-
-def spread_skew(layer: nn.Module, deviation: float, numbers: Generator) -> None:
-    weight = layer.oft_R[ADAPTER].weight
+def spread(layer: nn.Module, deviation: float, numbers: Generator) -> None:
+    """LoRA's B, or the skew-symmetric matrices of OFT."""
+    weight = (layer.lora_B if hasattr(layer, "lora_B") else layer.oft_R)[ADAPTER].weight
     weight.copy_(deviation * normal(weight, numbers))
 
 
@@ -121,13 +117,7 @@ def _ether(**fields: Any) -> EtherConfig:
 
 STUDIED = (
     Perturbation("ETHER", BLOCKS, "n={:g}", lambda n: _ether(num_blocks=int(n)), keep),
-    Perturbation(
-        "ETHER+ one side",
-        ANGLES,
-        "{:g}°",
-        lambda _: _ether(method="ether_plus", sides="input"),
-        turn,
-    ),
+    Perturbation("ETHER+ one side", ANGLES, "{:g}°", lambda _: _ether(method="ether_plus", sides="input"), turn),
     Perturbation("ETHER+", ANGLES, "{:g}°", lambda _: _ether(method="ether_plus"), turn),
     Perturbation("HRA r=2", DECADES, "{:g}", lambda _: HRAConfig(target_modules=ATTENTION, r=2), spread_vectors),
     Perturbation(
@@ -136,14 +126,14 @@ STUDIED = (
         "{:g}",
         # The exact Cayley transform: that of PEFT's default is a series, which is orthogonal near 0 alone.
         lambda _: OFTConfig(target_modules=ATTENTION, r=0, oft_block_size=32, use_cayley_neumann=False),
-        spread_skew,
+        spread,
     ),
     Perturbation(
         "LoRA r=4",
         DECADES,
         "{:g}",
         lambda _: LoraConfig(target_modules=ATTENTION, r=4, lora_alpha=4, init_lora_weights="gaussian"),
-        spread_up,
+        spread,
     ),
     Perturbation("noise", DECADES, "{:g}", lambda _: None, spread_weight),
 )
@@ -187,14 +177,7 @@ def transform_distances(layer: nn.Module) -> Iterator[float]:
 
 
 class Sampler:
-    """Generates prompts with a denoiser, and compares the images with those of the base.
-
-    Args:
-        pipe: the base model.
-        prompts: one image each.
-        num_inference_steps: of every image.
-        features: what compares.
-    """
+    """Generates one image for each prompt with a denoiser, and compares them with those of the base."""
 
     def __init__(
         self, pipe: DiffusionPipeline, prompts: Sequence[str], num_inference_steps: int, features: TextImageFeatures

@@ -162,18 +162,10 @@ def main() -> None:
     chosen = [] if args.data_dir is None else photographed(args.data_dir)
     chosen = [*drawn(args.subjects, args.output_dir / "views"), *chosen]
 
-    settings = {
-        "weights_sha256": checksum(FOLDER),
-        "seed": args.seed,
-        "num_inference_steps": args.num_inference_steps,
-    }
+    shared = {"seed": args.seed, "num_inference_steps": args.num_inference_steps}
+    settings = {"weights_sha256": checksum(FOLDER), **shared}
     results = ResultFile(args.output_dir / "compare_methods.json", settings, machine=machine())
-    comparison = Comparison(
-        steps=args.max_train_steps,
-        seed=args.seed,
-        num_inference_steps=args.num_inference_steps,
-        images_dir=args.output_dir / "pictures",
-    )
+    comparison = Comparison(steps=args.max_train_steps, images_dir=args.output_dir / "pictures", **shared)
     parameters = {method: Variant.of(method).parameters() for method in args.method}
     rows = []
     for subject in chosen:

@@ -10,15 +10,16 @@ world names each pixel of what was generated. Rows that are in the JSON already 
 from __future__ import annotations
 
 import json
+import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 from measuring import machine, make_parser
 from result_file import ResultFile
 
+from ether_diffusion.commands.evaluate_control import evaluate_and_show
 from ether_diffusion.commands.quickstart import CONTROL_FLAGS, train_control
+from ether_diffusion.evaluation.control import ControlEvaluation
 from ether_diffusion.miniature import FOLDER
 from ether_diffusion.miniature.control_data import HELD_OUT, KINDS, TRAINING_SEED, write_control_data
 
@@ -28,26 +29,23 @@ LEARNING_RATES = {"none": None, "ether": 2e-3, "ether_plus": 2e-3, "lora": 1e-3,
 
 def evaluate(adapter: Path, output_dir: Path, held_out: int, evaluator_dir: Path, kind: str) -> dict:
     """The report of `evaluate-control`."""
-    command = [sys.executable, "-m", "ether_diffusion.commands.main", "evaluate-control", "--adapter", str(adapter)]
-    if kind == "scenes":
-        command += ["--miniature", str(held_out)]
-    else:
+    measured_on = {"miniature": held_out}
+    if kind != "scenes":
         data = output_dir.parent / "held_out"
         if not data.exists():
             write_control_data(data, held_out, HELD_OUT, kind)
-        command += ["--base", str(FOLDER), "--data_dir", str(data), "--evaluator", "edges", "--fid_features", "none"]
-    command += ["--output_dir", str(output_dir), "--evaluator_dir", str(evaluator_dir)]
-    command += ["--num_inference_steps", "10", "--batch_size", "16"]
-    subprocess.run(command, check=True)
+        measured_on = {"base": str(FOLDER), "data_dir": data, "evaluator": "edges", "fid_features": "none"}
+    folders = {"adapter": str(adapter), "output_dir": output_dir, "evaluator_dir": evaluator_dir}
+    evaluate_and_show(ControlEvaluation(**folders, **measured_on, num_inference_steps=10, batch_size=16))
     return json.loads((output_dir / "report.json").read_text())
 
 
 def trained_parameters(adapter: Path) -> int:
     """The number that the model card states."""
-    (line,) = (
-        line for line in (adapter / "README.md").read_text().splitlines() if line.startswith("| trained parameters")
+    (count,) = re.findall(
+        r"^\| trained parameters[^|]*\| *([\d,]+)", (adapter / "README.md").read_text(), re.MULTILINE
     )
-    return int(line.split("|")[2].strip().replace(",", ""))
+    return int(count.replace(",", ""))
 
 
 def main() -> None:
@@ -79,16 +77,10 @@ def main() -> None:
         rate = LEARNING_RATES[method]
         flags = ["--method", method, *(["--learning_rate", str(rate)] if rate else [])]
         train_control(data, folder / "adapter", [*flags, "--max_train_steps", str(args.max_train_steps)])
-        report = evaluate(
-            folder / "adapter",
-            folder / "evaluation",
-            args.held_out,
-            args.evaluator_dir or args.output_dir / "evaluator",
-            args.kind,
-        )
+        evaluator_dir = args.evaluator_dir or args.output_dir / "evaluator"
+        report = evaluate(folder / "adapter", folder / "evaluation", args.held_out, evaluator_dir, args.kind)
         count = trained_parameters(folder / "adapter")
-        row = {"method": method, "learning_rate": rate, "parameters": count, "scores": report["scores"]}
-        results.add(row)
+        results.add({"method": method, "learning_rate": rate, "parameters": count, "scores": report["scores"]})
 
     names = list(results.rows[0]["scores"]["real"])
     print(f"{'':12}{'parameters':>12}" + "".join(f"{name:>16}" for name in names))

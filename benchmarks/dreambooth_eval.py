@@ -58,13 +58,8 @@ from ether_diffusion.training.preview import generate
 
 IDENTIFIER = "sks"
 FIGURES = {
-    "dino": "DINO",
-    "dinov2": "DINOv2",
-    "clip_i": "CLIP-I",
-    "clip_t": "CLIP-T",
-    "lpips": "LPIPS",
-    "drift": "drift",
-}
+    "dino": "DINO", "dinov2": "DINOv2", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "lpips": "LPIPS", "drift": "drift",
+}  # fmt: skip
 QUICK = {"max_train_steps": 3, "num_inference_steps": 2, "subjects": 2, "prompts": 2, "images": 2}
 
 # The dataset's 30 subjects: folder, class word. Source: prompts_and_classes.txt of github.com/google/dreambooth.
@@ -179,13 +174,8 @@ class Evaluation:
             return folder
         partial = folder.with_name(f"{subject.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)  # of a training that was stopped
-        flags = {
-            "pretrained_model_name_or_path": args.pretrained_model_name_or_path,
-            "method": args.method,
-            "learning_rate": args.learning_rate,
-            "max_train_steps": args.max_train_steps,
-            "seed": args.seed,
-        }
+        own = ("pretrained_model_name_or_path", "method", "learning_rate", "max_train_steps", "seed")
+        flags = {name: getattr(args, name) for name in own}
         if args.resolution:
             flags["resolution"] = args.resolution
         words = []

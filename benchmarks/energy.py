@@ -25,11 +25,7 @@ from numpy.typing import NDArray
 from result_file import write_json
 from trials import BASE
 
-CHANGES = {
-    "energy_moved": "|ΔE|/E",
-    "energy_change": "ΔE/E",
-    "relative_distance": "‖ΔW‖/‖W‖",
-}
+CHANGES = {"energy_moved": "|ΔE|/E", "energy_change": "ΔE/E", "relative_distance": "‖ΔW‖/‖W‖"}
 OUTCOMES = ("won", "lost")
 DRAWS = 1000
 ROUNDING = 1e-7  # of energies of weights in float32

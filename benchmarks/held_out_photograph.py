@@ -9,13 +9,12 @@ noises and timesteps, between the base model and the tuned one. Prints a table a
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from pathlib import Path
 
 from denoising import denoising_loss
 from diffusers import DiffusionPipeline
-from measuring import machine
+from measuring import machine, make_parser
 from result_file import write_json
 from subjects import Subject, photographed
 
@@ -42,11 +41,10 @@ def measure(subject: Subject, model: Path | str, method: str, output_dir: Path, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--data_dir", type=Path, required=True, help="one folder of photographs for each subject")
     parser.add_argument("--model", default=miniature.FOLDER, help="a Stable Diffusion folder or Hub id")
     parser.add_argument("--method", choices=METHODS, default=DEFAULT_METHOD)
-    parser.add_argument("--output_dir", type=Path, required=True)
     args, flags = parser.parse_known_args()
     chosen = photographed(args.data_dir)
     shutil.rmtree(args.output_dir, ignore_errors=True)

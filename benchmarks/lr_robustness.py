@@ -22,7 +22,6 @@ the rows lie in benchmarks/results, benchmarks/plot.py draws them.
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
 from collections import Counter
@@ -31,6 +30,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
+from measuring import make_parser
 from strips import strip
 from trials import BASE, IMAGES, Trial, Trials, Variant, add_settings, image_folder, pairs, read_settings
 
@@ -225,7 +225,7 @@ def generated(rows: Sequence[Mapping[str, Any]], output_dir: Path) -> list[tuple
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     add_settings(parser)
     parser.add_argument("--methods", nargs="+", choices=tuple(LEARNING_RATES), default=STUDIED)
     parser.add_argument("--rates", nargs="+", type=float, choices=RATES, default=RATES, metavar="RATE")

@@ -15,13 +15,13 @@ same command goes on where it was stopped.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
 from lr_robustness import ENOUGH, RATES, best_rate, means
+from measuring import make_parser
 from trials import Trial, Trials, Variant, add_settings, pairs, read_settings
 
 from ether_diffusion.training.options import LEARNING_RATES
@@ -53,10 +53,7 @@ def variants() -> dict[str, list[Variant]]:
             Variant.of("oft"),
             *(Variant(f"OFT, blocks of {size}", config={**oft, "oft_block_size": size}) for size in (2, 4, 8)),
         ],
-        "hra": [
-            Variant.of("hra"),
-            *(Variant(f"HRA r={rank}", {"method": "hra", "rank": rank}) for rank in (4, 8)),
-        ],
+        "hra": [Variant.of("hra"), *(Variant(f"HRA r={rank}", {"method": "hra", "rank": rank}) for rank in (4, 8))],
         "vera": [Variant.of("vera"), Variant("VeRA r=64", {"method": "vera", "rank": 64})],
     }
 
@@ -100,7 +97,7 @@ def line(variant: Variant, parameters: int, rows: Sequence[Mapping[str, Any]], r
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     add_settings(parser)
     parser.add_argument("--methods", nargs="+", choices=tuple(variants()), default=tuple(variants()))
     args, training_flags = parser.parse_known_args()

@@ -131,8 +131,7 @@ class Trial:
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """The flags that every study has."""
-    parser.add_argument("--output_dir", type=Path, required=True)
+    """The flags that every study has, beside --output_dir."""
     parser.add_argument("--pairs", type=int, default=4, help="of a subject and a seed")
     parser.add_argument("--data_dir", type=Path, help="folders of photographs; default: figures of the miniature")
     parser.add_argument("--pretrained_model_name_or_path", default=MINIATURE)

@@ -87,12 +87,8 @@ class Stage:
         self.ema.to(args.device)
 
     def save(self) -> None:
-        state = {
-            "module": self.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "ema": self.ema.state_dict(),
-            "step": self.step,
-        }
+        parts = {"module": self.module, "optimizer": self.optimizer, "ema": self.ema}
+        state = {name: part.state_dict() for name, part in parts.items()} | {"step": self.step}
         content = io.BytesIO()
         torch.save(state, content)
         replace_file(self.path, content.getvalue())
@@ -148,12 +144,10 @@ def train_vae(args: argparse.Namespace, images: Images) -> AutoencoderKL:
     vae = channels_last(start(models.build_vae(), args, "vae"), args.device)
 
     def loss_of(indices: Tensor, generator: torch.Generator) -> Tensor:
-        top, left = (
-            4 * torch.randint(9, (2,), generator=generator)
-        ).tolist()  # one crop of 32×32, a quarter of the work
-        x = images.batch(indices)[:, :, top : top + 32, left : left + 32].to(
-            args.device, memory_format=torch.channels_last
-        )
+        # One crop of 32×32, a quarter of the work.
+        top, left = (4 * torch.randint(9, (2,), generator=generator)).tolist()
+        x = images.batch(indices)[:, :, top : top + 32, left : left + 32]
+        x = x.to(args.device, memory_format=torch.channels_last)
         with torch.autocast(args.device.type, torch.bfloat16):
             posterior = vae.encode(x).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator).to(args.device)

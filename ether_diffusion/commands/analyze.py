@@ -51,8 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if not math.isfinite(args.scale):
         raise InputError(f"--scale: got {args.scale}, needs a finite number")
-    if args.output_dir is not None:
-        _check_output(args.output_dir)
+    if args.output_dir is not None and args.output_dir.exists() and not args.output_dir.is_dir():
+        raise InputError(f"--output_dir {args.output_dir}: is a file, needs a folder")
+    if args.output_dir is not None and importlib.util.find_spec("matplotlib") is None:
+        raise InputError(
+            '--output_dir: the package matplotlib is missing; pip install "ether-diffusion[eval]", or drop the '
+            "flag: the table needs none"
+        )
     report = analyze(args.file, base=args.base, against=args.against, strength=args.scale)
     show(*render(report))
     if args.output_dir is not None:
@@ -63,16 +68,6 @@ def run(args: argparse.Namespace) -> None:
         written[0].write_text(json.dumps(report, indent=2) + "\n")
         draw_layers(report["layers"], written[1], title=shorten(f"{report['file']} on {report['base']}"))
         print("\n".join(["", *map(str, written)]))
-
-
-def _check_output(output_dir: Path) -> None:
-    if output_dir.exists() and not output_dir.is_dir():
-        raise InputError(f"--output_dir {output_dir}: is a file, needs a folder")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError(
-            '--output_dir: the package matplotlib is missing; pip install "ether-diffusion[eval]", or drop the '
-            "flag: the table needs none"
-        )
 
 
 def render(report: Mapping[str, Any]) -> Iterator[str | Table]:

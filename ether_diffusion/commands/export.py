@@ -56,10 +56,8 @@ def open_inputs(args: argparse.Namespace, result: str) -> tuple[DiffusionPipelin
             held = "a control encoder"
             instead = "load it with EtherControlPipeline (for SDXL, EtherControlXLPipeline)"
         else:
-            names = "; ".join(
-                f"{component}: {', '.join(each.about['modules'])}" for component, each in weights.items()
-            )
-            held = f"modules that were trained as a whole ({names})"
+            modules = "; ".join(f"{name}: {', '.join(each.about['modules'])}" for name, each in weights.items())
+            held = f"modules that were trained as a whole ({modules})"
             instead = (
                 "control training leaves the ControlNet merged in the folder controlnet beside the file, for "
                 "ControlNetModel.from_pretrained"
@@ -71,13 +69,8 @@ def open_inputs(args: argparse.Namespace, result: str) -> tuple[DiffusionPipelin
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, choices=tuple(WRITERS), help="format")
     add_input_arguments(parser)
-    parser.add_argument(
-        "--rank",
-        type=_rank,
-        default=None,
-        metavar="auto|N",
-        help="auto: each layer's exact rank. A number: all layers, filled up with zeros. Default: auto",
-    )
+    rank_help = "auto: each layer's exact rank. A number: all layers, filled up with zeros. Default: auto"
+    parser.add_argument("--rank", type=_rank, metavar="auto|N", help=rank_help)
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the file. Default: float32")
     parser.add_argument("--output_dir", required=True, help="folder to write to; made if need be")
     parser.add_argument(

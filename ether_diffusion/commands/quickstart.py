@@ -31,7 +31,7 @@ from ether_diffusion.images import image_grid
 from ether_diffusion.metrics import image_similarity, text_similarity
 from ether_diffusion.miniature import ClipScore, load_pipeline
 from ether_diffusion.miniature.control_data import TRAINING_SEED, write_control_data
-from ether_diffusion.miniature.world import Subject, subjects
+from ether_diffusion.miniature.world import subjects
 
 SETTINGS = ("on a red background", "on a green background", "on a striped blue background", "on a white background")
 OTHER_PROMPTS = (
@@ -84,7 +84,10 @@ def train(module: str, flags: Sequence[object]) -> None:
 
 def learn_subject(args: argparse.Namespace, output_dir: Path) -> None:
     subject = next(each for each in subjects() if each.name == args.subject)
-    photographs = draw_photographs(subject, output_dir / "photographs")
+    photographs = [subject.view(k).render().image for k in range(PHOTOGRAPHS)]
+    (output_dir / "photographs").mkdir(parents=True, exist_ok=True)
+    for k, photograph in enumerate(photographs):
+        photograph.save(output_dir / "photographs" / f"{k:02}.png")
     adapter, prompt = output_dir / "adapter", f"a photo of sks {subject.class_name}"
     flags = ["--instance_data_dir", output_dir / "photographs", "--instance_prompt", prompt]
     train("dreambooth", [*flags, "--output_dir", adapter, "--seed", 0, *args.other_flags])
@@ -115,14 +118,6 @@ def learn_subject(args: argparse.Namespace, output_dir: Path) -> None:
     print(f"{'similarity to the subject (CLIP-I)':42}{subject_scores[0]:>10.3f}{subject_scores[1]:>10.3f}")
     print(f"{'similarity to prompts without it (CLIP-T)':42}{prompt_scores[0]:>10.3f}{prompt_scores[1]:>10.3f}")
     print(f"\n{output_dir / 'grid.png'}")
-
-
-def draw_photographs(subject: Subject, folder: Path) -> list[Image.Image]:
-    folder.mkdir(parents=True, exist_ok=True)
-    photographs = [subject.view(k).render().image for k in range(PHOTOGRAPHS)]
-    for k, photograph in enumerate(photographs):
-        photograph.save(folder / f"{k:02}.png")
-    return photographs
 
 
 def generate(pipe: StableDiffusionPipeline, prompts: Sequence[str], seeds: int) -> list[Image.Image]:

@@ -16,11 +16,7 @@ from peft.utils import get_peft_model_state_dict
 from ether_diffusion import EtherConfig
 from ether_diffusion.analysis import effect
 from ether_diffusion.analysis.report import describe
-from ether_diffusion.analysis.weights import (
-    adapted_weights,
-    energy_change,
-    hyperspherical_energy,
-)
+from ether_diffusion.analysis.weights import adapted_weights, energy_change, hyperspherical_energy
 from ether_diffusion.commands import analyze as command
 from ether_diffusion.errors import EtherFileError, InputError
 from ether_diffusion.tuner.model import ATTENTION

@@ -4,18 +4,11 @@ import numpy as np
 import pytest
 import torch
 from helpers.scenes import images
-from transformers import (
-    CLIPModel,
-    CLIPTokenizer,
-)
+from transformers import CLIPModel, CLIPTokenizer
 
 from ether_diffusion import miniature
 from ether_diffusion.evaluation.features import MiniatureFeatures, load_features
-from ether_diffusion.metrics import (
-    frechet_distance,
-    image_similarity,
-    text_similarity,
-)
+from ether_diffusion.metrics import frechet_distance, image_similarity, text_similarity
 
 
 def test_the_miniature_is_an_extractor_like_any_other():

@@ -5,10 +5,7 @@ import pytest
 from helpers.scenes import images
 from PIL import Image
 
-from ether_diffusion.metrics import (
-    edge_consistency,
-    sobel_edges,
-)
+from ether_diffusion.metrics import edge_consistency, sobel_edges
 
 
 def test_edges_of_an_image_are_consistent_with_themselves():

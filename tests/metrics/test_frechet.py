@@ -5,9 +5,7 @@ import pytest
 import torch
 from helpers.scenes import images
 
-from ether_diffusion.metrics import (
-    frechet_distance,
-)
+from ether_diffusion.metrics import frechet_distance
 
 
 def test_the_distance_is_that_of_its_formula():

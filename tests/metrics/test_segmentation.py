@@ -8,13 +8,7 @@ from helpers.scenes import images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ether_diffusion.metrics import (
-    UperNetSegmenter,
-    class_iou,
-    confusion,
-    mean_iou,
-    pixel_accuracy,
-)
+from ether_diffusion.metrics import UperNetSegmenter, class_iou, confusion, mean_iou, pixel_accuracy
 
 
 def maps(*shape: int, classes: int = 5, seed: int = 0) -> torch.Tensor:

@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ether_diffusion.metrics import (
-    edge_consistency,
-)
+from ether_diffusion.metrics import edge_consistency
 from ether_diffusion.miniature.control_data import KINDS, draw_pair, read_label_image, write_control_data
 from ether_diffusion.miniature.render import label_image
 from ether_diffusion.miniature.shapes import LABELS
