@@ -26,11 +26,7 @@ CONFLICT = ("alignment", "commutator")
 
 
 def analyze(
-    file: str | Path,
-    *,
-    base: str | Path = MINIATURE_FOLDER,
-    against: str | Path | None = None,
-    strength: float = 1.0,
+    file: str | Path, *, base: str | Path = MINIATURE_FOLDER, against: str | Path | None = None, strength: float = 1.0
 ) -> dict[str, Any]:
     """Measure what an adapter changes in every layer of a base, as values of JSON.
 

@@ -18,24 +18,18 @@ COMMANDS = {
 }
 
 
-def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
-    """The parser, with the flags of the chosen command alone: only its module, and what that needs, is imported."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; what the user got wrong is told in one sentence on stderr, and the exit code is 1."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="ether-diffusion", description=__doc__)
     commands = parser.add_subparsers(metavar="command", required=True)
     for name, help_text in COMMANDS.items():
         command = commands.add_parser(name, help=help_text, formatter_class=argparse.RawDescriptionHelpFormatter)
-        if name == chosen:
+        if name == next(iter(arguments), None):  # only this command's module, and what that needs, is imported
             module = importlib.import_module(f"ether_diffusion.commands.{name.replace('-', '_')}")
             command.description = module.__doc__
             module.add_arguments(command)
             command.set_defaults(run=module.run)
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; what the user got wrong is told in one sentence on stderr, and the exit code is 1."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = build_parser(next(iter(arguments), None))
     args, others = parser.parse_known_args(arguments)
     if hasattr(args, "other_flags"):  # the command passes them on
         args.other_flags = others

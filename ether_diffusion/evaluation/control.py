@@ -70,9 +70,8 @@ class ControlEvaluation(OptionGroup):
         super().__post_init__()
         self.check_one_given("data_dir", "miniature")
         if self.base is None and self.miniature is None:
-            raise InputError(
-                "--base: missing; needs a pipeline, a folder or an id on the Hub (only --miniature has its own)"
-            )
+            needed = "a pipeline, a folder or an id on the Hub (only --miniature has its own)"
+            raise InputError(f"--base: missing; needs {needed}")
 
 
 def evaluate(options: ControlEvaluation) -> tuple[dict[str, Any], Image.Image]:
@@ -165,6 +164,7 @@ def draw_sheet(rows: dict[str, Sequence[Image.Image]]) -> Image.Image:
 
 
 def _prepared(pipe: DiffusionPipeline, given: str) -> DiffusionPipeline:
+    """The pipeline, ready to generate without progress bars; `given`: the flag and value that it comes from."""
     if getattr(pipe, "unet", None) is None:
         raise InputError(f"{given}: {type(pipe).__name__} has no UNet, which control needs")
     if getattr(pipe, "safety_checker", None) is not None:
@@ -188,16 +188,14 @@ def _controlled(pipe: DiffusionPipeline, options: ControlEvaluation) -> tuple[Di
         controlled = light.from_pipe(pipe)
         controlled.load_ether_weights(options.adapter)
         if not controlled.controls:
-            raise InputError(
-                f"--adapter {options.adapter}: holds no control encoder, so images would ignore their maps"
-            )
+            raise InputError(f"--adapter {folder}: holds no control encoder, so images would ignore their maps")
     controlled.set_progress_bar_config(disable=True)
     return controlled, "control_image" if net is None else "image"
 
 
 def _is_controlnet(folder: Path) -> bool:
     config = folder / "config.json"
-    return config.is_file() and json.loads(config.read_text("utf-8")).get("_class_name") == ControlNetModel.__name__
+    return config.is_file() and json.loads(config.read_text("utf-8")).get("_class_name") == "ControlNetModel"
 
 
 def _generate(

@@ -21,14 +21,19 @@ from ether_diffusion.commands import analyze as command
 from ether_diffusion.errors import EtherFileError, InputError
 from ether_diffusion.tuner.model import ATTENTION
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
 
 def analyze(capsys, *arguments) -> str:
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     command.run(parser.parse_args([str(argument) for argument in arguments]))
     return capsys.readouterr().out
+
+
+def save_lora(pipe, folder: Path) -> None:
+    """Put a random LoRA on the pipeline's UNet, and its file into the folder."""
+    pipe.unet.add_adapter(LoraConfig(target_modules=ATTENTION, r=2, lora_alpha=2, init_lora_weights=False), "style")
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet, adapter_name="style"))
+    type(pipe).save_lora_weights(folder, unet_lora_layers=layers)
 
 
 @pytest.fixture
@@ -85,11 +90,7 @@ def test_adapters_without_a_layer_in_common_are_not_compared(tiny_pipeline_folde
 
 def test_a_lora_is_measured_by_its_weights_alone(tiny_pipeline, tiny_pipeline_folder, tmp_path, capsys):
     torch.manual_seed(0)
-    tiny_pipeline.unet.add_adapter(
-        LoraConfig(target_modules=ATTENTION, r=2, lora_alpha=2, init_lora_weights=False), "style"
-    )
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(tiny_pipeline.unet, adapter_name="style"))
-    type(tiny_pipeline).save_lora_weights(tmp_path, unet_lora_layers=layers)
+    save_lora(tiny_pipeline, tmp_path)
     wanted = {path: (after - before).norm().item() for path, before, after in adapted_weights(tiny_pipeline.unet)}
     report = effect.analyze(tmp_path, base=tiny_pipeline_folder)
     assert {row["path"]: row["weight_distance"] for row in report["layers"]} == pytest.approx(wanted, rel=1e-4)
@@ -102,10 +103,7 @@ def test_a_lora_is_measured_by_its_weights_alone(tiny_pipeline, tiny_pipeline_fo
 
 
 def test_a_lora_for_another_base_is_refused(wider_pipeline_folder, tiny_pipeline_folder, tmp_path):
-    pipe = open_pipeline(wider_pipeline_folder)
-    pipe.unet.add_adapter(LoraConfig(target_modules=ATTENTION, r=2), "style")
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet, adapter_name="style"))
-    type(pipe).save_lora_weights(tmp_path, unet_lora_layers=layers)
+    save_lora(open_pipeline(wider_pipeline_folder), tmp_path)
     with pytest.raises(InputError, match="pytorch_lora_weights.safetensors: is no LoRA for"):
         effect.analyze(tmp_path, base=tiny_pipeline_folder)
 

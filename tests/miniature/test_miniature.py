@@ -1,6 +1,7 @@
 """The shipped weights: they load by stock calls, in one dtype, and generate."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,10 +56,8 @@ def test_the_same_seed_generates_the_same_image(pipe):
 def test_the_clip_of_the_miniature_matches_images_with_their_captions():
     clip = miniature.ClipScore()
     scenes = [draw_scene("clip-test", k) for k in range(64)]
-    images, texts = (
-        clip.embed_images([s.render().image for s in scenes]),
-        clip.embed_texts([s.caption for s in scenes]),
-    )
+    images = clip.embed_images([s.render().image for s in scenes])
+    texts = clip.embed_texts([s.caption for s in scenes])
     assert images.shape == texts.shape and torch.allclose(images.norm(dim=-1), torch.ones(64))
     found = (images @ texts.T).argmax(-1) == torch.arange(64)
     assert found.float().mean() > 0.6
@@ -73,8 +72,6 @@ def test_views_of_one_subject_are_more_alike_than_views_of_two():
 
 
 def test_the_recorded_quality_is_that_of_the_shipped_weights():
-    from pathlib import Path
-
     report = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "miniature.json").read_text())
     assert report["weights_sha256"] == checksum(miniature.FOLDER)
 

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 from miniature_models import PROMPT_LENGTH, build_tokenizer, build_unet, build_vae
+from PIL import Image
 
 from ether_diffusion.miniature.render import COLOURS, PATTERNS, SIZE, label_image
 from ether_diffusion.miniature.scene import Figure, Scene, Shape
@@ -109,8 +110,6 @@ def test_a_figures_map_has_its_parts():
 
 
 def test_map_images_give_every_class_its_own_colour():
-    from PIL import Image
-
     labels = Image.fromarray(np.arange(len(LABELS), dtype=np.uint8)[None])
     colours = {tuple(pixel) for pixel in np.asarray(label_image(labels))[0]}
     assert len(colours) == len(LABELS)
