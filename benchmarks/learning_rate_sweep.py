@@ -10,6 +10,7 @@ forgotten anything?). Prints a table and writes it as JSON, row by row: the same
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -81,11 +82,8 @@ def main() -> None:
     chosen = subjects()[:: max(1, len(subjects()) // args.subjects)][: args.subjects]
 
     base = mean([measure(load_pipeline(), subject) for subject in chosen])
-    settings = {
-        "weights_sha256": checksum(FOLDER),
-        "seed": args.seed,
-        "subjects": [subject.name for subject in chosen],
-    }
+    names = [subject.name for subject in chosen]
+    settings = {"weights_sha256": checksum(FOLDER), "seed": args.seed, "subjects": names}
     results = ResultFile(args.output_dir / "learning_rate_sweep.json", settings, machine=machine(), base=base)
     print(f"{'':12}{'rate':>8}{'steps':>6}{'held out':>10}{'prior':>10}")
     print(f"{'base':26}{base['held_out']:>10.4f}{base['prior']:>10.4f}", flush=True)
@@ -99,13 +97,11 @@ def main() -> None:
                 for key, of_subjects in zip(missing, zip(*runs, strict=True), strict=True):
                     results.add({**key, **mean(of_subjects)})
             for row in (results.find(**key) for key in keys):
-                print(
-                    f"{method:12}{rate:>8.0e}{row['steps']:>6}{row['held_out']:>10.4f}{row['prior']:>10.4f}",
-                    flush=True,
-                )
+                line = f"{method:12}{rate:>8.0e}{row['steps']:>6}{row['held_out']:>10.4f}{row['prior']:>10.4f}"
+                print(line, flush=True)
 
 
-def mean(measured: list[tuple[float, float]] | tuple[tuple[float, float], ...]) -> dict[str, float]:
+def mean(measured: Sequence[tuple[float, float]]) -> dict[str, float]:
     """The two losses, each as its mean over the subjects."""
     return {name: sum(each[j] for each in measured) / len(measured) for j, name in enumerate(("held_out", "prior"))}
 

@@ -175,10 +175,7 @@ def summary(rows: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]
         for own in by_rate.values()
     ]
     return {
-        "low": found.low,
-        "high": found.high,
-        "open_low": found.open_low,
-        "open_high": found.open_high,
+        **found._asdict(),
         "decades": found.decades,
         "interval": interval(by_rate, base_clip_t, lambda *draw: window(*draw, grid).decades),
         "usable_rates": usable_rates(figures, mean(base_clip_t)),
@@ -195,10 +192,8 @@ def summary(rows: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]
 def line(name: str, found: Mapping[str, Any]) -> str:
     if found["best_rate"] is None:
         return f"{name:18}{'no usable rate':>30}"
-    low, high = (
-        f"{'≤' if found['open_low'] else ''}{found['low']:.0e}",
-        f"{'≥' * found['open_high']}{found['high']:.0e}",
-    )
+    low = f"{'≤' * found['open_low']}{found['low']:.0e}"
+    high = f"{'≥' * found['open_high']}{found['high']:.0e}"
     distance = "∞" if found["largest_distance"] is None else f"{found['largest_distance']:.2f}"
     ends = f"[{found['interval'][0]:.1f}, {found['interval'][1]:.1f}]"
     rates = f"{len(found['usable_rates'])} [{found['usable_interval'][0]}, {found['usable_interval'][1]}]"
@@ -255,9 +250,8 @@ def main() -> None:
         if steps == args.max_train_steps:
             subject, seed = chosen[0]
             own = [row for row in trials.results.rows if (row["subject"], row["seed"]) == (subject.name, seed)]
-            strip(generated([row for row in own if row.get("steps") == steps], args.output_dir)).save(
-                args.output_dir / STRIPS
-            )
+            shown = strip(generated([row for row in own if row.get("steps") == steps], args.output_dir))
+            shown.save(args.output_dir / STRIPS)
             print(args.output_dir / STRIPS)
 
 

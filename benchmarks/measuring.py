@@ -54,8 +54,7 @@ def paired(reference: Callable[[], object], others: dict[str, Callable[[], objec
     """
     for function in (reference, *others.values()):
         function()  # warm
-    times: dict[str, list[float]] = {name: [] for name in others}
-    ratios: dict[str, list[float]] = {name: [] for name in others}
+    times, ratios = ({name: [] for name in others} for _ in range(2))
     for _ in range(rounds):
         before = seconds(reference, device)
         for name, function in others.items():

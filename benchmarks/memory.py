@@ -12,8 +12,7 @@ counts the same on tensors with data.
 
 Without cached latents the peak covers a step that encodes its image. With --cache_latents and
 --pre_compute_text_embeddings it is that of the steps; the encoding before them takes what is listed for it. Prints a
-table and writes JSON. Weights are random: memory does not depend on
-them.
+table and writes JSON. Weights are random: memory does not depend on them.
 """
 
 from __future__ import annotations
@@ -249,12 +248,9 @@ def main() -> None:
     for name in args.workloads:
         for row in rows_of(name, args.methods, args.device):
             rows.append(row)
-            flags = "".join(
-                f"{'yes' if row[flag] else 'no':>{width}}"
-                for flag, width in (("gradient_checkpointing", 14), ("cached", 8))
-            )
+            checkpointing, cached = ("yes" if row[flag] else "no" for flag in ("gradient_checkpointing", "cached"))
             sizes = "".join(f"{format_bytes(row[column]):>11}" for column in columns)
-            print(f"{name:12}{row['method']:12}{flags}{sizes}", flush=True)
+            print(f"{name:12}{row['method']:12}{checkpointing:>14}{cached:>8}{sizes}", flush=True)
     report = {"machine": machine(), "device": args.device, "batch": 1, "precision": "fp16"}
     if args.device != "cuda":
         report["left_out"] = LEFT_OUT

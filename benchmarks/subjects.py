@@ -67,11 +67,8 @@ def photographed(data_dir: Path) -> list[Subject]:
     folders = sorted(path for path in data_dir.iterdir() if path.is_dir()) if data_dir.is_dir() else []
     if not folders:
         raise SystemExit(f"error: --data_dir {data_dir}: needs a folder with one folder of photographs per subject")
-    for folder in folders:
-        if len(find_images(folder, "--data_dir")) < 2:
-            raise SystemExit(
-                f"error: --data_dir {folder}: holds one photograph, needs one to learn and one to hold out"
-            )
+    if lacking := next((each for each in folders if len(find_images(each, "--data_dir")) < 2), None):
+        raise SystemExit(f"error: --data_dir {lacking}: holds one photograph, needs one to learn and one to hold out")
     return [Subject(each.name, each.name.replace("_", " "), PHOTOGRAPHS, each) for each in folders]
 
 
@@ -98,11 +95,7 @@ def learn(
 
     flags: more flags and their values. words: what else stands on the command line.
     """
-    usual = {
-        "instance_data_dir": folder,
-        "instance_prompt": prompt,
-        "output_dir": output_dir,
-        "num_validation_images": 0,
-    }
-    given = [str(word) for name, value in (usual | dict(flags)).items() for word in (f"--{name}", value)]
+    usual = {"instance_data_dir": folder, "instance_prompt": prompt, "output_dir": output_dir}
+    named = {**usual, "num_validation_images": 0, **flags}
+    given = [str(word) for name, value in named.items() for word in (f"--{name}", value)]
     return dreambooth.main([*given, *words])

@@ -54,8 +54,8 @@ def run(name: str, methods: list[str], rounds: int) -> dict:
     steps = {m: make_step(model, inputs, workload.gradient_checkpointing) for m, model in models.items()}
     rows = {}
     for method, model in models.items():
-        rows[method] = {"parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
-        rows[method]["memory"] = memory(steps[method], model, inputs, workload.device)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        rows[method] = {"parameters": trained, "memory": memory(steps[method], model, inputs, workload.device)}
     reference = steps.pop(LIMIT)
     # The limit against itself shows what the machine's noise leaves of a ratio of 1.
     for method, timing in paired(reference, {LIMIT: reference, **steps}, rounds, workload.device).items():

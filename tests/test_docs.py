@@ -19,11 +19,16 @@ LAUNCHERS = ("accelerate", "torchrun", "python")
 SHELL = re.compile(r"[|&;]|&&|\|\||\d?>{1,2}(&\d)?")
 
 
+def blocks(page: Path, *languages: str) -> list[str]:
+    """The text of a page's blocks of code in any of the languages."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    return [text for language, text in found if language in languages]
+
+
 def commands(page: Path) -> list[tuple[str, list[str]]]:
     """The calls of training scripts in a page's blocks of code: name of the script, words after it."""
     found = []
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
-    for block in (text for language, text in blocks if language in ("", "bash", "sh", "shell")):
+    for block in blocks(page, "", "bash", "sh", "shell"):
         for line in block.replace("\\\n", " ").splitlines():
             if not re.search(r"train_\w+_ether\.py", line):
                 continue
@@ -70,15 +75,13 @@ def test_commands_are_found_whole(tmp_path):
 
 
 def test_adapter_configs_in_the_guide_can_be_given(tmp_path):
-    guide = (ROOT / "docs" / "training.md").read_text("utf-8")
-    (config,) = re.findall(r"^```json\n(.*?)^```", guide, re.DOTALL | re.MULTILINE)
+    (config,) = blocks(ROOT / "docs" / "training.md", "json")
     (tmp_path / "config.json").write_text(config)
     assert read_method(AdapterOptions(adapter_config=str(tmp_path / "config.json"))).layout == "lora"
 
 
 def test_the_config_file_in_the_guide_can_be_given(tmp_path):
-    guide = (ROOT / "docs" / "training.md").read_text("utf-8")
-    (config,) = re.findall(r"^```yaml\n(.*?)^```", guide, re.DOTALL | re.MULTILINE)
+    (config,) = blocks(ROOT / "docs" / "training.md", "yaml")
     (tmp_path / "dog.yaml").write_text(config)
     assert parse_options(dreambooth.Options, [str(tmp_path / "dog.yaml")]).run.output_dir == "out/dog"
 
