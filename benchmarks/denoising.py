@@ -19,7 +19,6 @@ def denoising_loss(
     image: Image.Image,
     prompt: str,
     *,
-    resolution: int | None = None,
     timesteps: int = 10,
     noises: int = 4,
     seed: int = 0,
@@ -33,9 +32,8 @@ def denoising_loss(
 
     Args:
         pipe: a pipeline that a family covers, adapters active or not.
-        image: any size; its central square is used.
+        image: any size; its central square is used, at the model's native size.
         prompt: what the image shows.
-        resolution: side in pixels of the square. Default: the model's native size.
         timesteps: number of timesteps.
         noises: number of noises at each timestep.
         seed: of the noises.
@@ -48,13 +46,10 @@ def denoising_loss(
         InputError: no family covers the pipeline.
         ValueError: an empty grid.
     """
-    if timesteps < 1 or noises < 1 or batch_size < 1:
-        raise ValueError(
-            f"timesteps={timesteps}, noises={noises}, batch_size={batch_size}: each needs to be at least 1"
-        )
+    if min(timesteps, noises, batch_size) < 1:
+        raise ValueError(f"{timesteps=}, {noises=}, {batch_size=}: each needs to be at least 1")
     family = family_of(pipe)
-    side = family.native_resolution if resolution is None else resolution
-    target = (side, side)
+    target = (family.native_resolution,) * 2
     latents = family.make_latents(family.encode_pixels(to_pixels(center_cut(image, target))), None)  # (c, h, w)
     middles = [int((part + 0.5) * family.timestep_count / timesteps) for part in range(timesteps)]
     drawn = [torch.randn(latents.shape, generator=generator(seed, "held-out noise", each)) for each in range(noises)]

@@ -76,22 +76,17 @@ def read_label_image(control: Image.Image) -> Image.Image:
     Raises:
         ValueError: a colour that stands for no class.
     """
-    known = Image.new("L", (len(LABELS), 1))
-    known.putdata(range(len(LABELS)))
-    palette = np.asarray(label_image(known))[0].astype(np.int32) @ (1 << 16, 1 << 8, 1)  # (k,)
-    colours = np.asarray(control.convert("RGB")).astype(np.int32) @ (1 << 16, 1 << 8, 1)  # (h, w)
-    order = palette.argsort()
-    places = order[np.searchsorted(palette, colours, sorter=order).clip(max=len(palette) - 1)]
-    strange = palette[places] != colours
-    if strange.any():
-        raise ValueError(f"#{colours[strange][0]:06x} is the colour of no class of the miniature's maps")
-    return Image.fromarray(places.astype(np.uint8))
+    every_class = Image.fromarray(np.arange(len(LABELS), dtype=np.uint8)[None])
+    palette = np.asarray(label_image(every_class))[0]  # (k, 3)
+    colours = np.asarray(control.convert("RGB"))  # (h, w, 3)
+    is_class = (colours[:, :, None] == palette).all(-1)  # (h, w, k)
+    if len(strange := colours[~is_class.any(-1)]):
+        raise ValueError(f"#{strange[0].tobytes().hex()} is the colour of no class of the miniature's maps")
+    return Image.fromarray(is_class.argmax(-1).astype(np.uint8))
 
 
 def write_control_data(folder: str | Path, count: int, seed: str | int, kind: str = "scenes") -> Path:
-    """Write pairs 0 to count − 1 of a seed to a folder, in the layout of this module.
-
-    Returns the folder.
+    """Write pairs 0 to count − 1 of a seed to a folder, in the layout of this module; returns the folder.
 
     Raises:
         ValueError: an unknown kind, or a count below 1.

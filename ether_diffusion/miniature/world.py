@@ -39,7 +39,7 @@ class Subject:
     def class_name(self) -> str:
         return self.figure.name
 
-    def view(self, index: int, token: str = TOKENS[0]) -> Scene:
+    def view(self, index: int) -> Scene:
         """View `index` (0 to VIEWS − 1): another background, place, size and tilt; the caption names its setting."""
         rng = random.Random(f"{self.name}/view/{index}")
         background = rng.choice([c for c in COLOURS if c not in dict(self.figure.colours).values()])
@@ -51,7 +51,7 @@ class Subject:
             radius=rng.uniform(0.34, 0.42),
             tilt=rng.uniform(-8, 8),
         )
-        caption = f"a photo of {token} {self.class_name} on {describe_background(background, pattern)}"
+        caption = f"a photo of {TOKENS[0]} {self.class_name} on {describe_background(background, pattern)}"
         return Scene((figure,), background, pattern, f"{self.name}/{index}", caption)
 
 
