@@ -35,20 +35,12 @@ from PIL import Image
 from result_file import ResultFile, write_json
 from subjects import PROMPTS_WITHOUT, Subject, drawn, learn, photographed
 
+from ether_diffusion import metrics
 from ether_diffusion.commands.quickstart import OTHER_PROMPTS, SETTINGS
 from ether_diffusion.errors import InputError
 from ether_diffusion.evaluation.features import MINIATURE, load_features
 from ether_diffusion.files import checksum, replace_file
 from ether_diffusion.images import find_images, image_grid, read_image
-from ether_diffusion.metrics import (
-    ImageFeatures,
-    Lpips,
-    TextImageFeatures,
-    diversity,
-    drift,
-    image_similarity,
-    text_similarity,
-)
 from ether_diffusion.metrics.similarity import CLIP, DINO, DINOV2, LPIPS_NETS
 from ether_diffusion.miniature import FOLDER
 from ether_diffusion.training.data.views import center_cut
@@ -108,9 +100,9 @@ MINIATURE_PROMPTS = tuple(
 class Extractors:
     """What measures. A figure whose extractor is missing is None, for the reason in `missing`."""
 
-    dino: ImageFeatures | None
-    dinov2: ImageFeatures | None
-    clip: TextImageFeatures
+    dino: metrics.ImageFeatures | None
+    dinov2: metrics.ImageFeatures | None
+    clip: metrics.TextImageFeatures
     lpips: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None
     missing: dict[str, str]
 
@@ -126,7 +118,7 @@ class Extractors:
             if model == "none":
                 missing[name] = f"--{name}_model none"
         try:
-            extractors["lpips"] = Lpips(args.lpips, device=args.device)
+            extractors["lpips"] = metrics.Lpips(args.lpips, device=args.device)
         except (ImportError, OSError) as error:  # not installed, or no network for its weights
             extractors["lpips"], missing["lpips"] = None, str(error)
         return cls(**extractors, missing=missing)
@@ -155,12 +147,12 @@ class Evaluation:
         image_grid(rows).save(folder / "sheet.png")
         extractors = self.extractors
         return {
-            "dino": extractors.dino and image_similarity(images, references, extractors.dino),
-            "dinov2": extractors.dinov2 and image_similarity(images, references, extractors.dinov2),
-            "clip_i": image_similarity(images, references, extractors.clip),
-            "clip_t": text_similarity(images, without, extractors.clip),
-            "lpips": extractors.lpips and diversity(groups, distance=extractors.lpips),
-            "drift": drift(others, before, extractors.clip),
+            "dino": extractors.dino and metrics.image_similarity(images, references, extractors.dino),
+            "dinov2": extractors.dinov2 and metrics.image_similarity(images, references, extractors.dinov2),
+            "clip_i": metrics.image_similarity(images, references, extractors.clip),
+            "clip_t": metrics.text_similarity(images, without, extractors.clip),
+            "lpips": extractors.lpips and metrics.diversity(groups, distance=extractors.lpips),
+            "drift": metrics.drift(others, before, extractors.clip),
             "missing": extractors.missing,
         }
 

@@ -7,18 +7,9 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import peft
 import torch
 from diffusers import Flux2Transformer2DModel, UNet2DConditionModel
-from peft import (
-    BOFTConfig,
-    HRAConfig,
-    LoraConfig,
-    OFTConfig,
-    PeftConfig,
-    VeraConfig,
-    get_peft_model,
-    inject_adapter_in_model,
-)
 from torch import Tensor, nn
 
 from ether_diffusion import EtherConfig
@@ -150,16 +141,16 @@ def with_dense_ether(model: nn.Module, targets: list[str]) -> nn.Module:
     return model
 
 
-METHODS: dict[str, Callable[[list[str]], PeftConfig]] = {
+METHODS: dict[str, Callable[[list[str]], peft.PeftConfig]] = {
     "ETHER": lambda targets: EtherConfig(target_modules=targets),
     "ETHER, 4 blocks": lambda targets: EtherConfig(target_modules=targets, num_blocks=4),
     "ETHER+": lambda targets: EtherConfig(target_modules=targets, method="ether_plus"),
-    "LoRA r=1": lambda targets: LoraConfig(target_modules=targets, r=1),
-    "LoRA r=4": lambda targets: LoraConfig(target_modules=targets, r=4),
-    "OFT, block 32": lambda targets: OFTConfig(target_modules=targets, oft_block_size=32),
-    "BOFT": lambda targets: BOFTConfig(target_modules=targets, boft_block_size=4),
-    "HRA r=2": lambda targets: HRAConfig(target_modules=targets, r=2),
-    "VeRA": lambda targets: VeraConfig(target_modules=targets),
+    "LoRA r=1": lambda targets: peft.LoraConfig(target_modules=targets, r=1),
+    "LoRA r=4": lambda targets: peft.LoraConfig(target_modules=targets, r=4),
+    "OFT, block 32": lambda targets: peft.OFTConfig(target_modules=targets, oft_block_size=32),
+    "BOFT": lambda targets: peft.BOFTConfig(target_modules=targets, boft_block_size=4),
+    "HRA r=2": lambda targets: peft.HRAConfig(target_modules=targets, r=2),
+    "VeRA": lambda targets: peft.VeraConfig(target_modules=targets),
 }
 
 
@@ -205,10 +196,10 @@ def adapted(model: nn.Module, method: str, targets: list[str]) -> nn.Module:
         setattr(entrance, name, nn.Parameter(getattr(entrance, name).detach().clone()))
         return model
     config = METHODS[method](targets)
-    if isinstance(config, VeraConfig):  # its layers share matrices that PEFT makes in a PeftModel alone
-        model = get_peft_model(model, config).base_model.model
+    if isinstance(config, peft.VeraConfig):  # its layers share matrices that PEFT makes in a PeftModel alone
+        model = peft.get_peft_model(model, config).base_model.model
     else:
-        inject_adapter_in_model(config, model)
+        peft.inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(
             any(part in name for part in ("ether_", "lora_", "oft_", "boft_", "hra_", "vera_lambda"))

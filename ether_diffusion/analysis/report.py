@@ -9,14 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusers import (
-    ControlNetModel,
-    DiffusionPipeline,
-    StableDiffusionControlNetPipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLControlNetPipeline,
-    StableDiffusionXLPipeline,
-)
+import diffusers
 from torch import Tensor
 
 from ether_diffusion.adapters import fit as fitting
@@ -35,8 +28,8 @@ METHODS = {"ether": "ETHER", "ether_plus": "ETHER+"}
 ADAPTER = "inspected"
 """The name under which an adapter is attached to the base that it is checked against."""
 CONTROLLED = {
-    StableDiffusionPipeline: (EtherControlPipeline, StableDiffusionControlNetPipeline),
-    StableDiffusionXLPipeline: (EtherControlXLPipeline, StableDiffusionXLControlNetPipeline),
+    diffusers.StableDiffusionPipeline: (EtherControlPipeline, diffusers.StableDiffusionControlNetPipeline),
+    diffusers.StableDiffusionXLPipeline: (EtherControlXLPipeline, diffusers.StableDiffusionXLControlNetPipeline),
 }
 """Stock pipeline -> the one with light control, the one with a ControlNet."""
 
@@ -140,13 +133,13 @@ def measure(transform: Transform) -> dict[str, Any]:
 # Fit ------------------------------------------------------------------------------------------------------------
 
 
-def open_base(base: str, adapter: AdapterFile) -> DiffusionPipeline:
+def open_base(base: str, adapter: AdapterFile) -> diffusers.DiffusionPipeline:
     """Open the base as the pipeline that the adapter is made for: with control where the adapter has control.
 
     A ControlNet starts as training starts it, as a copy of the UNet. For other adapters, and of other classes, the
     base is opened as it is.
     """
-    pipe = DiffusionPipeline.from_pretrained(base)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(base)
     if type(pipe) not in CONTROLLED:
         return pipe
     light, with_controlnet = CONTROLLED[type(pipe)]
@@ -154,13 +147,13 @@ def open_base(base: str, adapter: AdapterFile) -> DiffusionPipeline:
         return light.from_pipe(pipe)
     if "controlnet" in {*adapter.configs, *adapter.weights}:
         widths = ControlEncoder.for_unet(pipe.unet, factor=pipe.vae_scale_factor).config.block_out_channels
-        controlnet = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=widths)
+        controlnet = diffusers.ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=widths)
         return with_controlnet.from_pipe(pipe, controlnet=controlnet)
     return pipe
 
 
 def check_fit(
-    pipe: DiffusionPipeline, adapter: AdapterFile, other: AdapterFile | None = None
+    pipe: diffusers.DiffusionPipeline, adapter: AdapterFile, other: AdapterFile | None = None
 ) -> tuple[AdapterFile, AdapterFile | None, dict[str, str | None]]:
     """Check whether an adapter fits a pipeline, and whether it was trained on that pipeline's weights.
 

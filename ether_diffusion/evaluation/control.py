@@ -84,26 +84,16 @@ def evaluate(options: ControlEvaluation) -> tuple[dict[str, Any], Image.Image]:
     """
     base = options.base or str(MINIATURE_FOLDER)
     features = options.fid_features or (INCEPTION if options.miniature is None else MINIATURE)
-    pipe = _prepared(DiffusionPipeline.from_pretrained(base), f"--base {base}")
+    pipe = _open(base)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    if options.miniature:
-        samples = held_out(options.miniature, side)
-    else:
-        samples = read_samples(
-            options.data_dir,
-            side,
-            most=options.max_samples,
-            reduce_labels=options.reduce_labels,
-            labels_from_colours=options.evaluator == MINIATURE,
-        )
+    samples = _samples(options, side)
     _check_features(features, len(samples))
     controlled, argument = _controlled(pipe, options)
     evaluator = make_evaluator(options, device)
     with_control = _generate(controlled.to(device), samples, options, argument)
     del pipe, controlled  # the adapter stays in their models, so the base is opened anew
-    pipe = _prepared(DiffusionPipeline.from_pretrained(base), f"--base {base}")
-    without = _generate(pipe.to(device), samples, options)
+    without = _generate(_open(base).to(device), samples, options)
 
     real = [sample.real for sample in samples]
     rows = {"real": real, "with_control": with_control, "without_control": without}
@@ -130,6 +120,18 @@ def evaluate(options: ControlEvaluation) -> tuple[dict[str, Any], Image.Image]:
     if base == str(MINIATURE_FOLDER):
         report |= {"base": "miniature", "base_sha256": checksum(MINIATURE_FOLDER)}
     return report, draw_sheet({"control": [sample.control for sample in samples], **rows})
+
+
+def _samples(options: ControlEvaluation, side: int) -> list[Sample]:
+    if options.miniature:
+        return held_out(options.miniature, side)
+    return read_samples(
+        options.data_dir,
+        side,
+        most=options.max_samples,
+        reduce_labels=options.reduce_labels,
+        labels_from_colours=options.evaluator == MINIATURE,
+    )
 
 
 def _check_features(features: str, count: int) -> None:
@@ -161,6 +163,10 @@ def draw_sheet(rows: dict[str, Sequence[Image.Image]]) -> Image.Image:
 
 
 # Generating -------------------------------------------------------------------------------------------------------
+
+
+def _open(base: str) -> DiffusionPipeline:
+    return _prepared(DiffusionPipeline.from_pretrained(base), f"--base {base}")
 
 
 def _prepared(pipe: DiffusionPipeline, given: str) -> DiffusionPipeline:
@@ -195,7 +201,7 @@ def _controlled(pipe: DiffusionPipeline, options: ControlEvaluation) -> tuple[Di
 
 def _is_controlnet(folder: Path) -> bool:
     config = folder / "config.json"
-    return config.is_file() and json.loads(config.read_text("utf-8")).get("_class_name") == "ControlNetModel"
+    return config.is_file() and json.loads(config.read_text("utf-8")).get("_class_name") == ControlNetModel.__name__
 
 
 def _generate(

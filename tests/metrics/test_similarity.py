@@ -5,19 +5,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from torch import nn
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPTokenizer,
-    Dinov2Config,
-    Dinov2Model,
-    ViTConfig,
-    ViTImageProcessorPil,
-    ViTModel,
-)
 
 from ether_diffusion import miniature
 from ether_diffusion.evaluation.features import load_features
@@ -132,12 +122,12 @@ def folders(tmp_path_factory):
     """A DINO, a DINOv2 and a CLIP as the Hub holds them, with random weights."""
     root = tmp_path_factory.mktemp("extractors")
     torch.manual_seed(0)
-    ViTModel(ViTConfig(**SMALL, intermediate_size=32)).save_pretrained(root / "dino")
-    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(root / "dino")
-    Dinov2Model(Dinov2Config(**SMALL)).save_pretrained(root / "dinov2")
+    transformers.ViTModel(transformers.ViTConfig(**SMALL, intermediate_size=32)).save_pretrained(root / "dino")
+    transformers.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(root / "dino")
+    transformers.Dinov2Model(transformers.Dinov2Config(**SMALL)).save_pretrained(root / "dinov2")
     cut = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    CLIPImageProcessorPil(**cut).save_pretrained(root / "dinov2")
-    tokenizer = CLIPTokenizer.from_pretrained(miniature.FOLDER / "tokenizer")
+    transformers.CLIPImageProcessorPil(**cut).save_pretrained(root / "dinov2")
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(miniature.FOLDER / "tokenizer")
     text = {
         **{name: SMALL[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")},
         "vocab_size": len(tokenizer),
@@ -145,9 +135,11 @@ def folders(tmp_path_factory):
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": tokenizer.bos_token_id,
     }
-    config = CLIPConfig(text_config=text, vision_config={**SMALL, "intermediate_size": 32}, projection_dim=12)
-    CLIPModel(config).save_pretrained(root / "clip")
-    CLIPImageProcessorPil(**cut).save_pretrained(root / "clip")
+    config = transformers.CLIPConfig(
+        text_config=text, vision_config={**SMALL, "intermediate_size": 32}, projection_dim=12
+    )
+    transformers.CLIPModel(config).save_pretrained(root / "clip")
+    transformers.CLIPImageProcessorPil(**cut).save_pretrained(root / "clip")
     tokenizer.save_pretrained(root / "clip")
     return root
 

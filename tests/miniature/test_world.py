@@ -7,26 +7,17 @@ import pytest
 from miniature_models import PROMPT_LENGTH, build_tokenizer, build_unet, build_vae
 from PIL import Image
 
+from ether_diffusion.miniature import world
 from ether_diffusion.miniature.render import COLOURS, PATTERNS, SIZE, label_image
 from ether_diffusion.miniature.scene import Figure, Scene, Shape
 from ether_diffusion.miniature.shapes import FIGURES, LABELS, SHAPES
-from ether_diffusion.miniature.world import (
-    SIZES,
-    TOKENS,
-    VIEWS,
-    describe_figure,
-    draw_scene,
-    held_out,
-    held_out_pairs,
-    subjects,
-)
 
-SCENES = [draw_scene("test", index) for index in range(1500)]
+SCENES = [world.draw_scene("test", index) for index in range(1500)]
 
 
 def test_the_world_is_as_rich_as_it_is_said_to_be():
-    assert len(SHAPES) >= 8 and len(COLOURS) >= 10 and len(FIGURES) >= 3 and len(SIZES) >= 2
-    assert len(subjects()) >= 8 and VIEWS >= 6
+    assert len(SHAPES) >= 8 and len(COLOURS) >= 10 and len(FIGURES) >= 3 and len(world.SIZES) >= 2
+    assert len(world.subjects()) >= 8 and world.VIEWS >= 6
     drawn = {type(thing) for scene in SCENES for thing in scene.things}
     assert drawn == {Shape, Figure}
     assert {scene.pattern for scene in SCENES} == set(PATTERNS)
@@ -36,41 +27,41 @@ def test_the_world_is_as_rich_as_it_is_said_to_be():
 
 
 def test_a_scene_is_the_same_image_every_time():
-    first, again = draw_scene(3, 17), draw_scene(3, 17)
+    first, again = world.draw_scene(3, 17), world.draw_scene(3, 17)
     assert first == again
     assert np.array_equal(np.asarray(first.render().image), np.asarray(again.render().image))
-    assert first.caption != draw_scene(3, 18).caption or first.things != draw_scene(3, 18).things
+    assert first.caption != world.draw_scene(3, 18).caption or first.things != world.draw_scene(3, 18).things
 
 
 def test_held_out_pairs_never_occur_in_training_scenes():
     pairs = {(t.name, t.colour) for scene in SCENES for t in scene.things if isinstance(t, Shape)}
-    assert not pairs & set(held_out_pairs())
-    assert pairs | set(held_out_pairs()) == {(s, c) for s in SHAPES for c in COLOURS}
+    assert not pairs & set(world.held_out_pairs())
+    assert pairs | set(world.held_out_pairs()) == {(s, c) for s in SHAPES for c in COLOURS}
     for shape in SHAPES:  # every shape and every colour is known, only not together
-        assert any(not held_out(shape, colour) for colour in COLOURS)
-    assert all(any(not held_out(shape, colour) for shape in SHAPES) for colour in COLOURS)
+        assert any(not world.held_out(shape, colour) for colour in COLOURS)
+    assert all(any(not world.held_out(shape, colour) for shape in SHAPES) for colour in COLOURS)
 
 
 def test_subjects_are_figures_that_training_scenes_do_not_show():
     known = {(t.name, t.colours) for scene in SCENES for t in scene.things if isinstance(t, Figure)}
-    assert not known & {(s.class_name, s.figure.colours) for s in subjects()}
-    assert {s.class_name for s in subjects()} == set(FIGURES)
-    assert len({(s.class_name, s.figure.colours, s.figure.styles) for s in subjects()}) == len(subjects())
+    assert not known & {(s.class_name, s.figure.colours) for s in world.subjects()}
+    assert {s.class_name for s in world.subjects()} == set(FIGURES)
+    assert len({(s.class_name, s.figure.colours, s.figure.styles) for s in world.subjects()}) == len(world.subjects())
 
 
-@pytest.mark.parametrize("subject", subjects(), ids=lambda s: s.name)
+@pytest.mark.parametrize("subject", world.subjects(), ids=lambda s: s.name)
 def test_the_views_of_a_subject_differ_and_name_it(subject):
-    views = [subject.view(k) for k in range(VIEWS)]
+    views = [subject.view(k) for k in range(world.VIEWS)]
     images = {view.render().image.tobytes() for view in views}
-    assert len(images) == VIEWS
+    assert len(images) == world.VIEWS
     for view in views:
-        assert view.caption.startswith(f"a photo of {TOKENS[0]} {subject.class_name} on a")
+        assert view.caption.startswith(f"a photo of {world.TOKENS[0]} {subject.class_name} on a")
         assert view.background in view.caption
         assert view.background not in dict(subject.figure.colours).values()
 
 
 def test_identifiers_are_kept_out_of_the_captions():
-    assert not any(token in scene.caption.split() for scene in SCENES for token in TOKENS)
+    assert not any(token in scene.caption.split() for scene in SCENES for token in world.TOKENS)
 
 
 def test_captions_tell_the_truth_about_single_shapes():
@@ -84,9 +75,9 @@ def test_captions_tell_the_truth_about_single_shapes():
 
 
 def test_a_figure_is_described_by_its_own_colours():
-    figure = subjects()[0].figure
+    figure = world.subjects()[0].figure
     for k in range(50):
-        text = describe_figure(random.Random(k), figure)
+        text = world.describe_figure(random.Random(k), figure)
         for part, colour in figure.colours:
             if part in text:
                 assert f"{colour} {part}" in text
@@ -104,7 +95,7 @@ def test_semantic_maps_follow_the_image():
 
 
 def test_a_figures_map_has_its_parts():
-    for subject in subjects():
+    for subject in world.subjects():
         values = {LABELS[v] for v in np.unique(np.asarray(subject.view(0).render().labels))}
         assert {f"{subject.class_name} {part}" for part in FIGURES[subject.class_name].parts} <= values
 
