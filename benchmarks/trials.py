@@ -336,7 +336,7 @@ def _measure_base(subject: Subject, seed: int) -> dict[str, Any]:
 
 
 class Trials:
-    """Trials over several processes, for a `with` statement.
+    """Trials over several processes, for a `with` statement. One study at a time: each writes the whole file.
 
     Args:
         settings: of the study.
@@ -345,7 +345,9 @@ class Trials:
     """
 
     def __init__(self, settings: Settings, output_dir: Path, *, processes: int = 1):
-        self.results = open_results(output_dir, settings)
+        # The rows of all studies with these settings: what one has measured the others need not.
+        shared = asdict(settings) | ({"weights_sha256": checksum(FOLDER)} if settings.model == MINIATURE else {})
+        self.results = ResultFile(output_dir / "trials.json", shared, machine=machine())
         threads = max(1, (os.cpu_count() or 1) // processes)
         self._pool = ProcessPoolExecutor(
             processes,
@@ -380,12 +382,3 @@ class Trials:
         for trial, figures in zip(missing, self._pool.map(_run, missing), strict=True):
             self.results.add({**trial.key, **figures})
         return [self.results.find(**trial.key) for trial in trials]
-
-
-def open_results(output_dir: Path, settings: Settings) -> ResultFile:
-    """The rows of all studies with these settings: what one has measured the others need not.
-
-    One study at a time: each writes the whole file.
-    """
-    shared = asdict(settings) | ({"weights_sha256": checksum(FOLDER)} if settings.model == MINIATURE else {})
-    return ResultFile(output_dir / "trials.json", shared, machine=machine())
