@@ -32,7 +32,7 @@ from ether_diffusion.files import checksum
 from ether_diffusion.images import image_grid, read_image
 from ether_diffusion.metrics import image_similarity, text_similarity
 from ether_diffusion.miniature import FOLDER, ClipScore
-from ether_diffusion.training.methods.configs import TITLES
+from ether_diffusion.training.methods.configs import KNOWN
 from ether_diffusion.training.methods.saving import load_trained
 from ether_diffusion.training.options import DEFAULT_STEPS, LEARNING_RATES, METHODS, ValidationOptions
 from ether_diffusion.training.preview import generate
@@ -99,7 +99,7 @@ def draw_sheet(subject: Subject, methods: Sequence[str], images_dir: Path) -> Pa
     rows = [(f"{subject.name}: learned from", squares(subject, (SIDE, SIDE)))]
     for name in (BASE, *methods):
         folder = image_folder(images_dir, subject, name)
-        rows.append((TITLES.get(name, name), [read_image(folder / f"{k}.png") for k in range(SEEDS)]))
+        rows.append((KNOWN.get(name, (name,))[0], [read_image(folder / f"{k}.png") for k in range(SEEDS)]))
     path = images_dir / f"{subject.origin}_{subject.name}.png"
     image_grid(rows).save(path)
     return path
@@ -122,7 +122,7 @@ def table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Iterator[str]
             }
             rate = "" if name == BASE else f"{held[0]['learning_rate']:.0e}"
             yield (
-                f"{TITLES.get(name, name):26}{held[0]['parameters']:>11,}{rate:>8}{figures['held_out']:>10.4f}"
+                f"{KNOWN.get(name, (name,))[0]:26}{held[0]['parameters']:>11,}{rate:>8}{figures['held_out']:>10.4f}"
                 f"{figures['clip_i']:>8.3f}{figures['clip_t']:>8.3f}{figures['seconds']:>8.0f} s"
             )
 

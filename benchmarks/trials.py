@@ -38,7 +38,7 @@ from ether_diffusion.metrics import drift, image_similarity, text_similarity
 from ether_diffusion.metrics.similarity import CLIP
 from ether_diffusion.miniature import FOLDER
 from ether_diffusion.training.families import ModelSource, family_at, family_of
-from ether_diffusion.training.methods.configs import TITLES, configs_of, read_method
+from ether_diffusion.training.methods.configs import KNOWN, configs_of, read_method
 from ether_diffusion.training.methods.injection import dry_run
 from ether_diffusion.training.methods.saving import load_trained
 from ether_diffusion.training.options import DEFAULT_STEPS, RANKED_METHODS, AdapterOptions
@@ -72,7 +72,7 @@ class Variant:
     def of(cls, method: str) -> Variant:
         """A method as the training script has it by default."""
         rank = f" r={RANKED_METHODS[method]}" if method in RANKED_METHODS else ""
-        return cls(f"{TITLES[method]}{rank}", {"method": method})
+        return cls(f"{KNOWN[method][0]}{rank}", {"method": method})
 
     def given(self, folder: Path) -> dict[str, Any]:
         """The flags of the training script; a config is written into the folder."""

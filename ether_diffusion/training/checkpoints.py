@@ -75,8 +75,7 @@ def check_same_run(checkpoint: TrainingCheckpoint, run: Mapping[str, Any], *, la
     `max_train_steps` may grow where the learning rate does not depend on it.
 
     Args:
-        checkpoint: the one to go on from.
-        run: name of the option -> value, of the run that wants to.
+        run: name of the option -> value, of the run that wants to go on.
         later: names whose values are not known yet.
 
     Raises:
@@ -121,11 +120,14 @@ class Checkpoints:
         self.last = None if self.start is None else self.start.path
 
     def _find_start(self) -> TrainingCheckpoint | None:
-        latest = next(self._readable(), None)
-        start = latest
-        if self.options.resume_from_checkpoint != LATEST:
-            given = self.options.resume_from_checkpoint
-            start = None if given is None else read_checkpoint(self._locate(given))
+        start = latest = next(self._readable(), None)
+        given = self.options.resume_from_checkpoint
+        if given is None:
+            start = None
+        elif given != LATEST:
+            # A path, or the name of a checkpoint in the output folder, as diffusers' scripts take it.
+            path, named = Path(given), self.folder / given
+            start = read_checkpoint(named if named.is_dir() and not path.exists() else path)
         if latest is not None and (start is None or latest.step > start.step):
             raise InputError(
                 f"--output_dir {self.folder}: holds {latest.path.name} of an earlier run; go on with "
@@ -142,11 +144,6 @@ class Checkpoints:
                 yield read_checkpoint(path)
             except InputError as error:
                 logger.warning("left out: %s", error)
-
-    def _locate(self, given: str) -> Path:
-        """A path, or the name of a checkpoint in the output folder, as diffusers' scripts take it."""
-        path, named = Path(given), self.folder / given
-        return named if named.is_dir() and not path.exists() else path
 
     def bind(self, name: str, value: str) -> None:
         """Add something to what the result depends on, once it is known.

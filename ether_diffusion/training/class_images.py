@@ -12,7 +12,6 @@ import contextlib
 import io
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 
@@ -33,46 +32,34 @@ from ether_diffusion.training.options import PriorOptions
 from ether_diffusion.training.seeds import generator
 from ether_diffusion.training.state import random_state, set_random_state
 
-PREFIX, SUFFIX = "class-", ".png"
+PREFIX = "class-"
 
 
-@dataclass(frozen=True)
-class ClassImages:
-    """Which images of the class are there, and which are to be generated.
+def find_class_images(options: PriorOptions) -> tuple[list[Path], list[Path]]:
+    """The images that are there and will be used, in a stable order, and the files to generate.
 
-    paths: images that are there and will be used, in a stable order.
-    missing: files to generate, so that paths and they make `num_class_images`. Their numbers are the lowest free ones.
+    Together they make `num_class_images`; the new files have the lowest free numbers. The user's own images and images
+    generated earlier both count; hidden files and files of other kinds do not. Nothing is created or written.
+
+    Raises:
+        InputError: `class_data_dir` is a file, cannot be read, or lacks images and cannot be written.
     """
-
-    paths: list[Path]
-    missing: list[Path]
-
-    @classmethod
-    def look(cls, options: PriorOptions) -> ClassImages:
-        """Read the folder; nothing is created or written.
-
-        The user's own images and images generated earlier both count; hidden files and files of other kinds do not.
-
-        Raises:
-            InputError: `class_data_dir` is a file, cannot be read, or lacks images and cannot be written.
-        """
-        folder = Path(str(options.class_data_dir))
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"--class_data_dir {folder}: is a file, needs a folder, or a path where one can be made")
-        paths: list[Path] = []
-        try:
-            with contextlib.suppress(InputError):  # no folder, or no image in it yet
-                paths = find_images(folder, "--class_data_dir")
-            # After the images: one that comes in between is not used, and not generated over either.
-            taken = set(os.listdir(folder)) if folder.is_dir() else set()
-        except OSError as error:
-            raise InputError(f"--class_data_dir {folder}: cannot be read ({error})") from error
-        paths = paths[: options.num_class_images]
-        free = (name for name in map(_name, count()) if name not in taken)
-        missing = [folder / name for name in islice(free, options.num_class_images - len(paths))]
-        if missing:
-            _check_writable(folder, len(missing))
-        return cls(paths, missing)
+    folder = Path(str(options.class_data_dir))
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--class_data_dir {folder}: is a file, needs a folder, or a path where one can be made")
+    paths: list[Path] = []
+    try:
+        with contextlib.suppress(InputError):  # no folder, or no image in it yet
+            paths = find_images(folder, "--class_data_dir")[: options.num_class_images]
+        # After the images: one that comes in between is not used, and not generated over either.
+        taken = set(os.listdir(folder)) if folder.is_dir() else set()
+    except OSError as error:
+        raise InputError(f"--class_data_dir {folder}: cannot be read ({error})") from error
+    free = (name for name in map(f"{PREFIX}{{:05d}}.png".format, count()) if name not in taken)
+    missing = [folder / name for name in islice(free, options.num_class_images - len(paths))]
+    if missing:
+        _check_writable(folder, len(missing))
+    return paths, missing
 
 
 def generate_class_images(
@@ -88,18 +75,15 @@ def generate_class_images(
     """Generate the class images that are missing, with the base model, and return the paths of all of them.
 
     Called by every process; each generates its share, and returns the same list when all are done, in the order in
-    which `ClassImages.look` finds them from then on. An image depends on the seed and its number, not on the number of
-    processes or on what was there before, and on the batch size only by rounding (invisible in float32, not always in
-    16 bits). The pipeline is loaded only by a process that has something to generate, and freed before the return; the
-    global random generators are left as they were found.
+    which `find_class_images` finds them from then on. An image depends on the seed and its number, not on the number
+    of processes or on what was there before, and on the batch size only by rounding (invisible in float32, not always
+    in 16 bits). The pipeline is loaded only by a process that has something to generate, and freed before the return;
+    the global random generators are left as they were found.
 
     Args:
-        source: the base model.
-        family: its family.
+        source, family: the base model.
         options: the prompt, where the images lie, and how many there are to be.
-        accelerator: of the training.
-        precision: of the training (no, fp16, bf16); `prior_generation_precision` goes before it.
-        seed: of the run.
+        accelerator, precision, seed: of the training; `prior_generation_precision` goes before its precision.
         num_inference_steps: denoising steps per image.
 
     Raises:
@@ -110,8 +94,8 @@ def generate_class_images(
             What is generated stays, and the message says how much there is.
     """
     # One process looks: another would count the images that the fast ones have generated by then.
-    found = on_main_process(accelerator, lambda: _prepare(options))
-    share = found.missing[accelerator.process_index :: accelerator.num_processes]
+    paths, missing = on_main_process(accelerator, lambda: _prepare(options))
+    share = missing[accelerator.process_index :: accelerator.num_processes]
     if share:
         dtype = (PRECISIONS | {"fp32": torch.float32})[options.prior_generation_precision or precision]
         state = random_state()
@@ -124,24 +108,15 @@ def generate_class_images(
             set_random_state(state)
         clear_device_cache(garbage_collection=True)  # modules and their hooks refer to each other
     accelerator.wait_for_everyone()
-    if found.missing:
+    if missing:
         # Looked at anew for the order: it is to be that of the runs to come.
-        found = on_main_process(accelerator, lambda: ClassImages.look(options))
-    if found.missing:
+        paths, missing = on_main_process(accelerator, lambda: find_class_images(options))
+    if missing:
         raise RuntimeError(f"images were removed while others were generated: {_progress(options)}")
-    return found.paths
-
-
-def _name(number: int) -> str:
-    return f"{PREFIX}{number:05d}{SUFFIX}"
-
-
-def _number(path: Path) -> int:
-    return int(path.stem.removeprefix(PREFIX))
+    return paths
 
 
 def _check_writable(folder: Path, missing: int) -> None:
-    """Raise `InputError` unless files can be made in the folder, or in the nearest of its parents that is there."""
     nearest = nearest_existing(folder)
     if not nearest.is_dir():
         raise InputError(f"--class_data_dir {folder}: {nearest} is a file, no folder can be made in it")
@@ -152,16 +127,16 @@ def _check_writable(folder: Path, missing: int) -> None:
         )
 
 
-def _prepare(options: PriorOptions) -> ClassImages:
+def _prepare(options: PriorOptions) -> tuple[list[Path], list[Path]]:
     """Look, and make the folder if there is something to generate."""
-    found = ClassImages.look(options)
-    if found.missing:
-        folder = found.missing[0].parent
+    paths, missing = find_class_images(options)
+    if missing:
+        folder = missing[0].parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"--class_data_dir {folder}: cannot be created ({error})") from error
-    return found
+    return paths, missing
 
 
 @contextlib.contextmanager
@@ -169,7 +144,7 @@ def _errors_with_progress(options: PriorOptions) -> Iterator[None]:
     """A context that adds to an error how many images there are and how to go on."""
     try:
         yield
-    except InputError:
+    except (InputError, FloatingPointError):
         raise
     except torch.OutOfMemoryError as error:
         fits = f"from 1 to {options.sample_batch_size - 1}"
@@ -183,8 +158,6 @@ def _errors_with_progress(options: PriorOptions) -> Iterator[None]:
         raise OSError(
             f"--class_data_dir {options.class_data_dir}: an image could not be saved ({error}); {_progress(options)}"
         ) from error
-    except FloatingPointError as error:
-        raise FloatingPointError(f"{error}; {_progress(options)}") from error
     except Exception as error:
         raise RuntimeError(
             f"generating the class images failed ({type(error).__name__}: {error}); {_progress(options)}"
@@ -219,18 +192,18 @@ def _generate(
             batch = paths[start : start + size]
             # A short batch is filled up: rounding depends on the shape of the batch, which would depend on how many
             # images an earlier run has generated.
-            numbers = [_number(path) for path in (*batch, *batch[-1:] * (size - len(batch)))]
+            filled = [*batch, *batch[-1:] * (size - len(batch))]
+            numbers = [int(path.stem.removeprefix(PREFIX)) for path in filled]
             generators = [generator(seed, "class picture", number) for number in numbers]
             prompts = [str(options.class_prompt)] * size
-            values = family.pipe(
-                prompts, num_inference_steps=steps, generator=generators, output_type="np"
-            ).images  # (b, h, w, 3), from 0 to 1
+            output = family.pipe(prompts, num_inference_steps=steps, generator=generators, output_type="np")
+            values = output.images  # (b, h, w, 3), from 0 to 1
             if not np.isfinite(values).all():
                 # As an image it would be black, and training would teach the class to be black.
+                dtype = str(family.pipe.dtype).removeprefix("torch.")
                 raise FloatingPointError(
-                    "the pipeline generated images that are not finite in "
-                    f"{str(family.pipe.dtype).removeprefix('torch.')}; generate with --prior_generation_precision "
-                    "fp32 or bf16"
+                    f"the pipeline generated images that are not finite in {dtype}; generate with "
+                    f"--prior_generation_precision fp32 or bf16; {_progress(options)}"
                 )
             for path, image in zip(batch, (values * 255).round().astype(np.uint8), strict=False):  # not what fills up
                 buffer = io.BytesIO()

@@ -74,8 +74,6 @@ def check_layout(layout: Layout, options: TrainingOptions, configs: Configs, *, 
     """Make sure that what is trained can be trained in this layout.
 
     Args:
-        layout: as claimed.
-        options: of the run.
         configs: component -> config of its adapter, or None for all weights.
         denoiser: name of the component that would be sharded.
         precision: no, fp16 or bf16.
@@ -173,14 +171,8 @@ def _mesh_of_machine(accelerator: Accelerator) -> DeviceMesh:
 class Replicated:
     """An objective and its optimiser in the layout "replicated", on one process or many.
 
-    Args:
-        accelerator: of the run.
-        objective: maps global sample indices to a loss for each.
-        optimizer: of what is trained.
-        options: of the optimisation, resolved.
-
     Attributes:
-        model: what is called; holds the objective.
+        model: what is called with global sample indices; holds the objective.
         parameters: what is trained.
         divides_optimizer: whether each process has a part of the optimiser's state.
     """
@@ -217,10 +209,6 @@ class Replicated:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return not self.accelerator.optimizer_step_was_skipped
-
-    def objective(self) -> nn.Module:
-        """The objective without what was put around it."""
-        return self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
 
 
 class Sharded(Replicated):
@@ -277,9 +265,6 @@ class Partitioned(Replicated):
         self.model.step()
         self._parts = 0
         return True
-
-    def objective(self) -> nn.Module:
-        return self.accelerator.unwrap_model(self.model.module, keep_fp32_wrapper=False)
 
 
 LAYOUTS: dict[Layout, type[Replicated]] = {

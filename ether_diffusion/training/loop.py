@@ -134,7 +134,7 @@ class Trainer:
                 path = self.checkpoints.save(state, accelerator)
                 raise Interrupted(stopped, state.step, self.options.steps, path)
         accelerator.wait_for_everyone()
-        self.layout.objective().eval()
+        self.layout.model.eval()
         if self.average is not None:
             self.average.apply()
         return TrainingResult(state.losses, state.seconds, peak_memory(accelerator.device))

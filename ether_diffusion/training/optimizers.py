@@ -72,9 +72,7 @@ def make_optimizer(groups: Sequence[Mapping[str, Any]], options: OptimizationOpt
 
     Every state is of tensors and plain numbers, which `torch.load` reads with weights only.
 
-    Args:
-        groups: as `parameter_groups` makes them.
-        options: which one, with which settings; with definite learning rates.
+    groups: as `parameter_groups` makes them.
     """
     settings = {
         "lr": _rate(options),  # diffusers' polynomial schedule starts at this one, whatever the groups say
@@ -117,14 +115,8 @@ def check_schedule(options: OptimizationOptions) -> None:
 def make_schedule(optimizer: torch.optim.Optimizer, options: OptimizationOptions) -> LRScheduler:
     """The course of the learning rates: one step of it for one of the optimiser.
 
-    Args:
-        optimizer: from `make_optimizer`.
-        options: with definite steps and learning rates.
-
-    Raises:
-        InputError: a learning rate below the end of the polynomial schedule.
+    options: with definite steps and learning rates, which `check_schedule` has seen.
     """
-    check_schedule(options)
     return get_scheduler(
         options.lr_scheduler,
         optimizer,

@@ -40,22 +40,19 @@ class RunState:
 
     def state_dict(self) -> dict[str, Any]:
         """All but the parameters, as `load` takes it and `torch.load` reads it with weights only."""
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "scaler": None if self.scaler is None else self.scaler.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
-            "losses": list(self.losses),
-            "seconds": self.seconds,
-        }
+        parts = {name: None if part is None else part.state_dict() for name, part in self._parts().items()}
+        return {**parts, "losses": list(self.losses), "seconds": self.seconds}
+
+    def _parts(self) -> dict[str, Any]:
+        """What has a state of its own, under its name in checkpoints; None where the run does without it."""
+        names = ("optimizer", "schedule", "scaler", "average")
+        return {name: getattr(self, name) for name in names}
 
     @torch.no_grad()
     def load(self, checkpoint: TrainingCheckpoint, process: int = 0) -> None:
         """Become what was saved.
 
-        Args:
-            checkpoint: as it was read.
-            process: whose part of the optimiser's state to take, where that is divided.
+        process: whose part of the optimiser's state to take, where that is divided.
 
         Raises:
             InputError: the checkpoint is of other vectors.
@@ -71,12 +68,10 @@ class RunState:
         for name, parameter in self.parameters.items():
             parameter.copy_(checkpoint.vectors[name])
         state = checkpoint.state
-        self.optimizer.load_state_dict(state["optimizer"][process] if self.divides_optimizer else state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        if self.scaler is not None:
-            self.scaler.load_state_dict(state["scaler"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
+        for name, part in self._parts().items():
+            divided = name == "optimizer" and self.divides_optimizer
+            if part is not None:
+                part.load_state_dict(state[name][process] if divided else state[name])
         self.losses, self.seconds = list(state["losses"]), state["seconds"]
 
 

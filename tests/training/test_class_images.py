@@ -2,12 +2,9 @@
 
 import errno
 import gc
-import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 import weakref
 from pathlib import Path
@@ -16,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers.processes import in_processes
 from PIL import Image
+from torch.multiprocessing import ProcessExitedException
 
 from ether_diffusion import miniature
 from ether_diffusion.errors import InputError
 from ether_diffusion.images import find_images
-from ether_diffusion.training.class_images import ClassImages, generate_class_images
+from ether_diffusion.training.class_images import find_class_images, generate_class_images
 from ether_diffusion.training.families import ModelSource, StableDiffusion
 from ether_diffusion.training.options import PriorOptions
 from ether_diffusion.training.seeds import derive
@@ -101,57 +100,57 @@ def put(folder: Path, *files: str) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in files}
 
 
+def look(folder: Path, number: int) -> tuple[list[str], list[str]]:
+    """The names of images that are there, and of those to generate."""
+    paths, missing = find_class_images(prior(folder, number))
+    return [path.name for path in paths], [path.name for path in missing]
+
+
 # Looking --------------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_that_is_not_there_lacks_all_images_and_is_not_made(tmp_path):
-    folder = tmp_path / "images" / "dogs"
-    found = ClassImages.look(prior(folder, 3))
-    assert found.paths == []
-    assert [path.name for path in found.missing] == ["class-00000.png", "class-00001.png", "class-00002.png"]
+    assert look(tmp_path / "images" / "dogs", 3) == ([], ["class-00000.png", "class-00001.png", "class-00002.png"])
     assert names(tmp_path) == []
 
 
 def test_images_of_ones_own_count_whatever_their_format_and_other_files_do_not(tmp_path):
     put(tmp_path, "rex.jpg", "fido.webp", "BELLO.PNG", ".hidden.png")
     (tmp_path / "notes.txt").write_text("three dogs")
-    found = ClassImages.look(prior(tmp_path, 5))
-    assert sorted(path.name for path in found.paths) == ["BELLO.PNG", "fido.webp", "rex.jpg"]
-    assert [path.name for path in found.missing] == ["class-00000.png", "class-00001.png"]
+    paths, missing = look(tmp_path, 5)
+    assert sorted(paths) == ["BELLO.PNG", "fido.webp", "rex.jpg"]
+    assert missing == ["class-00000.png", "class-00001.png"]
 
 
 def test_of_more_images_than_asked_for_the_first_are_taken(tmp_path):
     put(tmp_path, "10.png", "9.png", "2.png", "1.png")
-    found = ClassImages.look(prior(tmp_path, 3))
-    assert [path.name for path in found.paths] == ["1.png", "2.png", "9.png"]
-    assert found.missing == []
+    assert look(tmp_path, 3) == (["1.png", "2.png", "9.png"], [])
 
 
 def test_generated_images_are_numbered_into_the_gaps(tmp_path):
     put(tmp_path, "class-00001.png", "rex.jpg")
     (tmp_path / "class-00002.png").mkdir()  # a name that is taken, though not by an image
-    missing = ClassImages.look(prior(tmp_path, 5)).missing
-    assert [path.name for path in missing] == ["class-00000.png", "class-00003.png", "class-00004.png"]
+    assert look(tmp_path, 5)[1] == ["class-00000.png", "class-00003.png", "class-00004.png"]
 
 
 def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
     file = tmp_path / "dogs"
     file.write_text("")
     with pytest.raises(InputError, match=f"--class_data_dir {file}: is a file, needs a folder"):
-        ClassImages.look(prior(file))
+        find_class_images(prior(file))
     with pytest.raises(InputError, match=f"--class_data_dir {file}/young: {file} is a file, no folder can be made"):
-        ClassImages.look(prior(file / "young"))
+        find_class_images(prior(file / "young"))
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_only_where_images_are_missing(tmp_path, monkeypatch):
     put(tmp_path, "rex.jpg", "fido.png")
     # The superuser may write everywhere; so the answer of the system is set.
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert len(ClassImages.look(prior(tmp_path, 2)).paths) == 2
+    assert len(look(tmp_path, 2)[0]) == 2
     with pytest.raises(InputError, match=f"lacks 1 images of the class, but {tmp_path} cannot be written to"):
-        ClassImages.look(prior(tmp_path, 3))
+        find_class_images(prior(tmp_path, 3))
     with pytest.raises(InputError, match=f"--class_data_dir {tmp_path}/a/b: .* but {tmp_path} cannot be written to"):
-        ClassImages.look(prior(tmp_path / "a" / "b", 3))
+        find_class_images(prior(tmp_path / "a" / "b", 3))
 
 
 # Generating -------------------------------------------------------------------------------------------------------
@@ -161,7 +160,7 @@ def test_missing_images_are_generated_beside_those_of_the_user_which_stay_as_the
     own = put(tmp_path / "dogs", "rex.jpg", "class-00001.png")
     paths = generate(tmp_path / "dogs", number=5)
     assert [path.name for path in paths] == names(tmp_path / "dogs")
-    assert ClassImages.look(prior(tmp_path / "dogs", 5)).paths == paths  # in the order of the runs to come
+    assert find_class_images(prior(tmp_path / "dogs", 5)) == (paths, [])  # in the order of the runs to come
     assert names(tmp_path / "dogs") == [*(f"class-0000{k}.png" for k in range(4)), "rex.jpg"]
     assert own.items() <= contents(tmp_path / "dogs").items()
     generated = [pixels(tmp_path / "dogs" / f"class-0000{k}.png") for k in (0, 2, 3)]
@@ -191,23 +190,21 @@ def test_the_batch_size_changes_no_image(generate, tmp_path):
             assert np.abs(pixels(tmp_path / "1" / name) - pixels(tmp_path / size / name)).max() <= 1
 
 
-def test_images_that_were_removed_are_generated_again_bit_for_bit(generate, tmp_path):
-    paths = generate(tmp_path, number=7, sample_batch_size=3)
+@pytest.mark.parametrize(
+    ("options", "removed"),
+    [
+        ({"number": 7, "sample_batch_size": 3}, (0, 3, 4, 6)),
+        # In bfloat16 the miniature's images differ visibly with the shape of the batch, so that must not change.
+        ({"model": miniature.FOLDER, "precision": "bf16", "number": 4, "sample_batch_size": 4}, (2,)),
+    ],
+    ids=["float32", "bfloat16"],
+)
+def test_images_that_were_removed_are_generated_again_bit_for_bit(generate, tmp_path, options, removed):
+    paths = generate(tmp_path, **options)
     before = contents(tmp_path)
-    for k in (0, 3, 4, 6):
+    for k in removed:
         (tmp_path / f"class-0000{k}.png").unlink()
-    again = generate(tmp_path, number=7, sample_batch_size=3)
-    assert contents(tmp_path) == before and again == paths
-
-
-def test_the_last_missing_image_is_rounded_as_it_was_among_others(generate, tmp_path):
-    # In bfloat16 the miniature's images differ visibly with the shape of the batch, so that shape must not change.
-    options = {"model": miniature.FOLDER, "precision": "bf16", "number": 4, "sample_batch_size": 4}
-    generate(tmp_path, **options)
-    before = contents(tmp_path)
-    (tmp_path / "class-00002.png").unlink()
-    generate(tmp_path, **options)
-    assert contents(tmp_path) == before
+    assert generate(tmp_path, **options) == paths and contents(tmp_path) == before
 
 
 def test_nothing_is_loaded_where_nothing_is_missing(generate, watched, tmp_path):
@@ -337,85 +334,53 @@ def test_a_model_that_cannot_be_read_is_named(accelerator, tmp_path):
 
 # Processes ------------------------------------------------------------------------------------------------------
 
-SCRIPT = f"""
-import json, os, signal, sys
-from pathlib import Path
-import torch
-from accelerate import Accelerator
-from ether_diffusion.training.families import ModelSource, StableDiffusion
-from ether_diffusion.training.class_images import generate_class_images
-from ether_diffusion.training.options import PriorOptions
 
-torch.set_num_threads(1)
-model, folder, number, size, *killed_at = sys.argv[1:]
-sync, written = os.fsync, []
+def _generate_and_die(accelerator, folder, arguments, syncs):
+    """Be killed after so many files and folders have come to the disk."""
+    sync, written = os.fsync, []
 
+    def fsync(handle):
+        sync(handle)
+        written.append(handle)
+        if len(written) == syncs:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def fsync(handle):
-    sync(handle)
-    written.append(handle)
-    if killed_at and len(written) == int(killed_at[0]):
-        os.kill(os.getpid(), signal.SIGKILL)
+    os.fsync = fsync
+    generate_class_images(*arguments, accelerator, precision="no", seed=SEED, num_inference_steps=STEPS)
 
 
-os.fsync = fsync
-accelerator = Accelerator()
-options = PriorOptions(
-    with_prior_preservation=True, class_data_dir=folder, class_prompt={PROMPT!r},
-    num_class_images=int(number), sample_batch_size=int(size),
-)
-paths = generate_class_images(
-    ModelSource(model), StableDiffusion, options, accelerator, precision="no", seed={SEED},
-    num_inference_steps={STEPS},
-)
-report = {{"processes": accelerator.num_processes, "paths": [str(path) for path in paths]}}
-report["there"] = all(path.exists() for path in paths)
-Path(folder).with_suffix(f".{{accelerator.process_index}}.json").write_text(json.dumps(report))
-"""
-
-
-@pytest.fixture
-def script(tmp_path):
-    path = tmp_path / "generate.py"
-    path.write_text(SCRIPT)
-    return path
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-
-
-def test_a_run_that_was_killed_goes_on_and_generates_the_same_bit_for_bit(
-    generate, tiny_pipeline_folder, script, tmp_path
-):
-    number, size = 10, 4
+def test_a_run_that_was_killed_goes_on_and_generates_the_same_bit_for_bit(generate, tiny_pipeline_folder, tmp_path):
+    options = {"number": 10, "sample_batch_size": 4}
     folder = tmp_path / "killed"
-    command = [sys.executable, str(script), str(tiny_pipeline_folder), str(folder), str(number), str(size)]
+    arguments = (ModelSource(str(tiny_pipeline_folder)), StableDiffusion, prior(folder, **options))
     # After the sixth image is written and before it has its name; each is synced with its folder.
-    killed = subprocess.run([*command, "11"], env=environment(), stderr=subprocess.DEVNULL)
-    assert killed.returncode == -signal.SIGKILL
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        in_processes(1, _generate_and_die, folder, arguments, 11)
     left = {name: content for name, content in contents(folder).items() if not name.startswith(".")}
     assert len(left) == 5 < len(contents(folder))
-    paths = generate(folder, number=number, sample_batch_size=size)
-    generate(tmp_path / "whole", number=number, sample_batch_size=size)
+    paths = generate(folder, **options)
+    generate(tmp_path / "whole", **options)
     assert {path.name: path.read_bytes() for path in paths} == contents(tmp_path / "whole")
     assert left.items() <= contents(folder).items()
 
 
+def _generate_and_report(accelerator, folder, arguments):
+    paths = generate_class_images(*arguments, accelerator, precision="no", seed=SEED, num_inference_steps=STEPS)
+    assert all(path.exists() for path in paths)
+    folder.with_suffix(f".{accelerator.process_index}").write_text(" ".join(path.name for path in paths))
+
+
 @pytest.mark.slow
-def test_two_processes_generate_what_one_generates(generate, tiny_pipeline_folder, script, tmp_path):
+def test_two_processes_generate_what_one_generates(generate, tiny_pipeline_folder, tmp_path):
+    options = {"number": 8, "sample_batch_size": 2}
     folder = tmp_path / "two"
     own = put(folder, "rex.jpg")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script)]
-    flags = [str(tiny_pipeline_folder), str(folder), "8", "2"]
-    done = subprocess.run([*command, *flags], capture_output=True, text=True, env=environment())
-    assert done.returncode == 0, done.stderr
-    reports = [json.loads(folder.with_suffix(f".{k}.json").read_text()) for k in (0, 1)]
-    assert reports[0] == reports[1]
-    assert reports[0]["processes"] == 2 and reports[0]["there"]
-    assert [Path(path).name for path in reports[0]["paths"]] == names(folder)
+    arguments = (ModelSource(str(tiny_pipeline_folder)), StableDiffusion, prior(folder, **options))
+    in_processes(2, _generate_and_report, folder, arguments)
+    for k in (0, 1):
+        assert folder.with_suffix(f".{k}").read_text().split() == names(folder)
     put(tmp_path / "one", "rex.jpg")
-    generate(tmp_path / "one", number=8, sample_batch_size=2)
+    generate(tmp_path / "one", **options)
     assert names(folder) == names(tmp_path / "one")
     assert (folder / "rex.jpg").read_bytes() == own["rex.jpg"]
     for name in names(folder):

@@ -4,7 +4,6 @@ import copy
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from diffusers import StableDiffusionPipeline
-from helpers.scripts import DREAMBOOTH, ROOT, STEADY, reset_accelerate, vectors
+from helpers.processes import in_processes
+from helpers.scripts import DREAMBOOTH, ROOT, STEADY, vectors
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -144,24 +143,6 @@ def test_one_process_answers_for_itself():
 # Two processes in this one's image ------------------------------------------------------------------------------
 
 
-def in_two_processes(target, *arguments) -> None:
-    """Call `target(accelerator, *arguments)` in two forked processes that know each other."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(_forked, (target, port, *arguments), nprocs=2, start_method="fork")
-
-
-def _forked(rank, target, port, *arguments):
-    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in variables.items()} | {"MASTER_ADDR": "127.0.0.1"})
-    reset_accelerate()
-    accelerator = Accelerator(cpu=True)
-    assert accelerator.num_processes == 2
-    target(accelerator, *arguments)
-    accelerator.end_training()
-
-
 def _raise_together(accelerator):
     with pytest.raises(InputError, match="no such user"):
         on_main_process(accelerator, lambda: (_ for _ in ()).throw(InputError("no such user")))
@@ -169,7 +150,7 @@ def _raise_together(accelerator):
 
 
 def test_an_error_on_the_main_process_is_raised_on_all():
-    in_two_processes(_raise_together)
+    in_processes(2, _raise_together)
 
 
 def adapted(folder: Path, config, dtype=torch.float32, accelerator=None):
@@ -220,7 +201,7 @@ def _configs(options):
 
 
 def test_every_method_has_the_gradients_of_the_whole_model_over_a_sharded_one(tiny_pipeline_folder, options):
-    in_two_processes(_compare_shards, tiny_pipeline_folder, _configs(options))
+    in_processes(2, _compare_shards, tiny_pipeline_folder, _configs(options))
 
 
 def _operate_on_plain_weights(accelerator, folder):
@@ -238,7 +219,7 @@ def _operate_on_plain_weights(accelerator, folder):
 
 
 def test_inside_a_sharded_block_the_operators_find_plain_weights(tiny_pipeline_folder):
-    in_two_processes(_operate_on_plain_weights, tiny_pipeline_folder)
+    in_processes(2, _operate_on_plain_weights, tiny_pipeline_folder)
 
 
 def _keep_to_the_machine(accelerator):
@@ -247,7 +228,7 @@ def _keep_to_the_machine(accelerator):
 
 
 def test_weights_are_sharded_over_the_processes_of_one_machine():
-    in_two_processes(_keep_to_the_machine)
+    in_processes(2, _keep_to_the_machine)
 
 
 # Whole runs -----------------------------------------------------------------------------------------------------

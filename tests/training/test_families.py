@@ -140,12 +140,29 @@ def test_stable_diffusion_predicts_what_the_unet_called_by_hand_predicts(tiny_pi
 
 @pytest.mark.parametrize("build", [lambda tiny: tiny, sdxl], ids=["stable diffusion 2", "sdxl"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_the_target_is_the_noise_or_the_schedulers_own_velocity(tiny_pipeline, build, prediction):
+def test_targets_are_what_recovers_the_image(tiny_pipeline, build, prediction):
     pipe = build(tiny_pipeline)
     pipe.scheduler.register_to_config(prediction_type=prediction)
-    latents, noise, timesteps = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0, 400, 999])
-    expected = noise if prediction == "epsilon" else pipe.scheduler.get_velocity(latents, noise, timesteps)
-    torch.testing.assert_close(family_of(pipe).target(latents, noise, timesteps), expected)
+    family = family_of(pipe)
+    latents, noise, timesteps = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0, 10, 700])
+    noisy, target = family.add_noise(latents, noise, timesteps), family.target(latents, noise, timesteps)
+    alpha = family.schedule.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    torch.testing.assert_close(noisy, alpha.sqrt() * latents + (1 - alpha).sqrt() * noise)
+    if prediction == "epsilon":
+        recovered = (noisy - (1 - alpha).sqrt() * target) / alpha.sqrt()
+    else:
+        recovered = alpha.sqrt() * noisy - (1 - alpha).sqrt() * target
+    torch.testing.assert_close(recovered, latents, rtol=1e-3, atol=1e-3)
+
+
+def test_latents_are_scaled_draws_of_the_autoencoder(tiny_pipeline):
+    family = family_of(tiny_pipeline)
+    pixels = torch.rand(3, 16, 16) * 2 - 1
+    moments = family.encode_pixels(pixels)
+    mean = tiny_pipeline.vae.encode(pixels[None]).latent_dist.mode()[0] * tiny_pipeline.vae.config.scaling_factor
+    torch.testing.assert_close(family.make_latents(moments, None), mean)
+    draws = [family.make_latents(moments, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
 def test_latents_are_encoded_in_float32_where_float16_overflows(sdxl_folder, caplog):

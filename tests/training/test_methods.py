@@ -361,8 +361,8 @@ def test_a_config_that_is_not_there_says_so(tmp_path):
     ("values", "message"),
     [
         (
-            {"peft_type": "LORA", "target_modules": ["to_query"]},
-            "unet: no layer is called 'to_query'; layers",
+            {"peft_type": "LORA", "target_modules": ["to_q", "to_query"]},
+            "unet: no layer is called 'to_query'; layers to adapt are .*to_out.0, to_q",
         ),
         ({"peft_type": "LORA", "target_modules": "nothing"}, "unet: .*nothing"),
         ({"peft_type": "LORA", "r": 0}, "unet: .*r.*positive"),

@@ -11,7 +11,13 @@ from torch import nn
 
 from ether_diffusion import EtherLayer
 from ether_diffusion.errors import InputError
-from ether_diffusion.training.optimizers import check_optimizer, make_optimizer, make_schedule, parameter_groups
+from ether_diffusion.training.optimizers import (
+    check_optimizer,
+    check_schedule,
+    make_optimizer,
+    make_schedule,
+    parameter_groups,
+)
 from ether_diffusion.training.options import OptimizationOptions
 
 
@@ -315,4 +321,4 @@ def test_a_run_may_end_within_its_warm_up(name, warmup):
 
 def test_a_learning_rate_below_the_end_of_the_polynomial_is_an_error():
     with pytest.raises(InputError, match="^--learning_rate: got 1e-08, needs more than 1e-07, where --lr_scheduler"):
-        rates(lr_scheduler="polynomial", learning_rate=1e-8)
+        check_schedule(given(lr_scheduler="polynomial", learning_rate=1e-8))

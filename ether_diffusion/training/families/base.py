@@ -34,12 +34,12 @@ class Family:
     Class attributes:
         pipeline_class: the pipeline that it covers.
         denoiser: name of the component that removes noise.
-        text_encoders: names of the components that encode prompts.
+        text_encoders: the components that encode prompts, name -> class.
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     denoiser: ClassVar[str]
-    text_encoders: ClassVar[tuple[str, ...]]
+    text_encoders: ClassVar[Mapping[str, type[nn.Module]]]
 
     def __init__(self, pipe: DiffusionPipeline):
         self.pipe = pipe

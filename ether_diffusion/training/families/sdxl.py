@@ -1,7 +1,6 @@
 """Stable Diffusion XL: two CLIP text encoders, and a UNet that is also told the size and the crop of the image."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,8 +30,7 @@ class StableDiffusionXL(UNetFamily):
     pipeline_class = StableDiffusionXLPipeline
     light_control_pipeline_class = EtherControlXLPipeline
     controlnet_pipeline_class = StableDiffusionXLControlNetPipeline
-    text_encoders = ("text_encoder", "text_encoder_2")
-    text_encoder_classes = (CLIPTextModel, CLIPTextModelWithProjection)
+    text_encoders = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 
     @classmethod
     def read_blueprint(cls, source: ModelSource) -> Blueprint:
@@ -63,10 +61,14 @@ class StableDiffusionXL(UNetFamily):
         return {"time_ids": torch.tensor(rows, dtype=torch.float32, device=self.device)}  # (b, 6)
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
-        vae = self.pipe.vae
-        # In float16 SDXL's autoencoder overflows.
-        with in_float32(vae), torch.autocast(vae.device.type, enabled=False):
-            return super().encode_pixels(pixels)
+        vae, dtype = self.pipe.vae, self.pipe.vae.dtype
+        # In float16 SDXL's autoencoder overflows. `ModelMixin.to` would log a warning at every change of dtype.
+        nn.Module.to(vae, torch.float32)
+        try:
+            with torch.autocast(vae.device.type, enabled=False):
+                return super().encode_pixels(pixels)
+        finally:
+            nn.Module.to(vae, dtype)
 
     def arguments(self, conditioning: Conditioning) -> dict[str, Any]:
         dtype = self.pipe.unet.dtype
@@ -82,14 +84,3 @@ class StableDiffusionXL(UNetFamily):
         # The first encoder is read before its last layer, and its pooled output not at all.
         for unread in (self.pipe.text_encoder.encoder.layers[-1], self.pipe.text_encoder.final_layer_norm):
             unread.requires_grad_(False)
-
-
-@contextmanager
-def in_float32(model: nn.Module) -> Iterator[None]:
-    """The model in float32; on leaving, in the dtype it came in."""
-    found = model.dtype
-    nn.Module.to(model, torch.float32)  # past ModelMixin.to, which logs a warning at every change of dtype
-    try:
-        yield
-    finally:
-        nn.Module.to(model, found)

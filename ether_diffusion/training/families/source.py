@@ -51,10 +51,6 @@ class ModelSource:
         """The option and its value, to begin an error message with."""
         return f"--pretrained_model_name_or_path {self.path}"
 
-    def pipeline_class(self) -> str:
-        """The class named in `model_index.json`."""
-        return str(self.config()["_class_name"])
-
     def config(self, component: str | None = None, kind: type[ConfigMixin] = DiffusionPipeline) -> dict[str, Any]:
         """The JSON config of the pipeline, or of one of its components; no weights are read.
 

@@ -17,8 +17,7 @@ class StableDiffusion(UNetFamily):
     pipeline_class = StableDiffusionPipeline
     light_control_pipeline_class = EtherControlPipeline
     controlnet_pipeline_class = StableDiffusionControlNetPipeline
-    text_encoders = ("text_encoder",)
-    text_encoder_classes = (CLIPTextModel,)
+    text_encoders = {"text_encoder": CLIPTextModel}
     # The safety checker is left out: it costs 1.2 GB and has no part in training.
     loading = {"safety_checker": None, "requires_safety_checker": False}
 

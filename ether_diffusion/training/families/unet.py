@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, DiffusionPi
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.training_utils import compute_snr
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig
 
 from ether_diffusion.errors import InputError
 from ether_diffusion.training.families.base import Conditioning, Family
@@ -40,7 +40,6 @@ class UNetFamily(Family):
     Class attributes:
         light_control_pipeline_class, controlnet_pipeline_class: our pipeline of a light encoder, and the stock one of
             a ControlNet, for this family.
-        text_encoder_classes: the classes of `text_encoders`, in the same order.
         loading: what `from_pretrained` is told besides.
 
     Sources: latent diffusion, arXiv:2112.10752; v targets, arXiv:2202.00512, appendix D.
@@ -49,7 +48,6 @@ class UNetFamily(Family):
     denoiser = "unet"
     light_control_pipeline_class: ClassVar[type[DiffusionPipeline]]
     controlnet_pipeline_class: ClassVar[type[DiffusionPipeline]]
-    text_encoder_classes: ClassVar[tuple[type[CLIPTextModel] | type[CLIPTextModelWithProjection], ...]]
     loading: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, pipe: DiffusionPipeline):
@@ -61,20 +59,17 @@ class UNetFamily(Family):
     def read_blueprint(cls, source: ModelSource) -> Blueprint:
         """The pipeline without weights. Raises `InputError` where training does not cover this pipeline."""
         index = source.config()
-        encoders = dict(zip(cls.text_encoders, cls.text_encoder_classes, strict=True))
-        for component, kind in {"unet": UNet2DConditionModel, "vae": AutoencoderKL, **encoders}.items():
+        for component, kind in {"unet": UNet2DConditionModel, "vae": AutoencoderKL, **cls.text_encoders}.items():
             arrived = (index.get(component) or [None, None])[1]
             if arrived != kind.__name__:
                 raise InputError(f"{source.given}: its {component} is a {arrived}, needs a {kind.__name__}")
-        unet_config = source.config("unet", UNet2DConditionModel)
-        vae_config = source.config("vae", AutoencoderKL)
         training_schedule(source.config("scheduler", DDPMScheduler), source.given)
         with source.reading(), torch.device("meta"):
-            models = {"unet": UNet2DConditionModel.from_config(unet_config)}
-            for name, kind in encoders.items():
+            models = {"unet": UNet2DConditionModel.from_config(source.config("unet", UNet2DConditionModel))}
+            for name, kind in cls.text_encoders.items():
                 config = CLIPTextConfig.from_pretrained(source.path, subfolder=name, revision=source.revision)
                 models[name] = kind(config)
-            vae = AutoencoderKL.from_config(vae_config)
+            vae = AutoencoderKL.from_config(source.config("vae", AutoencoderKL))
         if models["unet"].config.in_channels != vae.config.latent_channels:
             raise InputError(
                 f"{source.given}: the UNet takes {models['unet'].config.in_channels} channels and the autoencoder "

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from pydantic import TypeAdapter, ValidationError
 
 from ether_diffusion.errors import InputError
 from ether_diffusion.tuner.config import EtherConfig
@@ -60,9 +60,12 @@ def read_config(path: str) -> PeftConfig:
     values = {name: value for name, value in values.items() if name not in (*FIELDS_OF_THE_BASE, "peft_type")}
     hints = typing.get_type_hints(config_class)
     for name, value in values.items():
-        if not _is_of(value, hints[name]):
+        try:
+            # As JSON, where a list may stand for a set or a tuple.
+            TypeAdapter(hints[name]).validate_json(json.dumps(value), strict=True)
+        except ValidationError as error:
             needed = hints[name].__name__ if isinstance(hints[name], type) else hints[name]
-            raise InputError(f"{where}: got {name}={value!r}, needs {needed}")
+            raise InputError(f"{where}: got {name}={value!r}, needs {needed}") from error
     try:
         config = config_class(**values)
     except (TypeError, ValueError) as error:
@@ -72,13 +75,15 @@ def read_config(path: str) -> PeftConfig:
 
 
 def _config_class(where: str, peft_type: Any) -> type[PeftConfig]:
-    """The config class of a PEFT type that injects layers. Raises `InputError` for any other."""
+    """The config class of a PEFT type that injects layers."""
     obstacles = {kind.value: _obstacle(kind.value, tuner) for kind, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items()}
-    is_known = isinstance(peft_type, str) and peft_type in obstacles
-    if is_known and obstacles[peft_type] is None:
+    if peft_type is None:
+        problem = "has no peft_type"
+    elif not isinstance(peft_type, str) or peft_type not in obstacles:
+        problem = f"peft_type {peft_type!r} is unknown"
+    elif obstacles[peft_type] is None:
         return PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
-    problem = "has no peft_type" if peft_type is None else f"peft_type {peft_type!r} is unknown"
-    if is_known:
+    else:
         problem = f"peft_type {peft_type} {obstacles[peft_type]}"
     fits = ", ".join(sorted(kind for kind, obstacle in obstacles.items() if obstacle is None))
     raise InputError(f"{where}: {problem}; needs one of {fits}")
@@ -91,25 +96,6 @@ def _obstacle(peft_type: str, tuner: type) -> str | None:
     if getattr(tuner, "uses_shared_state", False) and peft_type != "VERA":
         return "trains vectors that lie outside of the layers"
     return UNSUITED.get(peft_type)
-
-
-def _is_of(value: Any, annotation: Any) -> bool:
-    """Whether a value from JSON is of a type; of a dict or list only that it is one."""
-    origin = typing.get_origin(annotation)
-    if origin in (typing.Union, types.UnionType):
-        return any(_is_of(value, each) for each in typing.get_args(annotation))
-    if origin is Literal:
-        return any(value == each and type(value) is type(each) for each in typing.get_args(annotation))
-    kind = origin or annotation
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if kind in (bool, str, list, dict, type(None)):
-        return isinstance(value, kind)
-    if kind in (set, tuple):
-        return isinstance(value, list)
-    return True  # another dataclass, or a type of PEFT's own, which it checks itself
 
 
 def _check_can_be_saved(where: str, config: PeftConfig) -> None:

@@ -17,26 +17,18 @@ from ether_diffusion.training.options import LEARNING_RATES, RANKED_METHODS, Ada
 from ether_diffusion.tuner.config import EtherConfig
 from ether_diffusion.tuner.model import ATTENTION, CLIP_ATTENTION
 
-TITLES = {
-    "ether": "ETHER",
-    "ether_plus": "ETHER+",
-    "lora": "LoRA",
-    "oft": "OFT",
-    "boft": "BOFT",
-    "hra": "HRA",
-    "vera": "VeRA",
-    "full": "full finetuning",
-    "none": "no adapter",
+KNOWN: dict[str, tuple[str, str | None]] = {
+    "ether": ("ETHER", "2405.20271"),
+    "ether_plus": ("ETHER+", "2405.20271"),
+    "lora": ("LoRA", "2106.09685"),
+    "oft": ("OFT", "2306.07280"),
+    "boft": ("BOFT", "2311.06243"),
+    "hra": ("HRA", "2405.17484"),
+    "vera": ("VeRA", "2310.11454"),
+    "full": ("full finetuning", None),
+    "none": ("no adapter", None),
 }
-PAPERS = {
-    "ether": "2405.20271",
-    "ether_plus": "2405.20271",
-    "lora": "2106.09685",
-    "oft": "2306.07280",
-    "boft": "2311.06243",
-    "hra": "2405.17484",
-    "vera": "2310.11454",
-}
+"""Method -> its name for people, and the arXiv id of its paper."""
 FIELDS_NAMING_LAYERS = (
     "alpha_pattern", "exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save", "rank_pattern",
 )  # fmt: skip
@@ -80,13 +72,8 @@ def read_method(options: AdapterOptions) -> Method:
     else:
         config = read_config(options.adapter_config)
         name = config.method if isinstance(config, EtherConfig) else str(config.peft_type.value).lower()
-    return Method(
-        name=name,
-        title=TITLES.get(name, name.upper()),
-        learning_rate=LEARNING_RATES.get(name),
-        paper=PAPERS.get(name),
-        config=config,
-    )
+    title, paper = KNOWN.get(name, (name.upper(), None))
+    return Method(name, title, LEARNING_RATES.get(name), paper, config)
 
 
 def configs_of(method: Method, family: type[Family], options: AdapterOptions) -> dict[str, PeftConfig | None]:

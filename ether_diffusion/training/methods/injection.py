@@ -46,15 +46,13 @@ def dry_run(models: Mapping[str, nn.Module], configs: Configs) -> int:
     for component, config in configs.items():
         if config is not None:
             kinds = nn.Module if config.peft_type in TYPES_FOR_OTHER_LAYERS else ADAPTABLE
-            check_targets(component, models[component], config.target_modules, kinds=kinds)
+            _check_targets(component, models[component], config.target_modules, kinds)
     add_adapters(models, configs, seed=0)
     return sum(parameter.numel() for parameter in trained_parameters(models, configs))
 
 
-def check_targets(
-    component: str, model: nn.Module, targets: object, *, kinds: type | tuple[type, ...] = ADAPTABLE
-) -> None:
-    """Raise `InputError` unless every target is the ending of the name of a layer of the model, of one of these kinds.
+def _check_targets(component: str, model: nn.Module, targets: object, kinds: type | tuple[type, ...]) -> None:
+    """Every target must be the ending of the name of a layer, of one of these kinds.
 
     PEFT itself complains only when nothing at all was found, so a misspelt name among good ones would go unnoticed.
     """
@@ -63,7 +61,7 @@ def check_targets(
     names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
     for target in sorted(targets):
         if not any(_ends_with(name, target) for name in names):
-            layers = [name for name, module in model.named_modules() if isinstance(module, ADAPTABLE)]
+            layers = (name for name, module in model.named_modules() if isinstance(module, ADAPTABLE))
             endings = sorted({_ending(name) for name in layers})
             raise InputError(f"{component}: no layer is called {target!r}; layers to adapt are {', '.join(endings)}")
 
@@ -149,11 +147,7 @@ def _without_compiler() -> Iterator[None]:
 
 
 def _fitted(model: nn.Module, config: PeftConfig) -> PeftConfig:
-    """A copy of a config, to inject; its blocks divide the width of every adapted layer.
-
-    Raises:
-        ValueError: OFT or BOFT in blocks that do not, for which PEFT would take others, or in butterflies.
-    """
+    """A copy of a config to inject; ValueError for blocks that do not divide every width: PEFT would take others."""
     config = copy.deepcopy(config)
     if not isinstance(config, (OFTConfig, BOFTConfig)):
         return config

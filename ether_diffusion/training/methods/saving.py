@@ -42,10 +42,8 @@ def save_trained(
     it is complete.
 
     Args:
-        pipe: holds what was trained.
-        configs: component -> config, of the components that were trained.
+        pipe, configs, method: of the training; the configs are of the components that were trained.
         folder: created if need be.
-        method: of the training.
         metadata: more to record in the file of weights; a pipeline has no place for it.
 
     Returns:
@@ -75,7 +73,10 @@ def _write_lora(folder: Path, pipe: DiffusionPipeline, configs: Configs, metadat
         arguments[f"{component}_lora_layers"] = convert_state_dict_to_diffusers(tensors)
         arguments[f"{component}_lora_adapter_metadata"] = _public_config(model).to_dict()
     pipe.save_lora_weights(folder, **arguments)
-    _add_metadata(folder / LORA_NAME, metadata)
+    path = folder / LORA_NAME  # once more, with our metadata beside that of diffusers
+    with safe_open(path, "pt") as file:
+        header = file.metadata() or {}
+    save_file(load_file(path), path, {**metadata, **header})
 
 
 def _write_peft(folder: Path, model: nn.Module, metadata: Mapping[str, str]) -> None:
@@ -109,12 +110,6 @@ def _public_config(model: nn.Module) -> PeftConfig:
     return config
 
 
-def _add_metadata(path: Path, metadata: Mapping[str, str]) -> None:
-    with safe_open(path, "pt") as file:
-        header = file.metadata() or {}
-    save_file(load_file(path), path, {**metadata, **header})
-
-
 def load_trained(base: DiffusionPipeline | str | Path, folder: Path) -> DiffusionPipeline:
     """A pipeline with what training has left in a folder, whichever the method, as the libraries load it.
 
@@ -146,12 +141,7 @@ def load_trained(base: DiffusionPipeline | str | Path, folder: Path) -> Diffusio
 def loading_code(method: Method, components: Sequence[str]) -> str:
     """The Python lines that put what `save_trained` wrote on a `pipe`; of all weights, those that make the pipe.
 
-    Args:
-        method: of the training.
-        components: those that were trained.
-
-    Returns:
-        Lines in which `{where}` stands for the quoted name of the folder or repository.
+    In them `{where}` stands for the quoted name of the folder or repository.
     """
     if method.layout == "ether":
         return "import ether_diffusion\n\npipe.load_ether_weights({where})"
