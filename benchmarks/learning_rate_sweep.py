@@ -29,7 +29,7 @@ from ether_diffusion.training.families import family_of
 from ether_diffusion.training.loop import Trainer
 from ether_diffusion.training.methods.configs import configs_of, read_method
 from ether_diffusion.training.methods.injection import add_adapters
-from ether_diffusion.training.objectives import DreamBoothObjective
+from ether_diffusion.training.objectives import DenoisingObjective, ImageSet
 from ether_diffusion.training.optimizers import parameter_groups
 from ether_diffusion.training.options import ETHER_METHODS, METHODS, AdapterOptions, OptimizationOptions
 
@@ -62,7 +62,7 @@ def learn(subject: Subject, method: str, rate: float, checkpoints: list[int], se
         images = TrainingImages(examples, targets=[(side, side)], group_size=options.train_batch_size, seed=seed)
         Trainer(
             Accelerator(cpu=True),
-            DreamBoothObjective(family, images, trained=list(configs), seed=seed),
+            DenoisingObjective(family, [ImageSet(images, family, seed=seed)], trained=list(configs)),
             parameter_groups(models, denoiser=family.denoiser, options=options),
             options,
             validate=lambda step: measured.append(measure(pipe, subject)),

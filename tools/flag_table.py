@@ -65,8 +65,9 @@ def _rows(group: type[OptionGroup]) -> list[str]:
             text += f" One of {', '.join(f'`{choice}`' for choice in each.metadata['choices'])}."
         if _takes_several(annotations[each.name]):
             text += " One or more."
-        if each.metadata["needs"]:
-            text += f" Only with --{each.metadata['needs']}."
+        needs = each.metadata["needs"]
+        if needs and f"--{needs}" not in text:
+            text += f" Only with --{needs}."
         flag = f"`--{each.name}`" + (" °" if each.metadata["free"] else "")
         rows.append(f"| {flag} | {_cell(default)} | {_cell(text)} |")
     return rows

@@ -20,9 +20,10 @@ from ether_diffusion.training.class_images import find_class_images, generate_cl
 from ether_diffusion.training.data import TrainingImages, examples_of, find_examples
 from ether_diffusion.training.entry import run_script
 from ether_diffusion.training.loop import TrainingResult
-from ether_diffusion.training.objectives import DreamBoothObjective
+from ether_diffusion.training.objectives import DenoisingObjective, ImageSet
 from ether_diffusion.training.options import InstanceDataOptions, PriorOptions, TrainingOptions
 from ether_diffusion.training.run import TrainingRun
+from ether_diffusion.training.seeds import derive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,23 +52,24 @@ def run(options: Options, command: str) -> TrainingResult:
         depends_on={flag: images.fingerprint},
         later=["class_data_dir"] if prior.with_prior_preservation else (),
     )
-    class_images = None
+    seed, what = options.run.seed, examples.describe()
+    drawn_from = {seed: images}
     if prior.with_prior_preservation:
         class_images = generated_class_images(planned)
         checked.checkpoints.bind("class_data_dir", class_images.fingerprint)
+        # A seed of its own: a class image beside one of the subject gets another timestep and other noise.
+        drawn_from[derive(seed, "class pictures")] = class_images
+        what += f" and {len(class_images)} of the class"
 
     loaded = checked.load(options.validation.validation_prompt or (data.instance_prompt,))
-    objective = DreamBoothObjective(
+    offset = options.optimization.noise_offset
+    objective = DenoisingObjective(
         loaded.family,
-        images,
+        [ImageSet(each, loaded.family, seed=seed, noise_offset=offset) for seed, each in drawn_from.items()],
         trained=list(planned.adaptation.configs),
-        seed=options.run.seed,
-        class_images=class_images,
-        prior_loss_weight=prior.prior_loss_weight,
         snr_gamma=options.optimization.snr_gamma,
-        noise_offset=options.optimization.noise_offset,
+        prior_loss_weight=prior.prior_loss_weight,
     )
-    what = examples.describe() + (f" and {len(class_images)} of the class" if class_images else "")
     result = loaded.train(objective, what)
     loaded.finish(result, prompt=data.instance_prompt, images=what)
     return result

@@ -16,7 +16,7 @@ from ether_diffusion.training.data.views import Framing, View
 from ether_diffusion.training.families import Family
 from ether_diffusion.training.families.base import Conditioning
 from ether_diffusion.training.options import PerformanceOptions
-from ether_diffusion.training.seeds import derive, generator
+from ether_diffusion.training.seeds import generator
 
 ENCODER, CONTROLNET = CONTROL, "controlnet"
 
@@ -109,15 +109,19 @@ class ImageSet:
 class DenoisingObjective(nn.Module):
     """Denoise images under their prompts: weight(t) · |target − prediction|², mean over the latent's elements.
 
+    With images of a class besides, the loss of a sample is that of an image plus `prior_loss_weight` times that of a
+    class image (prior preservation; source: DreamBooth, arXiv:2208.12242, section 3.2).
+
     A module, so that one wrapper (precision, data parallel) holds all that is trained. `forward` takes the global
     indices of the samples; each draws its crop, mirroring, latents, noise and timestep from (seed, index) alone.
 
     Args:
         family: the pipeline's family; its components are on their device.
-        images: what samples are drawn from; the first set gives the loss unless a subclass says otherwise.
+        images: what samples are drawn from: one set, or two, of which the second is of the class.
         trained: names of the components that are trained.
         beside: more that is trained and belongs to no component of the pipeline, by name.
         snr_gamma: γ of `Family.min_snr_weights`; None weighs all timesteps alike.
+        prior_loss_weight: of the class images' loss.
     """
 
     def __init__(
@@ -128,12 +132,12 @@ class DenoisingObjective(nn.Module):
         trained: Sequence[str],
         beside: Mapping[str, nn.Module] | None = None,
         snr_gamma: float | None = None,
+        prior_loss_weight: float = 1.0,
     ):
         super().__init__()
-        self.family = family
-        self.images = list(images)
+        self.family, self.images = family, list(images)
         self.components = nn.ModuleDict({**{name: family.component(name) for name in trained}, **(beside or {})})
-        self.snr_gamma = snr_gamma
+        self.snr_gamma, self.prior_loss_weight = snr_gamma, prior_loss_weight
         family.freeze_unused()
         self._fixed_conditioning: dict[str, Conditioning] = {}
         self._kept_prompts = _KEPT_PROMPTS
@@ -143,7 +147,9 @@ class DenoisingObjective(nn.Module):
 
         samples: global indices of the samples, b of them.
         """
-        return self._losses([self.images[0].draw(sample) for sample in samples])
+        drawn = [each.draw(sample) for each in self.images for sample in samples]
+        own, *prior = self._losses(drawn).chunk(len(self.images))
+        return own + self.prior_loss_weight * prior[0] if prior else own
 
     def prepare(self, options: PerformanceOptions) -> None:
         """Encode images and prompts now, where asked to, and take off the device what is not needed any more."""
@@ -198,54 +204,6 @@ class DenoisingObjective(nn.Module):
         while len(self._fixed_conditioning) > self._kept_prompts:
             del self._fixed_conditioning[next(iter(self._fixed_conditioning))]
         return join_conditioning(rows)
-
-
-class DreamBoothObjective(DenoisingObjective):
-    """Denoise views of the subject under their prompts, and views of its class under the class prompt.
-
-    The loss of a sample is that of a view of the subject plus `prior_loss_weight` times that of a class image.
-
-    Args:
-        family: the pipeline's family; its components are on their device.
-        images: the subject's images.
-        trained: names of the components that are trained.
-        seed: of the run.
-        class_images: images of the class, for prior preservation.
-        prior_loss_weight: of their loss.
-        snr_gamma: as for `DenoisingObjective`.
-        noise_offset: size of a random shift of each channel's noise.
-
-    Source: DreamBooth, arXiv:2208.12242, section 3.2.
-    """
-
-    def __init__(
-        self,
-        family: Family,
-        images: TrainingImages,
-        *,
-        trained: Sequence[str],
-        seed: int,
-        class_images: TrainingImages | None = None,
-        prior_loss_weight: float = 1.0,
-        snr_gamma: float | None = None,
-        noise_offset: float = 0.0,
-    ):
-        sets = [ImageSet(images, family, seed=seed, noise_offset=noise_offset)]
-        if class_images is not None:
-            seed = derive(seed, "class pictures")
-            sets.append(ImageSet(class_images, family, seed=seed, noise_offset=noise_offset))
-        super().__init__(family, sets, trained=trained, snr_gamma=snr_gamma)
-        self.prior_loss_weight = prior_loss_weight
-
-    def forward(self, samples: Sequence[int]) -> Tensor:
-        """The loss of each sample: (b,), float32.
-
-        samples: global indices of the samples, b of them.
-        """
-        if len(self.images) == 1:
-            return super().forward(samples)
-        own, prior = self._losses([each.draw(sample) for each in self.images for sample in samples]).chunk(2)
-        return own + self.prior_loss_weight * prior
 
 
 class LightControlObjective(DenoisingObjective):

@@ -128,7 +128,7 @@ def test_a_caption_that_is_no_text_and_a_column_without_metadata_are_refused(fol
     with pytest.raises(InputError, match="--caption_column short: there is no metadata.jsonl in"):
         find_examples(options(instance_data_dir=str(folder), caption_column="short"))
     (folder / "a.txt").write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(InputError, match="a.txt: the caption cannot be read as UTF-8"):
+    with pytest.raises(InputError, match="a.txt: cannot be read as UTF-8"):
         find_examples(options(instance_data_dir=str(folder)))
 
 

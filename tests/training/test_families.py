@@ -22,7 +22,7 @@ from ether_diffusion.training.data.views import Framing, View, frame
 from ether_diffusion.training.families import ModelSource, family_at, family_of
 from ether_diffusion.training.families.sdxl import StableDiffusionXL
 from ether_diffusion.training.methods.injection import add_adapters, trained_parameters
-from ether_diffusion.training.objectives import DreamBoothObjective
+from ether_diffusion.training.objectives import DenoisingObjective, ImageSet
 
 PROMPT = "a photo of sks toy"
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
@@ -97,7 +97,7 @@ def test_the_size_and_crop_of_every_training_view_reach_the_unet(pipe, photograp
     images = training_images(photographs, random_flip=True)
     family, samples, told = family_of(pipe), [3, 4, 5], []
     pipe.unet.add_time_proj.register_forward_hook(lambda module, inputs, output: told.append(inputs[0].view(3, 6)))
-    DreamBoothObjective(family, images, trained=["unet"], seed=0)(samples)
+    DenoisingObjective(family, [ImageSet(images, family, seed=0)], trained=["unet"])(samples)
     framings = [images.framing(images.view(sample)) for sample in samples]
     assert told[0].tolist() == family.encode_framings(framings)["time_ids"].tolist()
     assert {each.original_size for each in framings} == {(30, 60), (50, 20), (10, 12)}
@@ -186,7 +186,9 @@ def test_the_loss_moves_every_trained_vector_of_the_unet_and_both_encoders(pipe,
     configs = {name: EtherConfig(method=method, num_blocks=2) for name in COMPONENTS}
     add_adapters(models, configs, seed=0)
     adapted = {name for name, _ in vectors(models)}
-    objective = DreamBoothObjective(family, training_images(photographs), trained=COMPONENTS, seed=0)
+    objective = DenoisingObjective(
+        family, [ImageSet(training_images(photographs), family, seed=0)], trained=COMPONENTS
+    )
     objective([0, 1]).mean().backward()
     moved = {name for name, vector in vectors(models) if vector.grad is not None and vector.grad.abs().max() > 0}
     assert moved == {name for name, vector in vectors(models)}

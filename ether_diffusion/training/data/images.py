@@ -11,30 +11,12 @@ from PIL import Image
 
 from ether_diffusion.errors import InputError
 from ether_diffusion.images import INTERPOLATIONS, to_pixels
+from ether_diffusion.training.data import views
 from ether_diffusion.training.data.examples import Examples
-from ether_diffusion.training.data.views import (
-    Framing,
-    Size,
-    Target,
-    View,
-    cut,
-    frame,
-    nearest_target,
-    place_view,
-    shrink,
-)
+from ether_diffusion.training.data.views import Framing, Size, Target, View, cut
 from ether_diffusion.training.seeds import generator
 
 _KEPT_EXAMPLES = 64
-
-
-@dataclass(frozen=True)
-class _Images:
-    """The images of an example in memory, reduced for training; image and control image have one size."""
-
-    image: Image.Image
-    control: Image.Image | None
-    original_size: Size
 
 
 @dataclass(eq=False)
@@ -117,40 +99,39 @@ class TrainingImages:
 
     def pixels(self, view: View) -> torch.Tensor:
         """The view as (3, height, width) of its target, float32, from -1 (black) to 1 (white)."""
-        return to_pixels(cut(self._images(view.image).image, view, self.target(view.image)))
+        image, _, _ = self._images(view.image)
+        return to_pixels(cut(image, view, self.target(view.image)))
 
     def control(self, view: View) -> torch.Tensor | None:
         """The control image's view as (3, height, width), float32, from 0 to 1; None where there is none."""
-        if self._example(view.image).read_control is None:
+        if self._example(view.image).read_control is None:  # so that no image is read whose latents are kept
             return None
-        return (
-            to_pixels(cut(self._images(view.image).control, view, self.target(view.image), self.resample))
-            .add(1)
-            .div(2)
-        )
+        _, control, _ = self._images(view.image)
+        return to_pixels(cut(control, view, self.target(view.image), self.resample)).add(1).div(2)
 
     def framing(self, view: View) -> Framing:
         """Size and crop of the view."""
-        return frame(self._size(view.image), view, self.target(view.image))
+        return views.frame(self._size(view.image), view, self.target(view.image))
 
     def target(self, image: int) -> Target:
         """(height, width) of the views of an image."""
-        return self.targets[nearest_target(self._size(image), self.targets)]
+        return self.targets[views.nearest_target(self._size(image), self.targets)]
 
     def _size(self, image: int) -> Size:
         sizes = self.examples.sizes
-        return self._images(image).original_size if sizes is None else sizes[image]
+        return self._images(image)[2] if sizes is None else sizes[image]
 
     def _crop(self, number: int, draw: torch.Generator, flip: bool) -> View:
         """The view of a number of an epoch's order."""
         image = number if self.examples.endless else number % len(self.examples)
         place = None if self.center_crop else draw
-        return place_view(image, self._size(image), self.target(image), place, flip=flip)
+        return views.place_view(image, self._size(image), self.target(image), place, flip=flip)
 
-    def _read(self, number: int) -> _Images:
+    def _read(self, number: int) -> tuple[Image.Image, Image.Image | None, Size]:
+        """Image and control image, reduced for training to one size, and the size that the image had."""
         example = self._example(number)
         image, control = example.read(), None
-        shrunk = shrink(image, self.targets[nearest_target(image.size, self.targets)])
+        shrunk = views.shrink(image, self.targets[views.nearest_target(image.size, self.targets)])
         if example.read_control is not None:
             control = example.read_control()
             # One pixel of difference in the longer side comes from rounding alone.
@@ -161,7 +142,7 @@ class TrainingImages:
                 )
             if control.size != shrunk.size:
                 control = control.resize(shrunk.size, self.resample)
-        return _Images(shrunk, control, image.size)
+        return shrunk, control, image.size
 
     def _shuffle(self, epoch: int) -> list[int]:
         """Number of the image, plus the count of images times number of the repeat, at each place of an epoch."""

@@ -14,15 +14,8 @@ from PIL import Image
 
 from ether_diffusion.errors import InputError
 from ether_diffusion.images import find_images, read_image
-from ether_diffusion.training.data.examples import (
-    Cell,
-    Example,
-    Examples,
-    ListedExamples,
-    Row,
-    StoredExamples,
-    StreamedExamples,
-)
+from ether_diffusion.training.data import examples
+from ether_diffusion.training.data.examples import Cell, Example, Examples, ListedExamples, Row
 from ether_diffusion.training.options import ControlDataOptions, InstanceDataOptions
 
 METADATA_NAME, METADATA_FILE_KEY, METADATA_CAPTION_KEY = "metadata.jsonl", "file_name", "text"
@@ -50,11 +43,8 @@ def examples_of(paths: Sequence[Path], prompt: str, captions: Mapping[str, str] 
         prompt: of every image that has no caption.
         captions: file name -> caption.
     """
-    captions = {} if captions is None else captions
-    prompts = [captions.get(path.name, prompt) for path in paths]
-    return ListedExamples(
-        [Example(str(path), (text,), partial(read_image, path)) for path, text in zip(paths, prompts, strict=True)]
-    )
+    prompts = {path: (captions or {}).get(path.name, prompt) for path in paths}
+    return ListedExamples([Example(str(path), (text,), partial(read_image, path)) for path, text in prompts.items()])
 
 
 def find_pairs(options: ControlDataOptions, *, seed: int) -> Examples:
@@ -68,15 +58,10 @@ def find_pairs(options: ControlDataOptions, *, seed: int) -> Examples:
     source = options.dataset_name or str(options.train_data_dir)
     if options.train_data_dir is not None and not Path(source).is_dir():
         raise InputError(f"--train_data_dir {source}: there is no such folder")
-    named = ("image_column", "conditioning_image_column")
-    columns = [getattr(options, name) for name in named]
-    rows = open_data_set(
-        source,
-        options.dataset_config_name,
-        flag="--dataset_name" if options.dataset_name is not None else "--train_data_dir",
-        columns=dict(zip((*named, "caption_column"), (*columns, options.caption_column), strict=True)),
-        images=named,
-        streaming=options.streaming,
+    columns = (options.image_column, options.conditioning_image_column)
+    flag = "train_data_dir" if options.dataset_name is None else "dataset_name"
+    rows = _open_data_set(
+        options, flag, images=("image_column", "conditioning_image_column"), streaming=options.streaming
     )
     folder = Path(source) if Path(source).is_dir() else None
     if options.max_train_samples is not None:
@@ -96,8 +81,10 @@ def find_pairs(options: ControlDataOptions, *, seed: int) -> Examples:
         return Example(name, tuple(texts) or ("",), *readers)
 
     if options.streaming:
-        return StreamedExamples(rows, pair, source, seed)
-    return StoredExamples(rows, pair, options.caption_column, lambda row: [cell(row, column) for column in columns])
+        return examples.StreamedExamples(rows, pair, source, seed)
+    return examples.StoredExamples(
+        rows, pair, options.caption_column, lambda row: [cell(row, column) for column in columns]
+    )
 
 
 # Captions beside images -----------------------------------------------------------------------------------------
@@ -109,11 +96,7 @@ def _captions_beside(paths: Sequence[Path]) -> dict[str, str]:
     for path in paths:
         file = path.with_suffix(".txt")
         if file.is_file():
-            try:
-                text = file.read_text("utf-8-sig").strip()
-            except (OSError, UnicodeDecodeError) as error:
-                raise InputError(f"{file}: the caption cannot be read as UTF-8 text ({error})") from error
-            if text:
+            if text := _read_text(file).strip():
                 captions[path.name] = " ".join(text.split())
     return captions
 
@@ -127,11 +110,7 @@ def _captions_in_metadata(folder: Path, column: str | None) -> dict[str, str]:
         return {}
     key = METADATA_CAPTION_KEY if column is None else column
     captions: dict[str, str] = {}
-    try:
-        lines = file.read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read as UTF-8 text ({error})") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_read_text(file).splitlines(), 1):
         if not line.strip():
             continue
         where = f"{file}, line {number}"
@@ -151,66 +130,54 @@ def _captions_in_metadata(folder: Path, column: str | None) -> dict[str, str]:
     return captions
 
 
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read as UTF-8 text ({error})") from error
+
+
 # Data sets ------------------------------------------------------------------------------------------------------
 
 
 def _examples_of_data_set(options: InstanceDataOptions) -> ListedExamples:
-    columns = {"image_column": options.image_column}
-    if options.caption_column is not None:
-        columns["caption_column"] = options.caption_column
-    given = f"--dataset_name {options.dataset_name}"
-    rows = open_data_set(
-        str(options.dataset_name), options.dataset_config_name, columns=columns, images=("image_column",)
-    )
+    rows = _open_data_set(options, "dataset_name", images=("image_column",))
 
-    def read(number: int) -> Image.Image:
-        return _read_cell(rows[number][options.image_column], f"{given}, row {number}")
+    def read(number: int, name: str) -> Image.Image:
+        return _read_cell(rows[number][options.image_column], name)
 
     captions: Sequence[Any] = rows[options.caption_column] if options.caption_column else [None] * len(rows)
-    examples = []
+    listed = []
     for number, caption in enumerate(captions):
-        name = f"{given}, row {number}"
+        name = f"--dataset_name {options.dataset_name}, row {number}"
         texts = _texts(caption, name, str(options.caption_column))
         prompt = (texts[0] if texts else "") or options.instance_prompt
-        examples.append(Example(name, (prompt,), partial(read, number)))
-    return ListedExamples(examples)
+        listed.append(Example(name, (prompt,), partial(read, number, name)))
+    return ListedExamples(listed)
 
 
-def open_data_set(
-    name: str,
-    config_name: str | None,
-    *,
-    columns: Mapping[str, str],
-    images: Sequence[str],
-    flag: str = "--dataset_name",
-    streaming: bool = False,
+def _open_data_set(
+    options: InstanceDataOptions | ControlDataOptions, flag: str, *, images: Sequence[str], streaming: bool = False
 ) -> Any:
-    """The split train of a data set on the Hub or in a folder, its images as they are stored.
+    """The split train of the data set that a flag names, on the Hub or in a folder, its images as they are stored.
 
-    Args:
-        name: as `datasets.load_dataset` takes it.
-        config_name: of its configurations.
-        columns: option that names a column -> the column.
-        images: those of the options whose columns hold images.
-        flag: what the user gave the name with, for the messages.
-        streaming: an iterable that reads the rows as they come.
-
-    Raises:
-        InputError: `datasets` is missing, there is no such data set, or it lacks a column; names those that it has.
+    images: those of the options whose columns hold images.
     """
     if importlib.util.find_spec("datasets") is None:
-        raise InputError(f'{flag}: the package datasets is missing; pip install "ether-diffusion[datasets]"')
+        raise InputError(f'--{flag}: the package datasets is missing; pip install "ether-diffusion[datasets]"')
     import datasets
 
-    given = f"{flag} {name}"
+    name = getattr(options, flag)
+    given = f"--{flag} {name}"
+    columns = {option: getattr(options, option) for option in (*images, "caption_column")}
     try:
-        rows = datasets.load_dataset(name, config_name, split="train", streaming=streaming)
+        rows = datasets.load_dataset(name, options.dataset_config_name, split="train", streaming=streaming)
     except Exception as error:  # whatever its builders, the file system or the Hub raise
         raise InputError(f"{given}: cannot be loaded ({type(error).__name__}: {error})") from error
     if rows.column_names is None:  # a stream of files without a schema
         rows = rows._resolve_features()
     for option, column in columns.items():
-        if column not in rows.column_names:
+        if column is not None and column not in rows.column_names:
             raise InputError(f"--{option} {column}: {given} has the columns {', '.join(rows.column_names)}")
     if not streaming and not len(rows):
         raise InputError(f"{given}: has no rows")

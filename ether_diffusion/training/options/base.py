@@ -26,8 +26,12 @@ NOT_NEGATIVE = Fits("a whole number from 0", lambda value: value >= 0)
 ABOVE_ZERO = Fits("a finite number above 0", lambda value: math.isfinite(value) and value > 0)
 FROM_ZERO = Fits("a finite number from 0", lambda value: math.isfinite(value) and value >= 0)
 BELOW_ONE = Fits("a number from 0 and below 1", lambda value: 0 <= value < 1)
-TEXT = Fits("a text that is not blank", lambda value: bool(value.strip()))
-TEXTS = Fits("one text or more, none blank", lambda values: bool(values) and all(value.strip() for value in values))
+
+_USUAL = {
+    str: Fits("a text that is not blank", lambda value: bool(value.strip())),
+    tuple: Fits("one text or more, none blank", lambda values: bool(values) and all(map(str.strip, values))),
+}
+"""The validators of texts that have no other."""
 
 
 def option(
@@ -37,7 +41,7 @@ def option(
     choices: Sequence[str] | None = None,
     fits: Fits | None = None,
     needs: str | None = None,
-    without: str | None = None,
+    without: str | Sequence[str] = (),
     free: bool = False,
 ) -> Any:
     """A dataclass field that is also a command-line flag. Without a default the flag is required.
@@ -46,10 +50,11 @@ def option(
         help: what the flag does.
         default: its value when it is not given.
         choices, fits: what its value may be.
-        needs: another flag of the group, without which this one has no effect.
-        without: another flag of the group, with which this one has no effect.
+        needs: another flag of the group without which this one has no effect, or "flag value", if it needs that value.
+        without: likewise flags with which this one has no effect.
         free: the adapter does not depend on it, so a run that goes on from a checkpoint may give another value.
     """
+    without = (without,) if isinstance(without, str) else without
     metadata = {"help": help, "choices": choices, "fits": fits, "needs": needs, "without": without, "free": free}
     return field(default=default, metadata=metadata)
 
@@ -65,18 +70,26 @@ class OptionGroup:
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            value, choices, fits = getattr(self, each.name), each.metadata["choices"], each.metadata["fits"]
+            value, metadata = getattr(self, each.name), each.metadata
+            choices, fits = metadata["choices"], metadata["fits"] or _USUAL.get(type(value))
             if value is None:
                 continue
             if choices and value not in choices:
                 raise InputError(f"--{each.name}: got {value!r}, needs one of {', '.join(choices)}")
             if fits and not fits.test(value):
                 raise InputError(f"--{each.name}: got {value!r}, needs {fits.words}")
-            needs, without = each.metadata["needs"], each.metadata["without"]
-            if needs and value != each.default and not getattr(self, needs):
-                raise InputError(f"--{each.name}: has no effect without --{needs}; add it")
-            if without and value != each.default and getattr(self, without) is not None:
-                raise InputError(f"--{each.name}: has no effect with --{without}; drop one")
+            if value == each.default:
+                continue
+            if metadata["needs"] and not self._is_given(metadata["needs"]):
+                raise InputError(f"--{each.name}: has no effect without --{metadata['needs']}; add it")
+            for other in filter(self._is_given, metadata["without"]):
+                raise InputError(f"--{each.name}: has no effect with --{other}; drop one")
+
+    def _is_given(self, condition: str) -> bool:
+        """Whether a flag is given, or has the value that follows it in the condition."""
+        name, _, wanted = condition.partition(" ")
+        value = getattr(self, name)
+        return str(value) == wanted if wanted else value not in (None, False)
 
     def check_one_given(self, first: str, second: str) -> None:
         """Make sure that one of two flags is given, and not both."""

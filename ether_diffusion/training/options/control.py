@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from ether_diffusion.errors import InputError
 from ether_diffusion.images import INTERPOLATIONS
-from ether_diffusion.training.options.base import ABOVE_ZERO, POSITIVE, TEXT, TEXTS, Fits, OptionGroup, option
+from ether_diffusion.training.options.base import ABOVE_ZERO, POSITIVE, Fits, OptionGroup, option
 from ether_diffusion.training.options.method import METHODS, AdapterOptions
 from ether_diffusion.training.options.optimization import OptimizationOptions
 from ether_diffusion.training.options.run import RunOptions, TrainingOptions
@@ -41,13 +41,8 @@ class ControlOptions(OptionGroup):
         "A ControlNet to start from, a folder or an id on the Hub; needs --control_type controlnet. Default: a copy "
         "of the UNet.",
         None,
-        fits=TEXT,
+        needs="control_type controlnet",
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.controlnet_model_name_or_path is not None and self.control_type != "controlnet":
-            raise InputError("--controlnet_model_name_or_path: has no effect without --control_type controlnet")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,23 +53,17 @@ class ControlDataOptions(OptionGroup):
         "Folder with images, control images and a metadata.jsonl: for each image a line with file_name, the "
         "path of its control image and its caption.",
         None,
-        fits=TEXT,
         free=True,
     )
     dataset_name: str | None = option(
         "In place of --train_data_dir: a data set on the Hub or a local folder; its split train is used.",
         None,
-        fits=TEXT,
         free=True,
     )
-    dataset_config_name: str | None = option(
-        "Configuration of the data set.", None, fits=TEXT, needs="dataset_name", free=True
-    )
-    image_column: str = option("Column with the images.", "image", fits=TEXT)
-    conditioning_image_column: str = option("Column with the control images.", "conditioning_image", fits=TEXT)
-    caption_column: str = option(
-        "Column with the captions; of several captions one is drawn for each sample.", "text", fits=TEXT
-    )
+    dataset_config_name: str | None = option("Configuration of the data set.", None, needs="dataset_name", free=True)
+    image_column: str = option("Column with the images.", "image")
+    conditioning_image_column: str = option("Column with the control images.", "conditioning_image")
+    caption_column: str = option("Column with the captions; of several captions one is drawn for each sample.", "text")
     max_train_samples: int | None = option("Use only the first so many rows.", None, fits=POSITIVE)
     proportion_empty_prompts: float = option(
         "Part of the samples that is trained without a prompt, so that control works without one.",
@@ -103,12 +92,6 @@ class ControlAdapterOptions(AdapterOptions):
         without="adapter_config",
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("target_modules", "train_text_encoder"):
-            if self.method == NO_METHOD and getattr(self, name):
-                raise InputError(f"--{name}: has no effect with --method none; drop one")
-
 
 @dataclass(frozen=True, kw_only=True)
 class ControlOptimizationOptions(OptimizationOptions):
@@ -127,9 +110,7 @@ class ControlOptimizationOptions(OptimizationOptions):
 class ControlRunOptions(RunOptions):
     """run"""
 
-    output_dir: str = option(
-        "Folder for what is trained, the model card and the images.", "ether-control", fits=TEXT, free=True
-    )
+    output_dir: str = option("Folder for what is trained, the model card and the images.", "ether-control", free=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +121,6 @@ class ControlValidationOptions(ValidationOptions):
         "Control images to generate from, one for each --validation_prompt (or one for all). Default: the first "
         "of the training data.",
         None,
-        fits=TEXTS,
         free=True,
     )
 
@@ -160,11 +140,11 @@ class ControlValidationOptions(ValidationOptions):
     @property
     def pairs(self) -> list[tuple[str, str]]:
         """(path of the control image, prompt) of each row."""
-        images, prompts = list(self.validation_image or ()), list(self.validation_prompt or ())
+        if self.validation_image is None or self.validation_prompt is None:
+            return []
+        images, prompts = self.validation_image, self.validation_prompt
         count = max(len(images), len(prompts))
-        return list(
-            zip(images * (count // max(len(images), 1)), prompts * (count // max(len(prompts), 1)), strict=True)
-        )
+        return list(zip(images * (count // len(images)), prompts * (count // len(prompts)), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ether_diffusion.errors import InputError
-from ether_diffusion.training.options.base import POSITIVE, TEXT, TEXTS, OptionGroup, option
+from ether_diffusion.training.options.base import POSITIVE, OptionGroup, option
 
 # Chosen on the miniature (docs/training.md); a learning rate given by the user takes their place.
 LEARNING_RATES = {
@@ -38,7 +38,6 @@ class AdapterOptions(OptionGroup):
     adapter_config: str | None = option(
         "In place of --method: a JSON file with a PEFT config, as adapter_config.json in a folder that PEFT saved.",
         None,
-        fits=TEXT,
         free=True,
     )
     num_blocks: int = option(
@@ -58,11 +57,11 @@ class AdapterOptions(OptionGroup):
     target_modules: tuple[str, ...] | None = option(
         "Endings of the names of the denoiser's layers to adapt. Default: the attention projections.",
         None,
-        fits=TEXTS,
+        without=("method full", "method none"),
     )
-    train_text_encoder: bool = option("Adapt the text encoders as well.", False)
+    train_text_encoder: bool = option("Adapt the text encoders as well.", False, without="method none")
     text_encoder_target_modules: tuple[str, ...] | None = option(
-        "As --target_modules, for the text encoders.", None, fits=TEXTS, needs="train_text_encoder"
+        "As --target_modules, for the text encoders.", None, needs="train_text_encoder", without="method full"
     )
 
     def __post_init__(self) -> None:
@@ -75,9 +74,6 @@ class AdapterOptions(OptionGroup):
         if self.rank is not None and method not in RANKED_METHODS:
             known = ", ".join(RANKED_METHODS)
             raise InputError(f"--rank: got {self.rank}, has no effect with --method {method}, only with {known}")
-        for name in ("target_modules", "text_encoder_target_modules"):
-            if method == "full" and getattr(self, name) is not None:
-                raise InputError(f"--{name}: has no effect with --method full, which trains every layer")
 
     @property
     def method_name(self) -> str:

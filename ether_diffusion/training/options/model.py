@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ether_diffusion.training.options.base import TEXT, OptionGroup, option
+from ether_diffusion.training.options.base import OptionGroup, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,7 +12,6 @@ class ModelOptions(OptionGroup):
     pretrained_model_name_or_path: str | None = option(
         "A diffusers pipeline, as a folder or an id on the Hub. Default: the miniature that comes with the package.",
         None,
-        fits=TEXT,
     )
-    revision: str | None = option("Branch, tag or commit of the model on the Hub.", None, fits=TEXT)
-    variant: str | None = option('Variant of the weight files, such as "fp16".', None, fits=TEXT)
+    revision: str | None = option("Branch, tag or commit of the model on the Hub.", None)
+    variant: str | None = option('Variant of the weight files, such as "fp16".', None)

@@ -52,9 +52,7 @@ class OptimizationOptions(OptionGroup):
         fits=ABOVE_ZERO,
     )
     text_encoder_lr: float | None = option(
-        "Learning rate of the text encoders. Default: --learning_rate.",
-        None,
-        fits=ABOVE_ZERO,
+        "Learning rate of the text encoders. Default: --learning_rate.", None, fits=ABOVE_ZERO
     )
     scale_lr: bool = option(
         "Multiply the learning rates by accumulation steps, batch size and number of processes.", False
@@ -65,11 +63,20 @@ class OptimizationOptions(OptionGroup):
         0,
         fits=NOT_NEGATIVE,
     )
-    lr_num_cycles: int = option("Restarts of --lr_scheduler cosine_with_restarts.", 1, fits=POSITIVE)
-    lr_power: float = option("Power of --lr_scheduler polynomial.", 1.0, fits=ABOVE_ZERO)
+    lr_num_cycles: int = option(
+        "Restarts of --lr_scheduler cosine_with_restarts.",
+        1,
+        fits=POSITIVE,
+        needs="lr_scheduler cosine_with_restarts",
+    )
+    lr_power: float = option(
+        "Power of --lr_scheduler polynomial.", 1.0, fits=ABOVE_ZERO, needs="lr_scheduler polynomial"
+    )
     optimizer: str = option("adamw, or prodigy, which finds its step size itself.", "adamw", choices=OPTIMIZERS)
     use_8bit_adam: bool = option(
-        "AdamW with moments in 8 bits (bitsandbytes; tensors below 4,096 values keep 32 bits).", False
+        "AdamW with moments in 8 bits (bitsandbytes; tensors below 4,096 values keep 32 bits).",
+        False,
+        without="optimizer prodigy",
     )
     adam_beta1: float = option("Decay of the first moment.", 0.9, fits=BELOW_ONE)
     adam_beta2: float = option("Decay of the second moment.", 0.999, fits=BELOW_ONE)
@@ -106,11 +113,6 @@ class OptimizationOptions(OptionGroup):
                 f"--lr_warmup_steps: got {self.lr_warmup_steps}, has no effect with --lr_scheduler constant; "
                 "use constant_with_warmup"
             )
-        for name, schedule in (("lr_num_cycles", "cosine_with_restarts"), ("lr_power", "polynomial")):
-            if getattr(self, name) != 1 and self.lr_scheduler != schedule:
-                raise InputError(f"--{name}: has no effect without --lr_scheduler {schedule}")
-        if self.use_8bit_adam and self.optimizer != "adamw":
-            raise InputError(f"--use_8bit_adam: has no effect with --optimizer {self.optimizer}; drop one")
 
     @property
     def steps(self) -> int:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ether_diffusion.errors import InputError
-from ether_diffusion.training.options.base import NOT_NEGATIVE, POSITIVE, TEXT, OptionGroup, option
+from ether_diffusion.training.options.base import NOT_NEGATIVE, POSITIVE, OptionGroup, option
 from ether_diffusion.training.options.data import ViewOptions
 from ether_diffusion.training.options.method import AdapterOptions
 from ether_diffusion.training.options.model import ModelOptions
@@ -33,7 +33,6 @@ class StateOptions(OptionGroup):
         'Go on from a checkpoint: its folder or name, or "latest" for the last whole one in --output_dir (where there '
         "is none, the run starts at the beginning). The result is that of a run that never stopped.",
         None,
-        fits=TEXT,
         free=True,
     )
 
@@ -42,9 +41,7 @@ class StateOptions(OptionGroup):
 class RunOptions(OptionGroup):
     """run"""
 
-    output_dir: str = option(
-        "Folder for the adapter, the model card and the images.", "ether-dreambooth", fits=TEXT, free=True
-    )
+    output_dir: str = option("Folder for the adapter, the model card and the images.", "ether-dreambooth", free=True)
     seed: int = option("Every random number follows from it; two runs with one seed agree.", 0, fits=NOT_NEGATIVE)
     report_to: str = option(
         "Where to log loss, learning rate, options and sample images.",
@@ -52,12 +49,11 @@ class RunOptions(OptionGroup):
         choices=("tensorboard", "wandb", "all", "none"),
         free=True,
     )
-    logging_dir: str = option("Folder of the logs, inside --output_dir unless absolute.", "logs", fits=TEXT, free=True)
+    logging_dir: str = option("Folder of the logs, inside --output_dir unless absolute.", "logs", free=True)
     push_to_hub: bool = option("Upload what the run leaves to the Hub when it is done.", False, free=True)
     hub_model_id: str | None = option(
         "Repository on the Hub. Default: the name of --output_dir, under the user's own name.",
         None,
-        fits=TEXT,
         needs="push_to_hub",
         free=True,
     )

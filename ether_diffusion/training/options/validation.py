@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from ether_diffusion.errors import InputError
-from ether_diffusion.training.options.base import FROM_ZERO, NOT_NEGATIVE, POSITIVE, TEXTS, OptionGroup, option
+from ether_diffusion.training.options.base import FROM_ZERO, NOT_NEGATIVE, POSITIVE, OptionGroup, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,27 +10,22 @@ class ValidationOptions(OptionGroup):
     """sample images"""
 
     validation_prompt: tuple[str, ...] | None = option(
-        "Prompts to generate with base and tuned model. Default: the instance prompt.", None, fits=TEXTS, free=True
+        "Prompts to generate with base and tuned model. Default: the instance prompt.", None, free=True
     )
     num_validation_images: int = option("Images per prompt; 0 generates none.", 4, fits=NOT_NEGATIVE, free=True)
     validation_steps: int | None = option(
         "Generate after every so many optimiser steps. The end of the training is always generated.",
         None,
         fits=POSITIVE,
+        without="num_validation_images 0",
         free=True,
     )
     validation_epochs: int | None = option(
         "Generate after every so many epochs, in place of --validation_steps.",
         None,
         fits=POSITIVE,
-        without="validation_steps",
+        without=("validation_steps", "num_validation_images 0"),
         free=True,
     )
     num_inference_steps: int = option("Denoising steps per image.", 25, fits=POSITIVE, free=True)
     guidance_scale: float = option("Classifier-free guidance of the images.", 7.5, fits=FROM_ZERO, free=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("validation_steps", "validation_epochs"):
-            if getattr(self, name) is not None and not self.num_validation_images:
-                raise InputError(f"--{name}: has no effect with --num_validation_images 0; drop one")
