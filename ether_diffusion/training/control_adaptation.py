@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,13 @@ from torch import nn
 
 from ether_diffusion.control.encoder import ControlEncoder
 from ether_diffusion.errors import InputError
+from ether_diffusion.training import objectives
 from ether_diffusion.training.adaptation import Adaptation, Attached
 from ether_diffusion.training.card import opening
 from ether_diffusion.training.checkpoints import with_fingerprint
 from ether_diffusion.training.families import Blueprint, Family, ModelSource
 from ether_diffusion.training.methods.configs import Method, configs_of
 from ether_diffusion.training.methods.injection import ADAPTER_NAME, Configs, add_adapters, dry_run
-from ether_diffusion.training.objectives import (
-    CONTROLNET,
-    ENCODER,
-    ControlNetObjective,
-    DenoisingObjective,
-    LightControlObjective,
-)
 from ether_diffusion.training.options import CONTROL_LEARNING_RATE, NO_METHOD, ControlTrainingOptions
 
 STEM_AND_ZEROS = ("controlnet_down_blocks", "controlnet_mid_block", "controlnet_cond_embedding")
@@ -56,12 +50,13 @@ class ControlAdaptation(Adaptation[ControlTrainingOptions]):
 
     tags = ("controlnet",)
     control: str
-    objective: type[DenoisingObjective]
+    objective: type[objectives.DenoisingObjective]
 
     def __init__(self, options: ControlTrainingOptions, method: Method, family: type[Family], blueprint: Blueprint):
         self.factor = blueprint.resolution_multiple
         self.interpolation = options.control.conditioning_interpolation
         self.path = options.control.controlnet_model_name_or_path
+        self.given = f"--controlnet_model_name_or_path {self.path}"
         with torch.device("meta"):
             self.planned_encoder = self.make_encoder(blueprint.models["unet"])
         super().__init__(options, method, family, blueprint)
@@ -94,9 +89,9 @@ class ControlAdaptation(Adaptation[ControlTrainingOptions]):
 
     def parameter_groups(self, attached: Attached, options: ControlTrainingOptions) -> list[dict[str, Any]]:
         """The method's parameters as in every run, and what else is trained, with a rate of its own."""
-        optimization, rate = options.optimization, options.control.control_lr
-        if optimization.optimizer == "prodigy":
-            rate = optimization.learning_rate
+        rate = options.control.control_lr
+        if options.optimization.optimizer == "prodigy":
+            rate = options.optimization.learning_rate
         modules = self.modules_trained_as_they_are(attached.models[self.control])
         own = [each for module in modules for each in module.parameters() if each.requires_grad]
         groups = []
@@ -120,11 +115,11 @@ class LightControl(ControlAdaptation):
     """
 
     inputs = "control_image=control"
-    control, objective = ENCODER, LightControlObjective
+    control, objective = objectives.ENCODER, objectives.LightControlObjective
 
     def plan(self, options: ControlTrainingOptions, blueprint: Blueprint) -> tuple[Configs, int]:
         configs, count = super().plan(options, blueprint)
-        return configs, count + count_parameters(self.planned_encoder)
+        return configs, count + self.planned_encoder.num_parameters()
 
     def attach(self, family: Family, options: ControlTrainingOptions) -> Attached:
         # Before there are adapters, which are float32 in every precision; without a dtype, all would become float32.
@@ -164,7 +159,7 @@ class ControlNetAdaptation(ControlAdaptation):
 
     inputs = "image=control"
     can_shard = False
-    control, objective = CONTROLNET, ControlNetObjective
+    control, objective = objectives.CONTROLNET, objectives.ControlNetObjective
 
     def plan(self, options: ControlTrainingOptions, blueprint: Blueprint) -> tuple[Configs, int]:
         configs = configs_of(self.method, self.family_class, options.adapter)
@@ -174,7 +169,8 @@ class ControlNetAdaptation(ControlAdaptation):
         count = dry_run({self.control: controlnet}, configs)
         if configs.get(self.control, "none") is None:  # every weight is trained, these as well
             return configs, count
-        return configs, count + sum(map(count_parameters, self.modules_trained_as_they_are(controlnet)))
+        own = self.modules_trained_as_they_are(controlnet)
+        return configs, count + sum(each.numel() for module in own for each in module.parameters())
 
     @property
     def deep(self) -> Collection[str]:
@@ -214,8 +210,21 @@ class ControlNetAdaptation(ControlAdaptation):
             module.float().requires_grad_(True)
         return Attached(pipe, models)
 
-    def generating(self, attached: Attached, dtype: torch.dtype) -> AbstractContextManager:
-        return computing_in(attached.models[self.control], dtype)
+    @contextmanager
+    def generating(self, attached: Attached, dtype: torch.dtype) -> Iterator[None]:
+        """The ControlNet's calls in this precision, whatever that of its weights; float32 leaves them as they are.
+
+        Of this model alone: the autoencoder of SDXL, for one, overflows in float16.
+        """
+        controlnet = attached.models[self.control]
+        if dtype == torch.float32:
+            yield
+            return
+        controlnet.forward = torch.autocast(controlnet.device.type, dtype)(controlnet.forward)
+        try:
+            yield
+        finally:
+            del controlnet.forward
 
     def save(self, attached: Attached, family: Family, folder: Path, metadata: Mapping[str, str]) -> Path:
         """The merged ControlNet as a folder, and with ETHER or no method one file besides."""
@@ -227,14 +236,13 @@ class ControlNetAdaptation(ControlAdaptation):
 
     def loading_code(self, attached: Attached, source: ModelSource) -> str:
         stock = ", at the size of the result: stock pipelines smooth what they resize (Lanczos)"
-        return "\n".join(
-            [
-                *showing(stock if self.interpolation == "nearest" else ""),
-                "from diffusers import ControlNetModel",
-                f'controlnet = ControlNetModel.from_pretrained({{where}}, subfolder="{self.control}")',
-                opening(source, type(attached.pipe), "controlnet=controlnet"),
-            ]
-        )
+        lines = [
+            *showing(stock if self.interpolation == "nearest" else ""),
+            "from diffusers import ControlNetModel",
+            f'controlnet = ControlNetModel.from_pretrained({{where}}, subfolder="{self.control}")',
+            opening(source, type(attached.pipe), "controlnet=controlnet"),
+        ]
+        return "\n".join(lines)
 
     def _copy_of(self, unet: nn.Module, **options: bool) -> ControlNetModel:
         """A ControlNet that begins as this UNet."""
@@ -250,18 +258,13 @@ class ControlNetAdaptation(ControlAdaptation):
         with self._reading():
             controlnet = ControlNetModel.from_config(ControlNetModel.load_config(self.path))
         for name in FITTING:
-            if controlnet.config[name] != fits.config[name]:
-                raise InputError(
-                    f"--controlnet_model_name_or_path {self.path}: has {name} {controlnet.config[name]}, needs that "
-                    f"of the UNet, {fits.config[name]}"
-                )
+            given, needed = controlnet.config[name], fits.config[name]
+            if given != needed:
+                raise InputError(f"{self.given}: has {name} {given}, needs that of the UNet, {needed}")
         stems = (each.config.conditioning_embedding_out_channels for each in (controlnet, fits))
         factor, needed = (2 ** (len(widths) - 1) for widths in stems)
         if factor != needed:
-            raise InputError(
-                f"--controlnet_model_name_or_path {self.path}: makes a side {factor} times smaller, and the "
-                f"autoencoder {needed} times"
-            )
+            raise InputError(f"{self.given}: makes a side {factor} times smaller, and the autoencoder {needed} times")
         return controlnet
 
     def _load_controlnet(self, unet: nn.Module) -> ControlNetModel:
@@ -275,9 +278,7 @@ class ControlNetAdaptation(ControlAdaptation):
         try:
             yield
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"--controlnet_model_name_or_path {self.path}: cannot be read as a ControlNet: {error}"
-            ) from error
+            raise InputError(f"{self.given}: cannot be read as a ControlNet: {error}") from error
 
 
 def showing(note: str) -> list[str]:
@@ -288,33 +289,12 @@ def showing(note: str) -> list[str]:
     ]
 
 
-def count_parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 @contextmanager
 def drawing_from(seed: int) -> Iterator[None]:
     """Global random numbers from this seed, for what is made on the CPU; afterwards they go on as they were."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
-
-
-@contextmanager
-def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """The model's calls in this precision, whatever that of its weights; float32 leaves them as they are.
-
-    Of this model alone: the autoencoder of SDXL, for one, overflows in float16.
-    """
-    if dtype == torch.float32:
-        yield
-        return
-    device = next(model.parameters()).device
-    model.forward = torch.autocast(device.type, dtype)(model.forward)
-    try:
-        yield
-    finally:
-        del model.forward
 
 
 def merged(controlnet: ControlNetModel) -> ControlNetModel:

@@ -55,7 +55,7 @@ def run(options: Options, command: str) -> TrainingResult:
     seed, what = options.run.seed, examples.describe()
     drawn_from = {seed: images}
     if prior.with_prior_preservation:
-        class_images = generated_class_images(planned)
+        class_images = generated_class_images(planned, prior)
         checked.checkpoints.bind("class_data_dir", class_images.fingerprint)
         # A seed of its own: a class image beside one of the subject gets another timestep and other noise.
         drawn_from[derive(seed, "class pictures")] = class_images
@@ -75,9 +75,8 @@ def run(options: Options, command: str) -> TrainingResult:
     return result
 
 
-def generated_class_images(planned: TrainingRun[Options]) -> TrainingImages:
+def generated_class_images(planned: TrainingRun, prior: PriorOptions) -> TrainingImages:
     """The images of the class, when those that are missing have been generated."""
-    prior = planned.options.prior
     paths = generate_class_images(
         planned.source,
         planned.family_class,

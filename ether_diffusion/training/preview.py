@@ -17,32 +17,6 @@ from ether_diffusion.training.options import ValidationOptions
 from ether_diffusion.training.trackers import log_images
 
 
-@torch.no_grad()
-def generate(
-    pipe: DiffusionPipeline, prompt: str, options: ValidationOptions, seed: int, **inputs: Any
-) -> list[Image.Image]:
-    """`num_validation_images` images of a prompt, from the seeds `seed`, `seed + 1`, …
-
-    inputs: more that the pipeline is called with.
-    """
-    quiet = dict(getattr(pipe, "_progress_bar_config", {}))
-    pipe.set_progress_bar_config(disable=True)
-    try:
-        # One at a time: large images side by side need more memory than the training did.
-        return [
-            pipe(
-                prompt,
-                num_inference_steps=options.num_inference_steps,
-                guidance_scale=options.guidance_scale,
-                generator=torch.Generator().manual_seed(seed + k),
-                **inputs,
-            ).images[0]
-            for k in range(options.num_validation_images)
-        ]
-    finally:
-        pipe.set_progress_bar_config(**{"disable": False, **quiet})
-
-
 class Preview:
     """Images of base and tuned model from the same seeds: for every prompt a row of the one above one of the other.
 
@@ -52,7 +26,7 @@ class Preview:
         family: the pipeline's family.
         prompts: one pair of rows each.
         options: images per prompt, steps, guidance.
-        seed: of the first image of each row.
+        seed: of the first image of each row; the next has the next seed.
         controls: control image of each prompt, which gets a row of its own; without them, control is not trained.
     """
 
@@ -78,10 +52,8 @@ class Preview:
         for k, prompt in enumerate(self.prompts):
             if self.controls is not None:
                 rows.append(("control", [self.controls[k]]))
-            rows += [
-                (f"base: {prompt}", self.base[k]),
-                (f"{'tuned' if self.controls is None else 'controlled'}: {prompt}", tuned[k]),
-            ]
+            name = "tuned" if self.controls is None else "controlled"
+            rows += [(f"base: {prompt}", self.base[k]), (f"{name}: {prompt}", tuned[k])]
         return image_grid(rows)
 
     def report(self, accelerator: Accelerator, path: Path, step: int, pipe: DiffusionPipeline | None = None) -> None:
@@ -92,22 +64,33 @@ class Preview:
             grid.save(path)
             log_images(accelerator, "validation", [grid], step)
 
+    @torch.no_grad()
     def _generate(self, pipe: DiffusionPipeline) -> list[list[Image.Image]]:
         """The images of every prompt, by the model as it is."""
-        with self.family.on_device(*self.family.modules()):
-            return [
-                generate(pipe, prompt, self.options, self.seed, **self._inputs(pipe, k))
-                for k, prompt in enumerate(self.prompts)
-            ]
+        quiet = dict(getattr(pipe, "_progress_bar_config", {}))
+        pipe.set_progress_bar_config(disable=True)
+        numbers = range(self.options.num_validation_images)
+        try:
+            # One at a time: large images side by side need more memory than the training did.
+            with self.family.on_device(*self.family.modules()):
+                return [[self._image(pipe, row, number) for number in numbers] for row in range(len(self.prompts))]
+        finally:
+            pipe.set_progress_bar_config(**{"disable": False, **quiet})
 
-    def _inputs(self, pipe: DiffusionPipeline, row: int) -> dict[str, Any]:
-        if self.controls is None:
-            return {}
-        control = self.controls[row]
-        size = {"width": control.width, "height": control.height}
-        if pipe is self.family.pipe:  # the base, which takes no control image
-            return size
-        return {**size, "image" if hasattr(pipe, "controlnet") else "control_image": control}
+    def _image(self, pipe: DiffusionPipeline, row: int, number: int) -> Image.Image:
+        inputs: dict[str, Any] = {}
+        if self.controls is not None:
+            control = self.controls[row]
+            inputs = {"width": control.width, "height": control.height}
+            if pipe is not self.family.pipe:  # the base takes no control image
+                inputs["image" if hasattr(pipe, "controlnet") else "control_image"] = control
+        return pipe(
+            self.prompts[row],
+            num_inference_steps=self.options.num_inference_steps,
+            guidance_scale=self.options.guidance_scale,
+            generator=torch.Generator().manual_seed(self.seed + number),
+            **inputs,
+        ).images[0]
 
 
 def is_due(options: ValidationOptions, *, epoch_samples: int, step_samples: int, steps: int) -> Callable[[int], bool]:

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from PIL import Image
@@ -37,8 +37,6 @@ from ether_diffusion.training.preview import Preview, is_due
 
 VALIDATION_FOLDER = "validation"
 
-Options = TypeVar("Options", bound=TrainingOptions)
-
 
 def check_output_dir(folder: str | Path) -> Path:
     """Make sure that the output folder can be written to, or made; nothing is left behind.
@@ -54,7 +52,7 @@ def check_output_dir(folder: str | Path) -> Path:
         raise InputError(f"--output_dir {folder}: cannot be written to ({error})") from error
 
 
-class TrainingRun(Generic[Options]):
+class TrainingRun:
     """A run as the options plan it.
 
     Args:
@@ -75,7 +73,7 @@ class TrainingRun(Generic[Options]):
         InputError: what the user gave cannot be used. No weights were read and nothing was written.
     """
 
-    def __init__(self, options: Options, command: str, adaptation: type[Adaptation[Options]] = Adaptation):
+    def __init__(self, options: TrainingOptions, command: str, adaptation: type[Adaptation] = Adaptation):
         self.options, self.command = options, command
         check_optimizer(options.optimization)
         self.method = read_method(options.adapter)
@@ -116,9 +114,7 @@ class TrainingRun(Generic[Options]):
             "seed": self.options.run.seed,
         }
 
-    def check(
-        self, *, epoch_samples: int, depends_on: Mapping[str, str], later: Sequence[str] = ()
-    ) -> CheckedRun[Options]:
+    def check(self, *, epoch_samples: int, depends_on: Mapping[str, str], later: Sequence[str] = ()) -> CheckedRun:
         """Check the rest of what can fail, which needs to know the data.
 
         Args:
@@ -145,7 +141,7 @@ class TrainingRun(Generic[Options]):
 
 
 @dataclass(frozen=True)
-class CheckedRun(Generic[Options]):
+class CheckedRun:
     """A run in which nothing that the user gave can fail any more.
 
     options: with definite steps and learning rates.
@@ -154,13 +150,13 @@ class CheckedRun(Generic[Options]):
     hub_id: the repository that the result goes to; None without one.
     """
 
-    run: TrainingRun[Options]
-    options: Options
+    run: TrainingRun
+    options: TrainingOptions
     epoch_samples: int
     checkpoints: Checkpoints
     hub_id: str | None
 
-    def load(self, prompts: Sequence[str], controls: Sequence[Image.Image] | None = None) -> LoadedRun[Options]:
+    def load(self, prompts: Sequence[str], controls: Sequence[Image.Image] | None = None) -> LoadedRun:
         """Load the model, generate what it makes of these prompts, and attach what is trained.
 
         controls: control image of each prompt, where control is trained.
@@ -187,7 +183,7 @@ class CheckedRun(Generic[Options]):
 
 
 @dataclass(frozen=True)
-class LoadedRun(Generic[Options]):
+class LoadedRun:
     """A run with its model in memory.
 
     family: the base model.
@@ -195,13 +191,13 @@ class LoadedRun(Generic[Options]):
     preview: makes sample images; None where this process makes none.
     """
 
-    checked: CheckedRun[Options]
+    checked: CheckedRun
     family: Family
     attached: Attached
     preview: Preview | None
 
     @property
-    def run(self) -> TrainingRun[Options]:
+    def run(self) -> TrainingRun:
         return self.checked.run
 
     def parameter_groups(self) -> list[dict[str, Any]]:

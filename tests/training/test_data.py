@@ -235,8 +235,8 @@ def test_every_image_goes_to_the_bucket_of_its_shape(tmp_path):
 
 
 def test_of_two_buckets_of_one_shape_the_nearer_size_is_taken():
-    assert nearest_target((60, 30), [(8, 16), (16, 32), (64, 128)]) == 1
-    assert nearest_target((30, 60), [(16, 16), (16, 32), (32, 16)]) == 2
+    assert nearest_target((60, 30), [(8, 16), (16, 32), (64, 128)]) == (16, 32)
+    assert nearest_target((30, 60), [(16, 16), (16, 32), (32, 16)]) == (32, 16)
 
 
 @pytest.mark.parametrize("group", [1, 2, 3])

@@ -115,7 +115,7 @@ class TrainingImages:
 
     def target(self, image: int) -> Target:
         """(height, width) of the views of an image."""
-        return self.targets[views.nearest_target(self._size(image), self.targets)]
+        return views.nearest_target(self._size(image), self.targets)
 
     def _size(self, image: int) -> Size:
         sizes = self.examples.sizes
@@ -131,7 +131,7 @@ class TrainingImages:
         """Image and control image, reduced for training to one size, and the size that the image had."""
         example = self._example(number)
         image, control = example.read(), None
-        shrunk = views.shrink(image, self.targets[views.nearest_target(image.size, self.targets)])
+        shrunk = views.shrink(image, views.nearest_target(image.size, self.targets))
         if example.read_control is not None:
             control = example.read_control()
             # One pixel of difference in the longer side comes from rounding alone.

@@ -44,20 +44,20 @@ class Framing:
     target_size: tuple[int, int]
 
 
-def nearest_target(size: Size, targets: Sequence[Target]) -> int:
-    """The number of the target whose aspect ratio is nearest to the image's; of equals, the one nearest in area.
+def nearest_target(size: Size, targets: Sequence[Target]) -> Target:
+    """The target whose aspect ratio is nearest to the image's; of equals, the one nearest in area.
 
     Ratios are compared as ratios: 1:2 is as far from 1:1 as 2:1 is.
     """
     width, height = size
 
-    def distance(number: int) -> tuple[float, float]:
-        rows, columns = targets[number]
+    def distance(target: Target) -> tuple[float, float]:
+        rows, columns = target
         ratio = width * rows / (height * columns)
         area = width * height / (rows * columns)
         return round(max(ratio, 1 / ratio), 6), max(area, 1 / area)
 
-    return min(range(len(targets)), key=distance)
+    return min(targets, key=distance)
 
 
 def shrunk_size(size: Size, target: Target) -> Size:

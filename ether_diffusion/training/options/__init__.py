@@ -2,7 +2,7 @@
 
 # ruff: noqa: F401 (what other modules import from here)
 
-from ether_diffusion.training.options.base import Fits, OptionGroup, binding, flatten, groups_of, option
+from ether_diffusion.training.options.base import OptionGroup, binding, flatten, groups_of, option
 from ether_diffusion.training.options.command_line import OptionParser, parse_options
 from ether_diffusion.training.options.control import (
     CONTROL_LEARNING_RATE,
@@ -13,16 +13,15 @@ from ether_diffusion.training.options.control import (
     ControlValidationOptions,
 )
 from ether_diffusion.training.options.data import InstanceDataOptions, PriorOptions, ViewOptions, parse_buckets
-from ether_diffusion.training.options.method import (
+from ether_diffusion.training.options.model import (
     DEFAULT_METHOD,
     ETHER_METHODS,
     LEARNING_RATES,
     METHODS,
     RANKED_METHODS,
     AdapterOptions,
+    ModelOptions,
 )
-from ether_diffusion.training.options.model import ModelOptions
 from ether_diffusion.training.options.optimization import DEFAULT_STEPS, PRODIGY_LEARNING_RATE, OptimizationOptions
 from ether_diffusion.training.options.performance import PerformanceOptions
-from ether_diffusion.training.options.run import RunOptions, StateOptions, TrainingOptions
-from ether_diffusion.training.options.validation import ValidationOptions
+from ether_diffusion.training.options.run import RunOptions, StateOptions, TrainingOptions, ValidationOptions

@@ -6,10 +6,9 @@ from typing import ClassVar
 from ether_diffusion.errors import InputError
 from ether_diffusion.images import INTERPOLATIONS
 from ether_diffusion.training.options.base import ABOVE_ZERO, POSITIVE, Fits, OptionGroup, option
-from ether_diffusion.training.options.method import METHODS, AdapterOptions
+from ether_diffusion.training.options.model import METHODS, AdapterOptions
 from ether_diffusion.training.options.optimization import OptimizationOptions
-from ether_diffusion.training.options.run import RunOptions, TrainingOptions
-from ether_diffusion.training.options.validation import ValidationOptions
+from ether_diffusion.training.options.run import RunOptions, TrainingOptions, ValidationOptions
 
 CONTROL_TYPES = ("light", "controlnet")
 NO_METHOD = "none"

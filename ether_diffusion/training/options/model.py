@@ -1,8 +1,26 @@
-"""Which base model is trained."""
+"""Which base model is trained, and how it is adapted."""
 
 from dataclasses import dataclass
 
-from ether_diffusion.training.options.base import OptionGroup, option
+from ether_diffusion.errors import InputError
+from ether_diffusion.training.options.base import POSITIVE, OptionGroup, option
+
+# Chosen on the miniature (docs/training.md); a learning rate given by the user takes their place.
+LEARNING_RATES = {
+    "ether": 2e-3,
+    "ether_plus": 1e-3,
+    "lora": 3e-4,
+    "oft": 3e-4,
+    "boft": 1e-3,
+    "hra": 3e-3,
+    "vera": 3e-3,
+    "full": 1e-5,
+}
+METHODS = tuple(LEARNING_RATES)
+DEFAULT_METHOD = "ether_plus"
+ETHER_METHODS = ("ether", "ether_plus")
+RANKED_METHODS = {"lora": 4, "hra": 2, "vera": 256}
+"""Methods with a rank, and the rank they have unless another is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,3 +33,61 @@ class ModelOptions(OptionGroup):
     )
     revision: str | None = option("Branch, tag or commit of the model on the Hub.", None)
     variant: str | None = option('Variant of the weight files, such as "fp16".', None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterOptions(OptionGroup):
+    """method"""
+
+    method: str | None = option(
+        "ether: one reflection per layer. ether_plus: starts at the base model, moves both sides, four times as many "
+        "parameters. lora, oft, boft, hra, vera: PEFT's. full: all weights of the denoiser, saved as a pipeline. "
+        f"Default: {DEFAULT_METHOD}.",
+        None,
+        choices=METHODS,
+        without="adapter_config",
+    )
+    adapter_config: str | None = option(
+        "In place of --method: a JSON file with a PEFT config, as adapter_config.json in a folder that PEFT saved.",
+        None,
+        free=True,
+    )
+    num_blocks: int = option(
+        "Blocks per layer of ether and ether_plus; must divide the width of every adapted layer.",
+        1,
+        fits=POSITIVE,
+        without="adapter_config",
+    )
+    rank: int | None = option(
+        "Rank of the methods that have one. Default: "
+        + ", ".join(f"{method} {rank}" for method, rank in RANKED_METHODS.items())
+        + ".",
+        None,
+        fits=POSITIVE,
+        without="adapter_config",
+    )
+    target_modules: tuple[str, ...] | None = option(
+        "Endings of the names of the denoiser's layers to adapt. Default: the attention projections.",
+        None,
+        without=("method full", "method none"),
+    )
+    train_text_encoder: bool = option("Adapt the text encoders as well.", False, without="method none")
+    text_encoder_target_modules: tuple[str, ...] | None = option(
+        "As --target_modules, for the text encoders.", None, needs="train_text_encoder", without="method full"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.adapter_config is not None:
+            return
+        method = self.method_name
+        if self.num_blocks != 1 and method not in ETHER_METHODS:
+            raise InputError(f"--num_blocks: got {self.num_blocks}, has no effect with --method {method}")
+        if self.rank is not None and method not in RANKED_METHODS:
+            known = ", ".join(RANKED_METHODS)
+            raise InputError(f"--rank: got {self.rank}, has no effect with --method {method}, only with {known}")
+
+    @property
+    def method_name(self) -> str:
+        """The method asked for, else the default; without meaning beside an adapter config."""
+        return DEFAULT_METHOD if self.method is None else self.method

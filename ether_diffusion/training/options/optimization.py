@@ -15,7 +15,7 @@ from ether_diffusion.training.options.base import (
     OptionGroup,
     option,
 )
-from ether_diffusion.training.options.method import LEARNING_RATES
+from ether_diffusion.training.options.model import LEARNING_RATES
 
 DEFAULT_STEPS = 200
 PRODIGY_LEARNING_RATE = 1.0
