@@ -44,10 +44,8 @@ def run_script(
 
     Args:
         run: called with the options and the command as it was typed.
-        options: a dataclass of option groups.
-        script: the script's file.
-        description: what `--help` says first.
-        arguments: the words after the script's name; `sys.argv[1:]` if None.
+        script: as for `launch_command`.
+        options, description, arguments: as for `parse_options`.
 
     Raises:
         SystemExit: with `WRONG_INPUT`, `FAILED`, or 128 + the number of the signal that stopped the run.

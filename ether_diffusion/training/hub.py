@@ -86,23 +86,15 @@ def log_patterns(run: RunOptions) -> tuple[str, ...]:
 def upload(folder: Path, repo_id: str, *, ignore: Sequence[str] = ()) -> str:
     """Upload a run's folder, but for checkpoints and hidden files, and return the address of the repository.
 
-    Args:
-        folder: the output folder.
-        repo_id: from `check_hub`.
-        ignore: more to leave out, as patterns of paths inside the folder.
+    ignore: more to leave out, as patterns of paths inside the folder.
 
     Raises:
         OSError: the upload failed; says how to repeat it.
     """
-    api = HfApi()
-    patterns = [*NOT_UPLOADED, *ignore]
+    api, patterns = HfApi(), [*NOT_UPLOADED, *ignore]
+    message = "Upload the result of the training"
     try:
-        api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            commit_message="Upload the result of the training",
-            ignore_patterns=list(patterns),
-        )
+        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, ignore_patterns=list(patterns))
     except (HTTPError, OSError, ValueError) as error:
         excluded = [word for pattern in patterns for word in ("--exclude", pattern)]
         command = shlex.join(["hf", "upload", repo_id, str(folder), ".", *excluded])

@@ -58,12 +58,11 @@ class TrainingRun:
     Args:
         options: of the script.
         command: as it was typed.
-        adaptation: what is trained.
+        adaptation: what is trained; the attribute of this name was tried on the base model without weights.
 
     Attributes:
         method: that the options name.
         source, family_class: the base model.
-        adaptation: what is trained, tried on the base model without weights.
         targets: (height, width) that training images can have.
         output_dir: where everything goes; not made yet.
         accelerator: devices and processes.

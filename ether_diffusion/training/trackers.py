@@ -23,8 +23,7 @@ TRACKERS = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available
 def tracker_names(report_to: str) -> list[str]:
     """The trackers that `--report_to` stands for, as `Accelerator(log_with=… or None)` takes them.
 
-    Args:
-        report_to: one of `TRACKERS`, "all" for those that are installed, or "none".
+    report_to: one of `TRACKERS`, "all" for those that are installed, or "none".
     """
     if report_to == "all":
         return [name for name, is_installed in TRACKERS.items() if is_installed()]
