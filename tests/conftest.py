@@ -12,7 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from helpers.lora import ATTENTION, CLIP, save_adapter
 from helpers.pipelines import adapt
-from helpers.scripts import reset_accelerate
+from helpers.scripts import in_process, reset_accelerate
 from helpers.tiny import make_pipeline, make_tokenizer
 from transformers import CLIPTokenizer
 
@@ -87,19 +87,7 @@ def train(photographs, tiny_pipeline_folder, tmp_path):
         "--num_validation_images": 0,
         "--learning_rate": 0.05,
     }
-    instead = {"--dataset_name": "--instance_data_dir", "--num_train_epochs": "--max_train_steps"}
-
-    def call(*flags: object, output: str = "out"):
-        reset_accelerate()
-        flags = tuple(map(str, flags))
-        given = {*flags, *(replaced for flag, replaced in instead.items() if flag in flags)}
-        words = [str(word) for flag, value in usual.items() if flag not in given for word in (flag, value)]
-        folder = tmp_path / output
-        if "--output_dir" not in flags:
-            words += ["--output_dir", str(folder)]
-        return dreambooth.main([*words, *flags]), folder
-
     precision = torch.backends.cuda.matmul.fp32_precision
-    yield call
+    yield in_process(dreambooth.main, usual, tmp_path)
     torch.backends.cuda.matmul.fp32_precision = precision
     reset_accelerate()

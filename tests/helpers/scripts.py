@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
@@ -44,6 +45,56 @@ def launch(script: Path | str, *flags: object, processes: int = 1, **environment
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), *command[3:]]
     variables = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(command, capture_output=True, text=True, env=variables)
+
+
+REPLACED = {
+    "--dataset_name": ("--instance_data_dir", "--train_data_dir"),
+    "--num_train_epochs": ("--max_train_steps",),
+    "none": ("--learning_rate",),  # of --method
+}
+
+
+def in_process(main: Callable, usual: dict[str, object], folder: Path) -> Callable:
+    """A script's own main, in this process: call(*flags, output=…) -> (result, output folder).
+
+    usual: flags that are given where the call gives none, nor one that stands in their place.
+    """
+
+    def call(*flags: object, output: str = "out"):
+        reset_accelerate()
+        flags = tuple(map(str, flags))
+        given = {*flags, *(flag for word in flags for flag in REPLACED.get(word, ()))}
+        more = {"--output_dir": folder / output, **usual}
+        words = [str(word) for flag, value in more.items() if flag not in given for word in (flag, value)]
+        return main([*words, *flags]), folder / output
+
+    return call
+
+
+def refusal(capsys, call: Callable, *flags: object) -> str:
+    """What a script says of flags that it refuses: one line, and exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        call(*flags)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and line.startswith("error: "), line
+    return line
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All that a run left in safetensors files, but for its checkpoints."""
+    return {
+        f"{path.relative_to(folder)} {name}": tensor
+        for path in sorted(folder.rglob("*.safetensors"))
+        if "checkpoint-" not in str(path)
+        for name, tensor in load_file(path).items()
+    }
+
+
+def same(one: Path, two: Path) -> bool:
+    """Whether two runs left the same, bit for bit."""
+    first, second = tensors(one), tensors(two)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def vectors(folder: Path) -> torch.Tensor:

@@ -1,7 +1,13 @@
 """What holds for every test of training."""
 
+from pathlib import Path
+
+import datasets
 import pytest
+import torch
+from diffusers import StableDiffusionPipeline
 from helpers.scripts import reset_accelerate
+from helpers.zoo import sdxl
 
 
 @pytest.fixture(autouse=True)
@@ -10,3 +16,21 @@ def fresh_accelerate():
     reset_accelerate()
     yield
     reset_accelerate()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    datasets.disable_progress_bars()  # which would stand between the lines that tests read
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory, tiny_pipeline_folder) -> dict[str, Path]:
+    """A pipeline of each kind."""
+    folder = tmp_path_factory.mktemp("bases")
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline_folder)
+    torch.manual_seed(0)
+    sdxl(pipe).save_pretrained(folder / "sdxl")
+    pipe.scheduler.register_to_config(prediction_type="v_prediction")
+    pipe.save_pretrained(folder / "sd-v")
+    return {"sd": tiny_pipeline_folder, "sdxl": folder / "sdxl", "sd v": folder / "sd-v"}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from diffusers import DiffusionPipeline
+from helpers.scripts import refusal
 from PIL import Image
 
 from ether_diffusion.training import dreambooth
@@ -79,6 +80,7 @@ CASES = [
     ("--instance_data_dir {note}", "is a file, not a folder"),
     ("--instance_data_dir {empty}", "holds 0 files but no image"),
     ("--instance_data_dir {damaged}", "torn.png: the image is truncated or damaged"),
+    ("--instance_data_dir {texts}", "text.png: is not an image"),
     ("--caption_column words", "--caption_column words: there is no metadata.jsonl in"),
     ("--dataset_name {new}", "new: cannot be loaded"),
     ("--pretrained_model_name_or_path {new}", "new: there is no such folder"),
@@ -118,12 +120,14 @@ CASES = [
 @pytest.fixture
 def places(tmp_path, photographs) -> dict[str, Path]:
     """What the flags speak of, by name."""
-    places = {name: tmp_path / name for name in ("new", "empty", "damaged")}
-    places["empty"].mkdir()
-    places["damaged"].mkdir()
-    Image.effect_noise((64, 64), 90).convert("RGB").save(places["damaged"] / "torn.png")
-    content = (places["damaged"] / "torn.png").read_bytes()
-    (places["damaged"] / "torn.png").write_bytes(content[: len(content) // 2])
+    places = {name: tmp_path / name for name in ("empty", "damaged", "texts")}
+    for folder in places.values():
+        folder.mkdir()
+    torn = places["damaged"] / "torn.png"
+    Image.effect_noise((64, 64), 90).convert("RGB").save(torn)
+    torn.write_bytes(torn.read_bytes()[: torn.stat().st_size // 2])
+    (places["texts"] / "text.png").write_bytes(b"hello")
+    places["new"] = tmp_path / "new"
     places["note"] = tmp_path / "note.txt"
     places["note"].write_text("a note")
     for kind, config in {"lora": {"r": 2}, "ia3": {"feedforward_modules": []}, "prefix": {}}.items():
@@ -145,19 +149,13 @@ def test_a_wrong_flag_is_one_clear_error_and_nothing_is_loaded_or_written(
     monkeypatch.delenv("HF_TOKEN", raising=False)
     there = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     words = [word.strip("'").format(**places) for word in flags.split()]
-    with pytest.raises(SystemExit) as stop:
-        train(*words)
-    error = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2
-    assert len(error) == 1 and error[0].startswith("error: "), error
-    assert re.search(message, error[0]), error
+    error = refusal(capsys, train, *words)
+    assert re.search(message, error), error
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == there
 
 
 def test_a_method_without_a_default_learning_rate_needs_one(places, photographs, tiny_pipeline_folder, capsys):
     flags = ["--pretrained_model_name_or_path", tiny_pipeline_folder, "--instance_data_dir", photographs]
     flags += ["--instance_prompt", "sks toy", "--adapter_config", places["ia3"]]
-    with pytest.raises(SystemExit) as stop:
-        dreambooth.main([*map(str, flags)])
-    assert stop.value.code == 2
-    assert "--learning_rate: is missing; there is no default for IA3" in capsys.readouterr().err
+    error = refusal(capsys, dreambooth.main, [*map(str, flags)])
+    assert "--learning_rate: is missing; there is no default for IA3" in error

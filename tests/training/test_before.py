@@ -3,7 +3,6 @@
 import shutil
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
@@ -33,7 +32,6 @@ RUNS = {
 @pytest.fixture
 def before(tmp_path, monkeypatch) -> Path:
     """A copy of what was written, as the working directory: the options in a checkpoint hold relative paths."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(shutil.copytree(BEFORE, tmp_path / "before"))
     return tmp_path / "before"
 

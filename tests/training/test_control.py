@@ -19,8 +19,7 @@ from diffusers import (
     StableDiffusionXLControlNetPipeline,
 )
 from helpers.control_data import label_map, write
-from helpers.scripts import CONTROLNET, launch, reset_accelerate
-from helpers.zoo import sdxl
+from helpers.scripts import CONTROLNET, in_process, launch, refusal, same, tensors
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -41,40 +40,12 @@ def pairs(tmp_path_factory) -> Path:
     return write(tmp_path_factory.mktemp("pairs") / "data")
 
 
-@pytest.fixture(scope="session")
-def bases(tmp_path_factory, tiny_pipeline_folder) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("bases") / "xl"
-    torch.manual_seed(0)
-    sdxl(DiffusionPipeline.from_pretrained(tiny_pipeline_folder)).save_pretrained(folder)
-    return {"sd": tiny_pipeline_folder, "sdxl": folder}
-
-
 @pytest.fixture
-def train(pairs, bases, tmp_path, monkeypatch):
+def train(pairs, bases, tmp_path):
     """The script's own main, in this process: train(*flags, base=…, output=…) -> (result, output folder)."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-    def call(*flags: object, base: str = "sd", output: str = "out"):
-        reset_accelerate()
-        usual = {
-            "--pretrained_model_name_or_path": bases[base],
-            "--train_data_dir": pairs,
-            "--output_dir": tmp_path / output,
-            "--max_train_steps": 3,
-            "--num_validation_images": 0,
-            "--learning_rate": 0.05,
-            "--control_lr": 0.05,
-        }
-        flags = tuple(map(str, flags))
-        if "none" in flags:
-            del usual["--learning_rate"]  # of the method
-        instead = {"--dataset_name": "--train_data_dir", "--num_train_epochs": "--max_train_steps"}
-        given = {*flags, *(replaced for flag, replaced in instead.items() if flag in flags)}
-        words = [str(word) for flag, value in usual.items() if flag not in given for word in (flag, value)]
-        return control.main([*words, *flags]), tmp_path / output
-
-    yield call
-    reset_accelerate()
+    usual = {"--train_data_dir": pairs, "--max_train_steps": 3, "--num_validation_images": 0}
+    call = in_process(control.main, {**usual, "--learning_rate": 0.05, "--control_lr": 0.05}, tmp_path)
+    return lambda *flags, base="sd", **more: call("--pretrained_model_name_or_path", bases[base], *flags, **more)
 
 
 @pytest.fixture
@@ -97,20 +68,6 @@ def generate(pipe, control: Image.Image | None = None, **options) -> np.ndarray:
     generator = torch.Generator().manual_seed(0)
     size = {"height": 16, "width": 16}
     return pipe("a dog", num_inference_steps=3, generator=generator, output_type="np", **size, **options).images[0]
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {
-        f"{path.relative_to(folder)} {name}": tensor
-        for path in sorted(folder.rglob("*.safetensors"))
-        if "checkpoint-" not in str(path)
-        for name, tensor in load_file(path).items()
-    }
-
-
-def same(one: Path, two: Path) -> bool:
-    first, second = tensors(one), tensors(two)
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_the_command_of_the_readme_trains_saves_generates_and_describes(pairs, bases, tmp_path):
@@ -466,10 +423,8 @@ def test_a_wrong_flag_is_one_clear_error_and_nothing_is_loaded_or_written(
 ):
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", None)
     places = {"new": tmp_path / "new", "pairs": pairs, "map": pairs / "maps" / "0.png"}
-    with pytest.raises(SystemExit) as stop:
-        train(*flags.format(**places).split())
-    error = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and re.search(message, error[-1]) and error[-1].startswith("error: "), error
+    error = refusal(capsys, train, *flags.format(**places).split())
+    assert re.search(message, error), error
     assert not (tmp_path / "out").exists()
 
 
@@ -480,6 +435,5 @@ def test_a_controlnet_that_cannot_be_had_or_does_not_fit_is_told_before_weights_
     other.save_pretrained(tmp_path / "other")
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", None)
     for folder, message in ((pairs, "cannot be read as a ControlNet"), (tmp_path / "other", "needs that of the UNet")):
-        with pytest.raises(SystemExit) as stop:
-            train("--control_type", "controlnet", "--controlnet_model_name_or_path", folder)
-        assert stop.value.code == 2 and message in capsys.readouterr().err
+        flags = ["--control_type", "controlnet", "--controlnet_model_name_or_path", folder]
+        assert message in refusal(capsys, train, *flags)

@@ -152,11 +152,6 @@ def parquet(tmp_path) -> Path:
     return tmp_path / "set"
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 def test_a_data_set_gives_images_and_captions(parquet):
     given = {"dataset_name": str(parquet), "image_column": "photo"}
     examples = find_examples(options(**given, caption_column="caption"))

@@ -6,7 +6,6 @@ import shutil
 import time
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 from helpers.control_data import COLOURS, label_map, write
@@ -15,11 +14,6 @@ from PIL import Image
 from ether_diffusion.errors import InputError
 from ether_diffusion.training.data import TrainingImages, find_pairs
 from ether_diffusion.training.options import ControlDataOptions
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def images(folder: Path, *, targets=((16, 16),), seed=0, **options) -> TrainingImages:
