@@ -105,7 +105,9 @@ class Family:
                 if isinstance(model, ModelMixin):
                     model.enable_gradient_checkpointing()
                 else:
-                    model.activation_checkpointing_enable()  # transformers' name for it
+                    # Transformers' name for it, and the one that it had up to 5.22.
+                    name = "activation_checkpointing_enable"
+                    getattr(model, name, model.gradient_checkpointing_enable)()
         if options.compile:  # at the first call; block by block where the model is made of equal ones
             if getattr(denoiser, "_repeated_blocks", None):
                 denoiser.compile_repeated_blocks()
