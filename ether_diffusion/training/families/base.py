@@ -106,8 +106,8 @@ class Family:
                     model.enable_gradient_checkpointing()
                 else:
                     # Transformers' name for it, and the one that it had up to 5.22.
-                    name = "activation_checkpointing_enable"
-                    getattr(model, name, model.gradient_checkpointing_enable)()
+                    enable = getattr(model, "activation_checkpointing_enable", None)
+                    (enable or model.gradient_checkpointing_enable)()
         if options.compile:  # at the first call; block by block where the model is made of equal ones
             if getattr(denoiser, "_repeated_blocks", None):
                 denoiser.compile_repeated_blocks()
