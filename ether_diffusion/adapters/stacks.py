@@ -160,9 +160,9 @@ def save_pretrained(self: DiffusionPipeline, *args, **kwargs) -> None:
     Raises:
         ValueError: an ETHER adapter is on the pipeline.
     """
-    if records := records_of(self):
+    if names := [name for name, record in records_of(self).items() if record.configs or record.replaced]:
         raise ValueError(
-            f"save_pretrained: {', '.join(records)} cannot be written into a pipeline's folder: save_ether_weights "
+            f"save_pretrained: {', '.join(names)} cannot be written into a pipeline's folder: save_ether_weights "
             "writes the adapter alone, ether_diffusion.export.merge_adapters a pipeline with it merged"
         )
     return stock_save_pretrained(self, *args, **kwargs)
