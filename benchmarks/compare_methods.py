@@ -24,7 +24,7 @@ from diffusers import DiffusionPipeline
 from measuring import machine, make_parser
 from PIL import Image
 from result_file import ResultFile
-from subjects import MINIATURE, PHOTOGRAPHS, Subject, drawn, learn, photographed, squares
+from subjects import MINIATURE, PHOTOGRAPHS, Subject, drawn, generate, learn, photographed, squares
 from trials import BASE, Variant
 
 from ether_diffusion.commands.quickstart import OTHER_PROMPTS
@@ -35,7 +35,6 @@ from ether_diffusion.miniature import FOLDER, ClipScore
 from ether_diffusion.training.methods.configs import KNOWN
 from ether_diffusion.training.methods.saving import load_trained
 from ether_diffusion.training.options import DEFAULT_STEPS, LEARNING_RATES, METHODS, ValidationOptions
-from ether_diffusion.training.preview import generate
 
 SIDE = 64  # of the miniature's images, in pixels
 SEEDS, GUIDANCE = 4, 5.0

@@ -33,7 +33,7 @@ from diffusers import DiffusionPipeline
 from measuring import machine, make_parser
 from PIL import Image
 from result_file import ResultFile, write_json
-from subjects import PROMPTS_WITHOUT, Subject, drawn, learn, photographed
+from subjects import PROMPTS_WITHOUT, Subject, drawn, generate, learn, photographed
 
 from ether_diffusion import metrics
 from ether_diffusion.commands.quickstart import OTHER_PROMPTS, SETTINGS
@@ -46,7 +46,6 @@ from ether_diffusion.miniature import FOLDER
 from ether_diffusion.training.data.views import center_cut
 from ether_diffusion.training.methods.saving import load_trained
 from ether_diffusion.training.options import DEFAULT_METHOD, LEARNING_RATES, METHODS, ValidationOptions
-from ether_diffusion.training.preview import generate
 
 IDENTIFIER = "sks"
 FIGURES = {

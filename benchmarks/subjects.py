@@ -99,3 +99,29 @@ def learn(
     named = {**usual, "num_validation_images": 0, **flags}
     given = [str(word) for name, value in named.items() for word in (f"--{name}", value)]
     return dreambooth.main([*given, *words])
+
+
+@torch.no_grad()
+def generate(
+    pipe: DiffusionPipeline, prompt: str, options: ValidationOptions, seed: int, **inputs: Any
+) -> list[Image.Image]:
+    """`num_validation_images` images of a prompt, from the seeds `seed`, `seed + 1`, …
+
+    inputs: more that the pipeline is called with.
+    """
+    quiet = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        # One at a time: large images side by side need more memory than the training did.
+        return [
+            pipe(
+                prompt,
+                num_inference_steps=options.num_inference_steps,
+                guidance_scale=options.guidance_scale,
+                generator=torch.Generator().manual_seed(seed + k),
+                **inputs,
+            ).images[0]
+            for k in range(options.num_validation_images)
+        ]
+    finally:
+        pipe.set_progress_bar_config(**{"disable": False, **quiet})
