@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from ether_diffusion.images import find_images, read_image
@@ -15,6 +17,7 @@ from ether_diffusion.miniature import world
 from ether_diffusion.training import dreambooth
 from ether_diffusion.training.data.views import center_cut
 from ether_diffusion.training.loop import TrainingResult
+from ether_diffusion.training.options import ValidationOptions
 
 MINIATURE, PHOTOGRAPHS = "miniature", "photographs"
 
