@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,13 @@ def images(folder: Path, *, targets=((16, 16),), seed=0, **options) -> TrainingI
     data = {name: options.pop(name) for name in ("streaming", "max_train_samples") if name in options}
     pairs = find_pairs(ControlDataOptions(train_data_dir=str(folder), **data), seed=seed)
     return TrainingImages(pairs, targets=targets, seed=seed, **options)
+
+
+def recaption(folder: Path, caption: Callable[[int], object]) -> Path:
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    rows = [{**row, "text": caption(number)} for number, row in enumerate(rows)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -72,11 +80,7 @@ def test_captions_belong_to_their_images_and_some_are_left_out(tmp_path):
 
 
 def test_of_several_captions_each_is_drawn(tmp_path):
-    folder = write(tmp_path / "data")
-    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    for row in rows:
-        row["text"] = [row["text"], "another"]
-    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    folder = recaption(write(tmp_path / "data"), lambda number: [f"image {number}", "another"])
     shown = images(folder)
     drawn = {shown.prompt(shown.view(s), s) for s in range(40)}
     assert "another" in drawn and "image 0" in drawn
@@ -111,8 +115,7 @@ def test_the_fingerprint_knows_captions_and_images(tmp_path):
     assert images(Path(shutil.copytree(folder, tmp_path / "moved"))).fingerprint == before
     label_map(64, 64, 9).save(tmp_path / "moved" / "maps" / "2.png")
     assert images(tmp_path / "moved").fingerprint != before
-    text = (folder / "metadata.jsonl").read_text().replace("image 2", "another")
-    (folder / "metadata.jsonl").write_text(text)
+    recaption(folder, lambda number: "another" if number == 2 else f"image {number}")
     later = time.time() + 10  # datasets tells a changed file by its time, which some disks keep in seconds
     os.utime(folder / "metadata.jsonl", (later, later))
     assert images(folder).fingerprint != before
@@ -155,10 +158,6 @@ def test_a_control_image_of_another_shape_or_damaged_is_named(tmp_path):
 
 
 def test_a_caption_that_is_no_text_is_named(tmp_path):
-    folder = write(tmp_path / "data")
-    text = (folder / "metadata.jsonl").read_text()
-    for k in range(4):
-        text = text.replace(f'"image {k}"', str(k))
-    (folder / "metadata.jsonl").write_text(text)
+    folder = recaption(write(tmp_path / "data"), lambda number: number)
     with pytest.raises(InputError, match="row 0: its text is a int, needs a text or a list of texts"):
         images(folder, max_train_samples=1).view(0)
