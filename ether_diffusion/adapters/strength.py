@@ -7,13 +7,15 @@ encoders, pipelines without a LoRA mixin, and LoRA beside ETHER.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.peft import _SET_ADAPTER_SCALE_FN_MAPPING
-from diffusers.utils.peft_utils import delete_adapter_layers, set_weights_and_activate_adapters
+from diffusers.utils.peft_utils import delete_adapter_layers
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ether_diffusion.adapters.attach import detach
@@ -27,6 +29,7 @@ from ether_diffusion.adapters.components import (
 )
 from ether_diffusion.control.encoder import CONTROL
 from ether_diffusion.control.pipelines import Control, is_number
+from ether_diffusion.tuner.layer import EtherLayer
 
 Weight = float | Mapping[str, Any] | None
 
@@ -65,12 +68,17 @@ def set_adapters(
             component, `{"unet": 0.8, "text_encoder": 0.5, "control_encoder": 1.0}`; and a UNet's may be by block,
             `{"unet": {"down": 0.8, "mid": 1.0, "up": {"block_0": 0.6}}}`. Default: 1.
 
+    Layers outside the blocks, such as `conv_in`, act at strength 1 where weights are given by block.
+
     Raises:
-        ValueError: an unknown adapter or component, or lists of different lengths.
+        ValueError: an unknown adapter or component, a name given twice, lists of different lengths, a strength that
+            is no finite number, or one for an adapter whose method has none. Nothing is changed then.
     """
     if not records_of(self) and (method := stock(self, "set_adapters")):
         return method(adapter_names, adapter_weights)
     names, models, controls = named(adapter_names, _known(self)), _adapted_models(self), _controls(self)
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"adapter_names: {', '.join(twice)} is named more than once: an adapter acts once")
     weights = list(adapter_weights) if isinstance(adapter_weights, list) else [adapter_weights] * len(names)
     if len(weights) != len(names):
         raise ValueError(f"{len(names)} adapters ({', '.join(names)}), but {len(weights)} weights")
@@ -88,15 +96,46 @@ def set_adapters(
         if name in controls and value is not None and not is_number(value):
             raise ValueError(f"adapter_weights: {name}: got {value!r} for its encoder, needs a finite number")
         strengths[name] = 1.0 if value is None else value
+    planned = []
     for component, model in models.items():
         own = [1.0 if weight.get(component) is None else weight[component] for weight in by_component]
-        if names:
-            own = _SET_ADAPTER_SCALE_FN_MAPPING[type(model).__name__](model, own)
-        set_weights_and_activate_adapters(model, names, own)
+        planned += _strengths_of_layers(component, model, names, own)
+    for layer, scales in planned:
+        layer.set_adapter(names)
+        for name, scale in scales.items():
+            layer.set_scale(name, scale)
     for name, control in controls.items():
         control.active = name in names
         control.weight = float(strengths.get(name, control.weight))
     return None
+
+
+def _strengths_of_layers(
+    component: str, model: nn.Module, names: Sequence[str], weights: Sequence[Any]
+) -> list[tuple[BaseTunerLayer, dict[str, float]]]:
+    """The strength of every named adapter on each adapted layer that has it, all of them checked."""
+    by_path = _SET_ADAPTER_SCALE_FN_MAPPING[type(model).__name__](model, list(weights)) if names else []
+    found = []
+    for path, layer in model.named_modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        scales = {}
+        for name, weight in zip(names, by_path, strict=True):
+            if name not in layer._get_available_adapters():
+                continue
+            if isinstance(weight, Mapping):
+                weight = next((value for prefix, value in weight.items() if f"{prefix}." in f"{path}."), 1.0)
+            if not is_number(weight):
+                raise ValueError(f"adapter_weights: {name}: got {weight!r} for {component}, needs a finite number")
+            if hasattr(layer, "scaling") and hasattr(layer, "set_scale"):  # OFT has the method without what it sets
+                scales[name] = float(weight)
+            elif weight != 1:
+                raise ValueError(
+                    f"adapter_weights: {name}: its method ({type(layer).__module__.split('.')[-2].upper()}) has no "
+                    f"strength, and {component} got {weight!r}"
+                )
+        found.append((layer, scales))
+    return found
 
 
 def get_active_adapters(self: DiffusionPipeline) -> list[str]:
@@ -139,7 +178,16 @@ def delete_adapters(self: DiffusionPipeline, adapter_names: Sequence[str] | str)
             if name in getattr(model, "peft_config", {}):
                 delete_adapter_layers(model, name)
                 getattr(model, "peft_config", {}).pop(name, None)  # transformers' models have lost it by now
+        _unwrap_empty(model)
     return None
+
+
+def _unwrap_empty(model: nn.Module) -> None:
+    """Put back what lies below PEFT's layers of other methods that hold no adapter any more."""
+    for path, layer in list(model.named_modules())[::-1]:  # the innermost first
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, EtherLayer):
+            if not layer._get_available_adapters():
+                model.set_submodule(path, layer.base_layer)
 
 
 def _set_enabled(pipe: DiffusionPipeline, enabled: bool) -> None:

@@ -102,8 +102,9 @@ def changes_of(pipe: DiffusionPipeline, adapter_names: Sequence[str] | None = No
 
     Raises:
         ValueError: an unknown adapter, none that acts, a quantised or offloaded weight, or another method's adapter
-            below one of these.
+            on the pipeline.
     """
+    check_alone(pipe)
     known = records_of(pipe)
     named(adapter_names or [], known)
     changes = []
@@ -117,12 +118,24 @@ def changes_of(pipe: DiffusionPipeline, adapter_names: Sequence[str] | None = No
     return changes
 
 
+def check_alone(pipe: DiffusionPipeline) -> None:
+    """Raise where adapters of another method lie on the pipeline: their modules would be written beside ETHER's.
+
+    Raises:
+        ValueError: with the adapters' names and components.
+    """
+    for component, model in models_of(pipe).items():
+        ours = {layer for _, layer in ether_layers(model)}
+        others = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer) and layer not in ours]
+        if others:
+            names = dict.fromkeys(name for layer in others for name in layer._get_available_adapters())
+            raise ValueError(
+                f"{component}: holds an adapter of another method ({', '.join(names) or 'deleted, its layers stay'}), "
+                "which cannot be written with ETHER's: delete it first (pipe.delete_adapters)"
+            )
+
+
 def _change(component: str, path: str, layer: EtherLayer, names: Sequence[str]) -> Change:
-    if isinstance(layer.base_layer, BaseTunerLayer):
-        raise ValueError(
-            f"{component}.{path}: an adapter of another method ({type(layer.base_layer).__name__}) lies below ETHER, "
-            "which would reflect it too: unload it first"
-        )
     try:
         weight = layer.plain_weight().detach().cpu()
     except ValueError as error:

@@ -16,6 +16,7 @@ from ether_diffusion.adapters.attach import attach
 from ether_diffusion.adapters.components import ether_layers, models_of
 from ether_diffusion.adapters.locate import find_adapter_file
 from ether_diffusion.adapters.schema import WEIGHTS_NAME
+from ether_diffusion.export.changes import check_alone
 from ether_diffusion.files import new_path
 
 logger = logging.getLogger(__name__)
@@ -88,9 +89,11 @@ def merge_adapters(
         dtype: of what is written, except for modules that a model declares to need float32.
 
     Raises:
-        ValueError: nothing to merge, a quantised or offloaded weight, or NaN or infinity in a merged weight.
+        ValueError: nothing to merge, another method's adapter on the pipeline, a quantised or offloaded weight, or
+            NaN or infinity in a merged weight.
         FileExistsError: there is something under that name; nothing is overwritten.
     """
+    check_alone(pipe)
     with new_path(Path(output_dir)) as partial:
         pipe.fuse_ether(safe_fusing=True, adapter_names=adapter_names)
         layers = [layer for model in models_of(pipe).values() for _, layer in ether_layers(model) if layer.merged]

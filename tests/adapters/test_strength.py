@@ -12,10 +12,11 @@ from diffusers import (
 from diffusers.hooks import apply_group_offloading
 from helpers.pipelines import ONE_GREY_LEVEL, TwinPipeline, assert_unchanged, generate, open_pipeline, snapshot
 from helpers.zoo import adapt_components, controlnet, ether_layers_of, flux, sdxl
-from peft import LoraConfig
+from peft import BOFTConfig, HRAConfig, IA3Config, LoraConfig, OFTConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 
-from ether_diffusion import EtherLayer
+from ether_diffusion import EtherConfig, EtherLayer
 
 IMAGE = Image.effect_noise((16, 16), 90).convert("RGB")
 
@@ -53,9 +54,62 @@ def test_a_unet_takes_weights_by_block(two):
     assert found == {"down": {0.2}, "mid": {0.3}, "up": {0.4}}
 
 
+def test_layers_outside_the_blocks_stay_at_strength_one_beside_weights_by_block(tiny_pipeline):
+    tiny_pipeline.unet.add_adapter(
+        EtherConfig(target_modules=["conv_in", "conv_out", "time_embedding.linear_1", "to_q"]), adapter_name="default"
+    )
+    tiny_pipeline.set_adapters("default", {"unet": {"down": 0.2, "mid": 0.3}})
+    layers = {n: m.scaling["default"] for n, m in tiny_pipeline.unet.named_modules() if isinstance(m, EtherLayer)}
+    assert {layers[path] for path in ("conv_in", "conv_out", "time_embedding.linear_1")} == {1.0}
+    assert {scale for path, scale in layers.items() if path.startswith("down_blocks")} == {0.2}
+    assert {scale for path, scale in layers.items() if path.startswith("mid_block")} == {0.3}
+
+
+OTHERS = {
+    "OFT": OFTConfig(r=2, oft_block_size=0, target_modules=["to_v"]),
+    "BOFT": BOFTConfig(boft_block_size=2, target_modules=["to_v"]),
+    "HRA": HRAConfig(r=2, target_modules=["to_v"]),
+    "IA3": IA3Config(target_modules=["to_v"], feedforward_modules=[]),
+}
+
+
+@pytest.mark.parametrize("method", OTHERS)
+def test_ether_is_set_beside_an_adapter_of_any_method(two, method):
+    two.unet.add_adapter(copy.deepcopy(OTHERS[method]), adapter_name="other")
+    two.set_adapters("default", 0.5)
+    assert two.get_active_adapters() == ["default"] and strengths(two, "unet", "default") == {0.5}
+    two.set_adapters(["default", "other"], [0.25, 1.0])
+    assert two.get_active_adapters() == ["default", "other"] and strengths(two, "unet", "default") == {0.25}
+    layer = next(m for m in two.unet.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, EtherLayer))
+    if not hasattr(layer, "scaling"):
+        with pytest.raises(ValueError, match=f"its method .{method}. has no strength, and unet got 0.5"):
+            two.set_adapters(["default", "other"], [0.75, 0.5])
+        assert two.get_active_adapters() == ["default", "other"] and strengths(two, "unet", "default") == {0.25}
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -float("inf"), True, "1"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda w: w,
+        lambda w: [0.5, w],
+        lambda w: {"text_encoder": w},
+        lambda w: {"unet": {"up": {"block_1": w}}},
+        lambda w: [0.5, {"unet": {"mid": w}}],
+    ],
+)
+def test_no_strength_is_taken_that_is_no_finite_number(two, weight, form):
+    two.set_adapters(["second"], 0.75)
+    before = {(c, n): strengths(two, c, n) for c in ("unet", "text_encoder") for n in ("default", "second")}
+    with pytest.raises(ValueError, match="needs a finite number"):
+        two.set_adapters(["default", "second"], form(weight))
+    assert before == {(c, n): strengths(two, c, n) for c, n in before} and two.get_active_adapters() == ["second"]
+
+
 @pytest.mark.parametrize(
     ("names", "weights", "message"),
     [
+        (["default", "second", "default"], 1.0, "default is named more than once: an adapter acts once"),
         (["default", "third"], 1.0, "there is no adapter third; loaded are default, second"),
         (["default", "second"], [1.0], "2 adapters .default, second., but 1 weights"),
         (

@@ -1,24 +1,27 @@
 """Pipelines opened with adapters on them, and pipelines with adapters merged."""
 
+import copy
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    DiffusionPipeline,
-)
+from diffusers import DiffusionPipeline
 from helpers.lora import generate_any, record_of, run_command
-from helpers.pipelines import ONE_GREY_LEVEL, generate, open_pipeline
+from helpers.pipelines import ONE_GREY_LEVEL, assert_unchanged, generate, open_pipeline, snapshot
+from peft import LoraConfig
+from safetensors.torch import load_file
 
+from ether_diffusion import EtherConfig
 from ether_diffusion.adapters.components import models_of
 from ether_diffusion.adapters.reading import read_adapter_file
 from ether_diffusion.adapters.schema import WEIGHTS_NAME, AdapterFile
 from ether_diffusion.adapters.writing import write_adapter_file
 from ether_diffusion.commands import merge as merge_command
 from ether_diffusion.export.lora import export_lora
-from ether_diffusion.export.merge import open_adapted
+from ether_diffusion.export.lora_files import WRITERS
+from ether_diffusion.export.merge import merge_adapters, open_adapted
 
 
 def test_a_merged_pipeline_is_stock_and_generates_the_image_of_the_adapters(family, tmp_path, capsys):
@@ -71,3 +74,35 @@ def test_an_adapter_that_does_not_say_its_base_is_used_with_a_warning(one, tiny_
     assert not caplog.records
     open_adapted(tiny_pipeline_folder, [tmp_path])
     assert "does not say which weights it was trained on" in caplog.text
+
+
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+@pytest.mark.parametrize("ours_first", [True, False])
+@pytest.mark.parametrize("active", [True, False])
+@pytest.mark.parametrize("target", ["merge", *WRITERS])
+def test_no_writer_writes_the_modules_of_another_methods_adapter(
+    tiny_pipeline, tmp_path, component, ours_first, active, target
+):
+    """Exported and merged files hold module paths and weights as a stock model has them, or nothing is written."""
+    other = LoraConfig(r=2, target_modules=["to_q", "q_proj"], init_lora_weights=False)
+    ours = EtherConfig(target_modules=["to_q", "q_proj"], init_weights=False)
+    for config, name in [(ours, "dog"), (other, "style")][:: 1 if ours_first else -1]:
+        for model in (tiny_pipeline.unet,) if name == "dog" else (getattr(tiny_pipeline, component),):
+            model.add_adapter(copy.deepcopy(config), adapter_name=name)
+    tiny_pipeline.set_adapters(["dog", "style"] if active else ["dog"])
+    before = snapshot(tiny_pipeline)
+    with pytest.raises(ValueError, match=rf"{component}: holds an adapter of another method .style.*delete it first"):
+        if target == "merge":
+            merge_adapters(tiny_pipeline, tmp_path / "out")
+        else:
+            export_lora(tiny_pipeline, tmp_path / "out", to=target)
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+    assert_unchanged(tiny_pipeline, before)
+    tiny_pipeline.delete_adapters("style")
+    if target == "merge":
+        path = merge_adapters(tiny_pipeline, tmp_path / "out")
+    else:
+        path = export_lora(tiny_pipeline, tmp_path / "out", to=target).path
+    files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
+    keys = [key for file in files for key in load_file(file)]
+    assert keys and not any("base_layer" in key or ".style" in key for key in keys)
