@@ -31,7 +31,7 @@ def fuse_ether(
     components: Sequence[str] | None = None,
     ether_scale: float = 1.0,
     safe_fusing: bool = False,
-    adapter_names: Sequence[str] | None = None,
+    adapter_names: Sequence[str] | str | None = None,
     *,
     keep_original: str = "device",
 ) -> None:
@@ -54,7 +54,7 @@ def fuse_ether(
     """
     if keep_original not in KEEP_ORIGINAL:
         raise ValueError(f"keep_original={keep_original!r}: there are {', '.join(KEEP_ORIGINAL)}")
-    named(adapter_names or [], records_of(self))
+    adapter_names = named(adapter_names or [], records_of(self))
     chosen = [
         (layer, names, place)
         for layer, place in _chosen_layers(self, components)

@@ -67,7 +67,7 @@ def fuse_lora(
     components: list[str] | None = None,
     lora_scale: float = 1.0,
     safe_fusing: bool = False,
-    adapter_names: list[str] | None = None,
+    adapter_names: Sequence[str] | str | None = None,
     **kwargs,
 ) -> None:
     """Diffusers' `fuse_lora`, with what ETHER adds to it on a pipeline that carries both.
@@ -78,6 +78,7 @@ def fuse_lora(
         ValueError: an adapter would be merged above one that is not, or below one that is, which is not what the
             unfused adapters compute; says what to fuse or unfuse first. Nothing has changed then.
     """
+    adapter_names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
     options = kwargs if components is None else kwargs | {"components": components}
     for component, model in models_of(self).items() if records_of(self) else ():
         if components is None or component in components:

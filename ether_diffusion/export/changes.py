@@ -94,7 +94,7 @@ class Change:
         return relative_error(found, dense_delta(self.weight, list(self.adapters.values())), self.weight)
 
 
-def changes_of(pipe: DiffusionPipeline, adapter_names: Sequence[str] | None = None) -> list[Change]:
+def changes_of(pipe: DiffusionPipeline, adapter_names: Sequence[str] | str | None = None) -> list[Change]:
     """The change of every layer that the named adapters act on, at their present strengths.
 
     Args:
@@ -106,7 +106,7 @@ def changes_of(pipe: DiffusionPipeline, adapter_names: Sequence[str] | None = No
     """
     check_alone(pipe)
     known = records_of(pipe)
-    named(adapter_names or [], known)
+    adapter_names = None if adapter_names is None else named(adapter_names, known)
     changes = []
     for component, model in models_of(pipe).items():
         for path, layer in ether_layers(model):

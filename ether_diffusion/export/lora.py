@@ -76,7 +76,7 @@ def export_lora(
     output_dir: str | Path,
     *,
     to: str,
-    adapter_names: Sequence[str] | None = None,
+    adapter_names: Sequence[str] | str | None = None,
     rank: int | None = None,
     dtype: torch.dtype = torch.float32,
     weight_name: str | None = None,

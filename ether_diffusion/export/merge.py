@@ -76,7 +76,7 @@ def merge_adapters(
     pipe: DiffusionPipeline,
     output_dir: str | Path,
     *,
-    adapter_names: Sequence[str] | None = None,
+    adapter_names: Sequence[str] | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
     """Write the whole pipeline with adapters merged into its weights: a stock pipeline, which needs no ETHER to open.

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from ether_diffusion import EtherConfig
-from ether_diffusion.adapters.components import models_of
+from ether_diffusion.adapters.components import ether_layers, models_of
 from ether_diffusion.adapters.reading import read_adapter_file
 from ether_diffusion.adapters.schema import WEIGHTS_NAME, AdapterFile
 from ether_diffusion.adapters.writing import write_adapter_file
@@ -106,3 +106,24 @@ def test_no_writer_writes_the_modules_of_another_methods_adapter(
     files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
     keys = [key for file in files for key in load_file(file)]
     assert keys and not any("base_layer" in key or ".style" in key for key in keys)
+
+
+def test_a_name_by_itself_is_one_name_wherever_names_are_taken(tiny_pipeline, tmp_path):
+    """`adapter_names="dog"` is not the adapters "d", "o" and "g"."""
+    for name, seed in (("dog", 1), ("d", 2)):
+        torch.manual_seed(seed)
+        tiny_pipeline.unet.add_adapter(EtherConfig(target_modules=["to_q"], init_weights=False), adapter_name=name)
+    tiny_pipeline.set_adapters("dog")
+    files = [
+        export_lora(tiny_pipeline, tmp_path / str(i), to="diffusers-lora", adapter_names=names).path
+        for i, names in enumerate(["dog", ["dog"]])
+    ]
+    one, other = (load_file(file) for file in files)
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    for fuse, undo in [("fuse_ether", "unfuse_ether"), ("fuse_lora", "unfuse_lora")]:
+        getattr(tiny_pipeline, fuse)(adapter_names="dog")
+        merged = [layer.merged_adapters for _, layer in ether_layers(tiny_pipeline.unet)]
+        assert merged and all(names == ["dog"] for names in merged)
+        getattr(tiny_pipeline, undo)()
+    merge_adapters(tiny_pipeline, tmp_path / "merged", adapter_names="dog")
+    assert (tmp_path / "merged" / "model_index.json").is_file()
