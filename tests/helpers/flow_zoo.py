@@ -268,7 +268,11 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
     vocabulary = {byte: k for k, byte in enumerate(sorted(ByteLevel.alphabet()))}
     vocabulary |= {token: len(vocabulary) + k for k, token in enumerate(SPECIAL)}
     return Qwen2Tokenizer(
-        vocab=vocabulary, merges=[], chat_template=CHAT, additional_special_tokens=list(SPECIAL[1:]), padding_side="right"
+        vocab=vocabulary,
+        merges=[],
+        chat_template=CHAT,
+        additional_special_tokens=list(SPECIAL[1:]),
+        padding_side="right",
     )
 
 

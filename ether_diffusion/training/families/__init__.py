@@ -1,7 +1,10 @@
 """Model families: what training must know about one kind of pipeline, one module each.
 
-The rest of training uses `Family` alone; a new family is a new module and a line in `FAMILIES`.
+The rest of training uses `Family` alone; a new family is a new module in this folder.
 """
+
+import pkgutil
+from importlib import import_module
 
 from diffusers import DiffusionPipeline
 
@@ -11,9 +14,26 @@ from ether_diffusion.training.families.sdxl import StableDiffusionXL
 from ether_diffusion.training.families.source import Blueprint, ModelSource
 from ether_diffusion.training.families.stable_diffusion import StableDiffusion
 
-FAMILIES: tuple[type[Family], ...] = (StableDiffusion, StableDiffusionXL)
+__all__ = [
+    "Blueprint",
+    "Family",
+    "ModelSource",
+    "StableDiffusion",
+    "StableDiffusionXL",
+    "families",
+    "family_at",
+    "family_of",
+]
 
-__all__ = ["FAMILIES", "Blueprint", "Family", "ModelSource", "family_at", "family_of"]
+
+def families() -> dict[str, type[Family]]:
+    """Name of the pipeline in diffusers -> its family, of all modules in this folder."""
+    found = {}
+    for module in pkgutil.iter_modules(__path__, f"{__name__}."):
+        for kind in vars(import_module(module.name)).values():
+            if isinstance(kind, type) and issubclass(kind, Family) and hasattr(kind, "pipeline_class"):
+                found[kind.pipeline_class] = kind
+    return found
 
 
 def family_at(source: ModelSource) -> type[Family]:
@@ -35,8 +55,7 @@ def family_of(pipe: DiffusionPipeline) -> Family:
 
 
 def _named(pipeline_class: str, where: str) -> type[Family]:
-    for family in FAMILIES:
-        if family.pipeline_class.__name__ == pipeline_class:
-            return family
-    known = ", ".join(family.pipeline_class.__name__ for family in FAMILIES)
-    raise InputError(f"{where}: is a {pipeline_class}; training covers {known}")
+    known = families()
+    if pipeline_class not in known:
+        raise InputError(f"{where}: is a {pipeline_class}; training covers {', '.join(sorted(known))}")
+    return known[pipeline_class]

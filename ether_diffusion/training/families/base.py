@@ -4,51 +4,88 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from ether_diffusion.training.data.views import Framing
+from ether_diffusion.training.latents import LatentSpace
+from ether_diffusion.training.noise import DiscreteNoise, FlowNoise
 from ether_diffusion.training.options import PerformanceOptions
 from ether_diffusion.tuner.attention import enable_ether_attention
+from ether_diffusion.tuner.model import ATTENTION
 
 Conditioning = Mapping[str, Tensor]
-"""What the denoiser is told besides latents and timesteps, under names of the family's own; a row for each sample."""
+"""What the denoiser is told of one sample besides latents and level, under names of the family's own.
+
+No tensor has a batch axis, and a prompt has its natural length.
+"""
+
+_KEPT_PROMPTS = 512
 
 
 class Family:
-    """One kind of pipeline, as training sees it. Shapes: pixels (3, h, w), latents (b, c, h', w'), timesteps (b,).
+    """One kind of pipeline, as training sees it. Shapes: pixels (3, h, w), latents (b, c, h', w'), levels (b,).
 
-    What is here holds for every pipeline. A family adds, as `UNetFamily` does for all with a UNet:
+    What is here holds for every pipeline. A family adds, as `UNetFamily` and `FlowFamily` do for all of their kind:
 
     - `read_blueprint(source)`: the pipeline without weights, refused where training does not cover it; `load(source,
-      dtype)`: the pipeline with its weights; `native_resolution`, `timestep_count`;
+      dtype)`: the pipeline with its weights;
+    - `noise` and `latents`, and `native_resolution`, the side in pixels that the denoiser was made for;
     - `encode_prompts(prompts)`: their conditioning, and `encode_framings` if the denoiser is told sizes and crops;
-    - `encode_pixels(pixels)`, `make_latents(moments, generator)`: an image as a distribution, and a draw from it;
-    - `draw_timestep(generator)`, `add_noise(latents, noise, timesteps)`, `target(latents, noise, timesteps)`,
-      `min_snr_weights(timesteps, gamma)`: how noise is added and what is to be predicted;
-    - `predict(noisy, timesteps, conditioning)`: what the denoiser answers, in the shape of the latents.
+    - `predict(noisy, levels, conditioning)`: what the denoiser answers, in the convention of `noise.target`.
 
     Class attributes:
-        pipeline_class: the pipeline that it covers.
+        pipeline_class: name of the pipeline of diffusers that it covers.
         denoiser: name of the component that removes noise.
-        text_encoders: the components that encode prompts, name -> class.
+        text_encoders: the components that encode prompts.
+        trained_text_encoders: those of them that can be adapted.
+        targets: the denoiser's layers that are adapted by default, as PEFT takes them.
     """
 
-    pipeline_class: ClassVar[type[DiffusionPipeline]]
+    pipeline_class: ClassVar[str]
     denoiser: ClassVar[str]
-    text_encoders: ClassVar[Mapping[str, type[nn.Module]]]
+    text_encoders: ClassVar[Sequence[str]]
+    trained_text_encoders: ClassVar[Sequence[str]]
+    targets: ClassVar[Sequence[str] | str] = ATTENTION
+    noise: DiscreteNoise | FlowNoise
+    latents: LatentSpace
 
     def __init__(self, pipe: DiffusionPipeline):
         self.pipe = pipe
         self.device = self.component(self.denoiser).device
         self._offloaded: set[str] = set()
+        self._kept_prompts: dict[str, Conditioning] = {}
+        self._kept_count = _KEPT_PROMPTS
 
-    def encode_framings(self, framings: Sequence[Framing]) -> Conditioning:
-        """What the denoiser is told of size and crop, one row per view; nothing unless the family says otherwise."""
-        return {}
+    def encode_framings(self, framings: Sequence[Framing]) -> list[Conditioning]:
+        """What the denoiser is told of size and crop of each view; nothing unless the family says otherwise."""
+        return [{} for _ in framings]
+
+    def conditioning(self, prompts: Sequence[str]) -> list[Conditioning]:
+        """The encoded prompts, kept: for text encoders that are not trained."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._kept_prompts]
+        if new:
+            with torch.no_grad(), self.on_device(*self.text_encoders):
+                # One by one, so that the result does not depend on what else is encoded.
+                self._kept_prompts |= {prompt: self.encode_prompts([prompt])[0] for prompt in new}
+        rows = [self._kept_prompts[prompt] for prompt in prompts]
+        while len(self._kept_prompts) > self._kept_count:
+            del self._kept_prompts[next(iter(self._kept_prompts))]
+        return [{name: value.to(self.device) for name, value in row.items()} for row in rows]
+
+    def keep_prompts(self, prompts: Sequence[str]) -> None:
+        """Encode these prompts now, and take the text encoders off the device."""
+        self._kept_count = max(self._kept_count, len(self._kept_prompts) + len(prompts))
+        with self.on_device(*self.text_encoders):
+            self.conditioning(prompts)
+        self.offload(*self.text_encoders)
+
+    def generate(self, prompts: Sequence[str], *, pipe: DiffusionPipeline | None = None, **inputs: Any) -> Any:
+        """What the pipeline makes of prompts; `pipe` takes the place of the family's."""
+        return (pipe or self.pipe)(list(prompts), **inputs)
 
     def component(self, name: str) -> nn.Module:
         return getattr(self.pipe, name)
@@ -99,7 +136,7 @@ class Family:
         """
         denoiser = self.component(self.denoiser)
         if options.attention:
-            enable_ether_attention(denoiser, options.attention)
+            self.set_attention(options.attention)
         if options.gradient_checkpointing:
             for model in models:
                 if isinstance(model, ModelMixin):
@@ -113,3 +150,17 @@ class Family:
                 denoiser.compile_repeated_blocks()
             else:
                 denoiser.compile()
+
+    def set_attention(self, backend: str) -> None:
+        """Let this backend compute the denoiser's attention."""
+        enable_ether_attention(self.component(self.denoiser), backend)
+
+
+def stacked(conditioning: Sequence[Conditioning], name: str) -> Tensor:
+    """What samples are told under one name, all of one shape, as a batch."""
+    return torch.stack([row[name] for row in conditioning])
+
+
+def rows(**batches: Tensor) -> list[Conditioning]:
+    """Batches (b, …), each under its name, as the conditioning of b samples."""
+    return [dict(zip(batches, row, strict=True)) for row in zip(*batches.values(), strict=True)]

@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLControlNetPipeline, StableDiffusionXLPipeline
-from torch import Tensor, nn
+from diffusers import StableDiffusionXLControlNetPipeline
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from ether_diffusion.control.pipelines import EtherControlXLPipeline
 from ether_diffusion.errors import InputError
 from ether_diffusion.training.data.views import Framing
-from ether_diffusion.training.families.base import Conditioning
+from ether_diffusion.training.families.base import Conditioning, rows, stacked
 from ether_diffusion.training.families.source import Blueprint, ModelSource
 from ether_diffusion.training.families.unet import UNetFamily
 
@@ -27,10 +26,11 @@ class StableDiffusionXL(UNetFamily):
     Source: SDXL, arXiv:2307.01952, sections 2.1 and 2.2.
     """
 
-    pipeline_class = StableDiffusionXLPipeline
+    pipeline_class = "StableDiffusionXLPipeline"
     light_control_pipeline_class = EtherControlXLPipeline
     controlnet_pipeline_class = StableDiffusionXLControlNetPipeline
-    text_encoders = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    vae_precision = torch.float32  # in float16 SDXL's autoencoder overflows
+    encoder_classes = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 
     @classmethod
     def read_blueprint(cls, source: ModelSource) -> Blueprint:
@@ -48,35 +48,25 @@ class StableDiffusionXL(UNetFamily):
             )
         return blueprint
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """What the UNet is told, one row per prompt. Gradients flow to the text encoders."""
+    def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
+        """What the UNet is told of each prompt. Gradients flow to the text encoders."""
         states, _, pooled, _ = self.pipe.encode_prompt(
             list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
-        return {"encoder_hidden_states": states, "text_embeds": pooled}  # (b, tokens, both widths), (b, projection)
+        return rows(encoder_hidden_states=states, text_embeds=pooled)  # (tokens, both widths), (projection,)
 
-    def encode_framings(self, framings: Sequence[Framing]) -> Conditioning:
-        rows = [[*each.original_size, *each.crop_top_left, *each.target_size] for each in framings]
+    def encode_framings(self, framings: Sequence[Framing]) -> list[Conditioning]:
+        sizes = [[*each.original_size, *each.crop_top_left, *each.target_size] for each in framings]
         # In float32 whatever the model's precision: bfloat16 would round a size of 1333 to 1336.
-        return {"time_ids": torch.tensor(rows, dtype=torch.float32, device=self.device)}  # (b, 6)
+        return rows(time_ids=torch.tensor(sizes, dtype=torch.float32, device=self.device))
 
-    def encode_pixels(self, pixels: Tensor) -> Tensor:
-        vae, dtype = self.pipe.vae, self.pipe.vae.dtype
-        # In float16 SDXL's autoencoder overflows. `ModelMixin.to` would log a warning at every change of dtype.
-        nn.Module.to(vae, torch.float32)
-        try:
-            with torch.autocast(vae.device.type, enabled=False):
-                return super().encode_pixels(pixels)
-        finally:
-            nn.Module.to(vae, dtype)
-
-    def arguments(self, conditioning: Conditioning) -> dict[str, Any]:
+    def arguments(self, conditioning: Sequence[Conditioning]) -> dict[str, Any]:
         dtype = self.pipe.unet.dtype
         return {
-            "encoder_hidden_states": conditioning["encoder_hidden_states"].to(dtype),
+            "encoder_hidden_states": stacked(conditioning, "encoder_hidden_states").to(dtype),
             "added_cond_kwargs": {
-                "text_embeds": conditioning["text_embeds"].to(dtype),
-                "time_ids": conditioning["time_ids"],
+                "text_embeds": stacked(conditioning, "text_embeds").to(dtype),
+                "time_ids": stacked(conditioning, "time_ids"),
             },
         }
 

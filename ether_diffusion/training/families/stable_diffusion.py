@@ -3,30 +3,30 @@
 from collections.abc import Sequence
 from typing import Any
 
-from diffusers import StableDiffusionControlNetPipeline, StableDiffusionPipeline
+from diffusers import StableDiffusionControlNetPipeline
 from transformers import CLIPTextModel
 
 from ether_diffusion.control.pipelines import EtherControlPipeline
-from ether_diffusion.training.families.base import Conditioning
+from ether_diffusion.training.families.base import Conditioning, rows, stacked
 from ether_diffusion.training.families.unet import UNetFamily
 
 
 class StableDiffusion(UNetFamily):
     """Stable Diffusion 1 (epsilon) and 2 (epsilon at 512 pixels, v at 768)."""
 
-    pipeline_class = StableDiffusionPipeline
+    pipeline_class = "StableDiffusionPipeline"
     light_control_pipeline_class = EtherControlPipeline
     controlnet_pipeline_class = StableDiffusionControlNetPipeline
-    text_encoders = {"text_encoder": CLIPTextModel}
+    encoder_classes = {"text_encoder": CLIPTextModel}
     # The safety checker is left out: it costs 1.2 GB and has no part in training.
     loading = {"safety_checker": None, "requires_safety_checker": False}
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """What the UNet is told, one row per prompt. Gradients flow to the text encoders."""
+    def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
+        """What the UNet is told of each prompt. Gradients flow to the text encoders."""
         states, _ = self.pipe.encode_prompt(
             list(prompts), self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
-        return {"encoder_hidden_states": states}  # (b, tokens, width)
+        return rows(encoder_hidden_states=states)  # (tokens, width) each
 
-    def arguments(self, conditioning: Conditioning) -> dict[str, Any]:
-        return {"encoder_hidden_states": conditioning["encoder_hidden_states"].to(self.pipe.unet.dtype)}
+    def arguments(self, conditioning: Sequence[Conditioning]) -> dict[str, Any]:
+        return {"encoder_hidden_states": stacked(conditioning, "encoder_hidden_states").to(self.pipe.unet.dtype)}

@@ -1,34 +1,19 @@
 """What the UNet families share: CLIP text encoders, a KL autoencoder, a cross-attention UNet, discrete DDPM noise."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.training_utils import compute_snr
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextConfig
 
 from ether_diffusion.errors import InputError
 from ether_diffusion.training.families.base import Conditioning, Family
 from ether_diffusion.training.families.source import Blueprint, ModelSource
-
-PREDICTIONS = ("epsilon", "v_prediction")
-
-
-def training_schedule(config: Mapping[str, Any], where: str) -> DDPMScheduler:
-    """The noise schedule of a sampling scheduler's config, step by step, as training needs it.
-
-    Raises:
-        InputError: the config has no DDPM noise schedule, or the model predicts something else than noise or velocity.
-    """
-    if "beta_schedule" not in config:
-        raise InputError(f"{where}: its scheduler has no beta_schedule; training covers DDPM noise schedules")
-    prediction = config.get("prediction_type", "epsilon")
-    if prediction not in PREDICTIONS:
-        raise InputError(f"{where}: it predicts {prediction!r}, training covers {', '.join(PREDICTIONS)}")
-    return DDPMScheduler.from_config(config)
+from ether_diffusion.training.latents import LatentSpace
+from ether_diffusion.training.noise import DiscreteNoise
 
 
 class UNetFamily(Family):
@@ -38,35 +23,42 @@ class UNetFamily(Family):
     of the UNet and of a ControlNet.
 
     Class attributes:
+        encoder_classes: the components that encode prompts, name -> class.
         light_control_pipeline_class, controlnet_pipeline_class: our pipeline of a light encoder, and the stock one of
             a ControlNet, for this family.
         loading: what `from_pretrained` is told besides.
+        vae_precision: of the autoencoder's arithmetic; None leaves that of its weights.
 
-    Sources: latent diffusion, arXiv:2112.10752; v targets, arXiv:2202.00512, appendix D.
+    Source: latent diffusion, arXiv:2112.10752.
     """
 
     denoiser = "unet"
+    encoder_classes: ClassVar[Mapping[str, type[nn.Module]]]
     light_control_pipeline_class: ClassVar[type[DiffusionPipeline]]
     controlnet_pipeline_class: ClassVar[type[DiffusionPipeline]]
     loading: ClassVar[Mapping[str, Any]] = {}
+    vae_precision: ClassVar[torch.dtype | None] = None
+
+    def __init_subclass__(cls) -> None:
+        cls.text_encoders = cls.trained_text_encoders = tuple(cls.encoder_classes)
 
     def __init__(self, pipe: DiffusionPipeline):
         super().__init__(pipe)
-        # The pipeline's scheduler is for sampling; training needs the same noise schedule, step by step.
-        self.schedule = training_schedule(pipe.scheduler.config, "pipe")
+        self.noise = DiscreteNoise(pipe.scheduler.config)
+        self.latents = LatentSpace(pipe.vae, self.vae_precision)
 
     @classmethod
     def read_blueprint(cls, source: ModelSource) -> Blueprint:
         """The pipeline without weights. Raises `InputError` where training does not cover this pipeline."""
         index = source.config()
-        for component, kind in {"unet": UNet2DConditionModel, "vae": AutoencoderKL, **cls.text_encoders}.items():
+        for component, kind in {"unet": UNet2DConditionModel, "vae": AutoencoderKL, **cls.encoder_classes}.items():
             arrived = (index.get(component) or [None, None])[1]
             if arrived != kind.__name__:
                 raise InputError(f"{source.given}: its {component} is a {arrived}, needs a {kind.__name__}")
-        training_schedule(source.config("scheduler", DDPMScheduler), source.given)
+        DiscreteNoise(source.config("scheduler", DDPMScheduler), source.given)
         with source.reading(), torch.device("meta"):
             models = {"unet": UNet2DConditionModel.from_config(source.config("unet", UNet2DConditionModel))}
-            for name, kind in cls.text_encoders.items():
+            for name, kind in cls.encoder_classes.items():
                 config = CLIPTextConfig.from_pretrained(source.path, subfolder=name, revision=source.revision)
                 models[name] = kind(config)
             vae = AutoencoderKL.from_config(source.config("vae", AutoencoderKL))
@@ -82,7 +74,7 @@ class UNetFamily(Family):
     def load(cls, source: ModelSource, dtype: torch.dtype) -> "UNetFamily":
         """The pipeline with its weights, all of one dtype. Raises `InputError` where it cannot be read."""
         with source.reading():
-            pipe = cls.pipeline_class.from_pretrained(
+            pipe = getattr(diffusers, cls.pipeline_class).from_pretrained(
                 source.path, dtype=dtype, revision=source.revision, variant=source.variant, **cls.loading
             )
         return cls(pipe)
@@ -92,68 +84,24 @@ class UNetFamily(Family):
         """Side in pixels of the images that the denoiser was made for."""
         return self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
 
-    @property
-    def timestep_count(self) -> int:
-        """Number of timesteps of the training schedule."""
-        return self.schedule.config.num_train_timesteps
-
-    def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """One image (3, h, w) as the autoencoder's distribution: its parameters, (2c, h', w'), float32."""
-        vae = self.pipe.vae
-        encoded = vae.encode(pixels[None].to(vae.device, vae.dtype))
-        return encoded.latent_dist.parameters[0].float()
-
-    def make_latents(self, moments: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Scaled latents (c, h', w'), float32, drawn from one distribution, or its mean where generator is None."""
-        distribution = DiagonalGaussianDistribution(moments[None])
-        latents = distribution.mode() if generator is None else distribution.sample(generator)
-        shift = getattr(self.pipe.vae.config, "shift_factor", None) or 0.0
-        return (latents[0] - shift) * self.pipe.vae.config.scaling_factor
-
-    def draw_timestep(self, generator: torch.Generator) -> int:
-        """A timestep for training, all alike."""
-        return int(torch.randint(self.timestep_count, (), generator=generator))
-
-    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The latents at these timesteps (b,), float32."""
-        return self.schedule.add_noise(latents, noise, timesteps)
-
-    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the denoiser should answer, float32."""
-        if self.schedule.config.prediction_type == "v_prediction":
-            return self.schedule.get_velocity(latents, noise, timesteps)
-        return noise
-
-    def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
-        """Weights of the losses at these timesteps (b,), float32.
-
-        min(SNR, γ) / SNR for noise targets, min(SNR, γ) / (SNR + 1) for velocity targets, SNR = ᾱ / (1 − ᾱ).
-
-        Source: Min-SNR, arXiv:2303.09556, section 3.4.
-        """
-        ratio = compute_snr(self.schedule, timesteps).float()
-        if self.schedule.config.prediction_type == "v_prediction":
-            return ratio.clamp(max=gamma) / (ratio + 1)
-        return (gamma / ratio).clamp(max=1)  # 1 as well where the SNR is 0, at the end of some schedules
-
-    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, **residuals: Any) -> Tensor:
+    def predict(self, noisy: Tensor, levels: Tensor, conditioning: Sequence[Conditioning], **residuals: Any) -> Tensor:
         """What the UNet answers, in the shape of the latents.
 
         Args:
             noisy: latents with noise.
-            timesteps: of each, (b,).
-            conditioning: of prompts and of framings, in one mapping.
+            levels: the timestep of each, (b,).
+            conditioning: of each, of its prompt and its framing.
             residuals: from a ControlNet.
         """
         unet = self.pipe.unet
-        return unet(noisy.to(unet.dtype), timesteps, **self.arguments(conditioning), **residuals).sample
+        return unet(noisy.to(unet.dtype), levels, **self.arguments(conditioning), **residuals).sample
 
     def residuals(
         self,
         controlnet: ControlNetModel,
         noisy: Tensor,
-        timesteps: Tensor,
-        conditioning: Conditioning,
+        levels: Tensor,
+        conditioning: Sequence[Conditioning],
         control: Tensor,
     ) -> dict[str, Any]:
         """What a ControlNet adds to the UNet's activations, as `predict` takes it.
@@ -163,7 +111,7 @@ class UNetFamily(Family):
         dtype = self.pipe.unet.dtype
         down, middle = controlnet(
             noisy.to(dtype),
-            timesteps,
+            levels,
             controlnet_cond=control.to(dtype),
             return_dict=False,
             **self.arguments(conditioning),

@@ -1,0 +1,209 @@
+"""What the transformer families share: flow matching, and components that are in memory only while they are needed.
+
+A text encoder of these pipelines can be larger than the transformer. So the pipeline begins without any weights; a
+component gets them when it is asked for, and loses them by `offload`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from ether_diffusion.errors import InputError
+from ether_diffusion.training.families.base import Conditioning, Family
+from ether_diffusion.training.families.source import Blueprint, ModelSource
+from ether_diffusion.training.latents import LatentSpace
+from ether_diffusion.training.noise import FlowNoise
+
+NEGATIVE = "negative_"
+
+
+class FlowFamily(Family):
+    """A transformer that predicts the velocity ε − x of flow matching.
+
+    A family of this kind adds `encode_prompts`, whose names are those under which the pipeline takes encoded prompts,
+    and `predict`.
+
+    Class attributes:
+        patch: latents beside each other, in a row or a column, that make one token.
+        native_resolution: side in pixels of the images that the transformer was made for.
+        negative_prompt: that the pipeline's guidance steers away from; None where it has no such guidance.
+        guidance_argument: of the pipeline.
+        unread: the last block's layers on which the answer does not depend, a pattern of their names in the block.
+
+    Attributes:
+        guidance: what transformers with an embedding of the guidance are told in training.
+
+    Source: flow matching, arXiv:2210.02747; SD3, arXiv:2403.03206.
+    """
+
+    denoiser = "transformer"
+    trained_text_encoders: ClassVar[Sequence[str]] = ()
+    patch: ClassVar[int] = 2
+    native_resolution: int = 1024
+    negative_prompt: ClassVar[str | None] = ""
+    guidance_argument: ClassVar[str] = "guidance_scale"
+    unread: ClassVar[str | None] = None
+
+    def __init__(self, pipe: DiffusionPipeline, load: Callable[[str], nn.Module] | None = None):
+        self._load, self._skeletons = load, {}
+        super().__init__(pipe)
+        self.noise, self.guidance = FlowNoise(pipe.scheduler.config), 1.0
+        if load is not None:
+            self._skeletons = super().modules()
+            self.device = torch.device("cpu")
+
+    @classmethod
+    def read_blueprint(cls, source: ModelSource) -> Blueprint:
+        """The pipeline without weights. Raises `InputError` where training does not cover this pipeline."""
+        models = read_models(source, [cls.denoiser, *cls.trained_text_encoders, "vae"])
+        multiple = LatentSpace(models.pop("vae")).factor * cls.patch
+        return Blueprint(models, cls.native_resolution, multiple)
+
+    @classmethod
+    def load(cls, source: ModelSource, dtype: torch.dtype) -> FlowFamily:
+        """The pipeline, each of its components without weights until it is asked for."""
+        index = source.config()
+        skeletons = read_models(source, [name for name in index if is_model(index, name)])
+        with source.reading():
+            pipe = getattr(diffusers, cls.pipeline_class).from_pretrained(
+                source.path, revision=source.revision, **skeletons
+            )
+
+        def load(name: str) -> nn.Module:
+            with source.reading():
+                return type(skeletons[name]).from_pretrained(
+                    source.path, subfolder=name, dtype=dtype, revision=source.revision, variant=source.variant
+                )
+
+        return cls(pipe, load)
+
+    @property
+    def latents(self) -> LatentSpace:
+        return LatentSpace(self.component("vae"))
+
+    @property
+    def pixel_multiple(self) -> int:
+        """What a side in pixels is divided by until it is one of the tokens."""
+        return self.pipe.vae_scale_factor * self.patch
+
+    # Components -------------------------------------------------------------------------------------------------
+
+    def component(self, name: str) -> nn.Module:
+        """The component with its weights, which are read now if need be."""
+        component = super().component(name)
+        if component is self._skeletons.get(name):
+            component = self._load(name).eval().requires_grad_(False)
+            component.to("cpu" if name in self._offloaded else self.device)
+            setattr(self.pipe, name, component)
+        return component
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The components that have weights in memory."""
+        return {name: each for name, each in super().modules().items() if each is not self._skeletons.get(name)}
+
+    def offload(self, *names: str) -> None:
+        """Take components out of memory, where they can be read again, else off the device."""
+        for name in set(names) & set(self._skeletons):
+            setattr(self.pipe, name, self._skeletons[name])
+        super().offload(*(name for name in names if name not in self._skeletons))
+
+    @contextmanager
+    def on_device(self, *names: str) -> Iterator[None]:
+        for name in names:
+            if isinstance(getattr(self.pipe, name), nn.Module):
+                self.component(name)
+        with super().on_device(*names):
+            yield
+
+    def keep_prompts(self, prompts: Sequence[str]) -> None:
+        """Encode these prompts and the negative one now, and let the text encoders go."""
+        negative = [] if self.negative_prompt is None else [self.negative_prompt]
+        super().keep_prompts([*prompts, *negative])
+
+    def freeze_unused(self) -> None:
+        if self.unread is None:
+            return
+        for name, module in self.component(self.denoiser).transformer_blocks[-1].named_modules():
+            if re.fullmatch(self.unread, name):
+                module.requires_grad_(False)
+
+    # Generating -------------------------------------------------------------------------------------------------
+
+    def generate(self, prompts: Sequence[str], *, pipe: DiffusionPipeline | None = None, **inputs: Any) -> Any:
+        """What the pipeline makes of prompts, whose text encoders need not be in memory at the same time."""
+        pipe = pipe or self.pipe
+        guidance = inputs.pop("guidance_scale", None)
+        if guidance is not None:
+            inputs[self.guidance_argument] = guidance
+        positive = self.conditioning(prompts)
+        inputs |= self.prompt_inputs(positive)
+        if self.negative_prompt is not None:
+            negative = self.conditioning([self.negative_prompt] * len(prompts))
+            taken = inspect.signature(pipe.__call__).parameters
+            given = {f"{NEGATIVE}{name}": value for name, value in self.prompt_inputs(negative).items()}
+            inputs |= {name: value for name, value in given.items() if name in taken}
+        self.component(self.denoiser), self.component("vae")
+        resting = {name: each for name, each in pipe.components.items() if each is self._skeletons.get(name, self)}
+        for name in resting:
+            setattr(pipe, name, None)
+        try:
+            return pipe(**inputs)
+        finally:
+            for name, skeleton in resting.items():
+                setattr(pipe, name, skeleton)
+
+    def prompt_inputs(self, conditioning: Sequence[Conditioning]) -> dict[str, Any]:
+        """Encoded prompts as the pipeline takes them."""
+        return {name: torch.stack([row[name] for row in conditioning]) for name in conditioning[0]}
+
+    def guidance_of(self, noisy: Tensor) -> Tensor | None:
+        """What the transformer is told of guidance, for each sample; None where it has no embedding of it."""
+        if not getattr(self.component(self.denoiser).config, "guidance_embeds", False):
+            return None
+        return torch.full((len(noisy),), self.guidance, device=noisy.device)
+
+
+def is_model(index: Mapping[str, Any], name: str) -> bool:
+    """Whether a component of `model_index.json` has weights."""
+    kind = _class_of(index, name)
+    return kind is not None and issubclass(kind, nn.Module)
+
+
+def read_models(source: ModelSource, names: Sequence[str]) -> dict[str, nn.Module]:
+    """Components of a pipeline on the meta device, by the classes that its `model_index.json` names.
+
+    Raises:
+        InputError: one that is not there or cannot be read.
+    """
+    index, models = source.config(), {}
+    for name in names:
+        kind = _class_of(index, name)
+        if kind is None:
+            raise InputError(f"{source.given}: has no {name}")
+        with source.reading(), torch.device("meta"):
+            if hasattr(kind, "load_config"):
+                models[name] = kind.from_config(source.config(name, kind))
+            else:
+                config = kind.config_class.from_pretrained(source.path, subfolder=name, revision=source.revision)
+                models[name] = kind(config)
+    return models
+
+
+def _class_of(index: Mapping[str, Any], name: str) -> type | None:
+    entry = index.get(name)
+    if not isinstance(entry, (list, tuple)) or len(entry) != 2 or not all(isinstance(each, str) for each in entry):
+        return None
+    library, kind = entry
+    if library not in ("diffusers", "transformers"):
+        raise InputError(f"{name} is a {kind} of {library}; training covers pipelines of diffusers' own classes")
+    return getattr(importlib.import_module(library), kind, None)

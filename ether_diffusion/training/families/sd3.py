@@ -1,0 +1,40 @@
+"""Stable Diffusion 3 and 3.5: two CLIP text encoders and T5, latents as they are."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ether_diffusion.training.families.base import Conditioning, rows, stacked
+from ether_diffusion.training.families.flow import FlowFamily
+from ether_diffusion.training.families.flux import DOUBLE_ATTENTION
+
+
+class StableDiffusion3(FlowFamily):
+    """Stable Diffusion 3 and 3.5, with or without T5.
+
+    Source: SD3, arXiv:2403.03206, and its pipeline in diffusers.
+    """
+
+    pipeline_class = "StableDiffusion3Pipeline"
+    text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    trained_text_encoders = ("text_encoder", "text_encoder_2")
+    targets = DOUBLE_ATTENTION
+    unread = r"attn\.(add_q_proj|to_add_out)"
+
+    def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
+        """States of all encoders (tokens, width) and pooled text of both CLIPs (width,) of each prompt."""
+        states, _, pooled, _ = self.pipe.encode_prompt(
+            list(prompts), None, None, device=self.device, do_classifier_free_guidance=False
+        )
+        return rows(prompt_embeds=states, pooled_prompt_embeds=pooled)
+
+    def predict(self, noisy: Tensor, levels: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
+        """The velocity, in the shape of the latents."""
+        transformer = self.component(self.denoiser)
+        return transformer(
+            hidden_states=noisy.to(transformer.dtype),
+            timestep=1000 * levels,
+            encoder_hidden_states=stacked(conditioning, "prompt_embeds").to(transformer.dtype),
+            pooled_projections=stacked(conditioning, "pooled_prompt_embeds").to(transformer.dtype),
+            return_dict=False,
+        )[0]

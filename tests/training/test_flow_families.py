@@ -1,0 +1,246 @@
+"""Every transformer family says and hears what its stock pipeline does: the conformance test."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from helpers.flow_zoo import PIPELINES, make
+from PIL import Image
+from torch import Tensor
+
+from ether_diffusion import EtherConfig
+from ether_diffusion.errors import InputError
+from ether_diffusion.images import to_pixels
+from ether_diffusion.training.families import Family, ModelSource, family_at, family_of
+from ether_diffusion.training.methods.injection import add_adapters, trained_parameters
+from ether_diffusion.training.tokens import from_tokens, join_patches
+
+SIZES = [(16, 16), (16, 32), (32, 16)]
+PROMPTS = ["a red dog on a mat", "", "hut"]
+WITHOUT_GUIDANCE = {"z_image": {"guidance_scale": 0.0}, "qwen": {}}
+"""What turns guidance off; a guidance of 1 where nothing is said, which is also what transformers are told of it."""
+EDITORS = {"kontext": {"_auto_resize": False}, "klein": {}}
+"""Pipelines that take a reference image, and what keeps its size."""
+PATCHES_ARE_CHANNELS = ("klein",)
+CLOSE = {"atol": 1e-5, "rtol": 1e-4}
+
+
+@pytest.fixture(scope="module", params=list(PIPELINES))
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(name, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp(name) / name
+    make(name, folder.parent).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pipe(folder) -> DiffusionPipeline:
+    return opened(folder)
+
+
+def opened(folder: Path) -> DiffusionPipeline:
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@dataclass
+class Step:
+    """What one call of `scheduler.step` received: the velocity, the level of noise, and the noisy latents."""
+
+    velocity: Tensor
+    level: float
+    noisy: Tensor
+
+
+def inputs_of(name: str, size: tuple[int, int], prompt: str, reference: Image.Image | None = None) -> dict[str, Any]:
+    """What the stock pipeline is called with, guidance off."""
+    height, width = size
+    inputs = {"prompt": prompt, "height": height, "width": width, "num_inference_steps": 3}
+    inputs |= WITHOUT_GUIDANCE.get(name, {"guidance_scale": 1.0})
+    if name == "kontext":  # it would take another size of the same proportions
+        inputs["max_area"] = height * width
+    if reference is not None:
+        inputs |= {"image": reference, **EDITORS[name]}
+    return inputs | {"generator": torch.Generator().manual_seed(0)}
+
+
+def steps_of(pipe: DiffusionPipeline, **inputs: Any) -> list[Step]:
+    """The steps that a stock pipeline takes."""
+    taken, step = [], pipe.scheduler.step
+
+    def record(velocity, time, noisy, **options):
+        taken.append(Step(velocity.clone(), float(time) / 1000, noisy.clone()))
+        return step(velocity, time, noisy, **options)
+
+    pipe.scheduler.step = record
+    pipe(output_type="latent", **inputs)
+    pipe.scheduler.step = step
+    return taken
+
+
+def as_latents(name: str, values: Tensor, family: Family, size: tuple[int, int]) -> Tensor:
+    """What a pipeline keeps as tokens, as the family has it: (b, c, h, w)."""
+    if values.ndim == 4:
+        return values
+    like = torch.empty(1, 1, *(side // family.pixel_multiple for side in size))
+    latents = from_tokens(values, like)
+    return latents if name in PATCHES_ARE_CHANNELS else join_patches(latents)
+
+
+def photograph(size: tuple[int, int], seed: int = 0) -> Image.Image:
+    height, width = size
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_predicts_what_the_stock_pipeline_gives_to_its_scheduler(name, pipe, size):
+    for prompt in PROMPTS:
+        steps = steps_of(pipe, **inputs_of(name, size, prompt))
+        family = family_of(pipe)
+        assert len({step.level for step in steps}) == 3
+        for step in steps:
+            noisy, velocity = (as_latents(name, each, family, size) for each in (step.noisy, step.velocity))
+            with torch.no_grad():
+                answer = family.predict(noisy, torch.tensor([step.level]), family.conditioning([prompt]))
+            torch.testing.assert_close(answer, velocity, **CLOSE)
+
+
+@pytest.mark.parametrize("of", [(64, 64), (96, 64)], ids=str)
+def test_predicts_with_a_reference_what_the_stock_pipeline_does(name, pipe, of):
+    if name not in EDITORS:
+        pytest.skip("takes no reference image")
+    reference, size = photograph(of), (16, 32)
+    family = family_of(pipe)
+    seen = family.latents.draw(family.latents.encode(to_pixels(reference)), None)[None]
+    for step in steps_of(pipe, **inputs_of(name, size, PROMPTS[0], reference)):
+        noisy, velocity = (as_latents(name, each, family, size) for each in (step.noisy, step.velocity))
+        levels, conditioning = torch.tensor([step.level]), family.conditioning(PROMPTS[:1])
+        with torch.no_grad():
+            answer = family.predict(noisy, levels, conditioning, [seen])
+            blind = family.predict(noisy, levels, conditioning)
+        torch.testing.assert_close(answer, velocity, **CLOSE)
+        assert (answer - blind).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_decodes_the_latents_to_the_image_of_the_pipeline(name, pipe, size):
+    inputs = inputs_of(name, size, PROMPTS[0])
+    image = pipe(output_type="pt", **inputs).images[0]
+    family, steps = family_of(pipe), []
+    scheduler = pipe.scheduler.step
+    pipe.scheduler.step = lambda *given, **options: steps.append(scheduler(*given, **options)) or steps[-1]
+    pipe(output_type="latent", **inputs_of(name, size, PROMPTS[0]))
+    latents = as_latents(name, steps[-1][0], family, size)
+    with torch.no_grad():
+        decoded = family.latents.decode(latents)[0]
+    torch.testing.assert_close((decoded / 2 + 0.5).clamp(0, 1), image, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_an_image_and_its_latents_have_the_same_statistics_as_in_the_pipeline(name, pipe, size):
+    """Latents of many draws have the mean of the distribution; decoding undoes the normalisation exactly."""
+    family = family_of(pipe)
+    space = family.latents
+    with torch.no_grad():
+        statistics = space.encode(to_pixels(photograph(size)))
+        mean = space.draw(statistics, None)
+        again = [space.draw(statistics, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(again[0], again[1])
+    assert torch.equal(again[0], again[2]) == (name in PATCHES_ARE_CHANNELS)  # which takes the mean
+    factor = family.pixel_multiple // (1 if name in PATCHES_ARE_CHANNELS else 2)
+    assert mean.shape[-2:] == tuple(side // factor for side in size)
+
+
+def test_a_batch_of_prompts_of_several_lengths_answers_as_each_alone(name, pipe):
+    family = family_of(pipe)
+    channels = family.latents.draw(family.latents.encode(to_pixels(photograph((16, 16)))), None).shape
+    noisy, levels = torch.randn(3, *channels), torch.tensor([0.1, 0.5, 0.9])
+    conditioning = family.conditioning(PROMPTS)
+    with torch.no_grad():
+        together = family.predict(noisy, levels, conditioning)
+        for k in range(3):
+            alone = family.predict(noisy[k : k + 1], levels[k : k + 1], conditioning[k : k + 1])
+            torch.testing.assert_close(together[k : k + 1], alone, **CLOSE)
+    assert not torch.allclose(together[0], family.predict(noisy, levels, conditioning[::-1])[0])
+
+
+@pytest.mark.parametrize("method", ["ether", "ether_plus"])
+def test_checkpointing_leaves_the_gradients_as_they_are(name, pipe, method):
+    family = family_of(pipe)
+    config = EtherConfig(target_modules=family.targets, method=method)
+    models, gradients = {"transformer": pipe.transformer}, []
+    add_adapters(models, {"transformer": config}, seed=0)
+    shape = family.latents.draw(family.latents.encode(to_pixels(photograph((16, 16)))), None).shape
+    noisy, levels = torch.randn(2, *shape), torch.tensor([0.3, 0.8])
+    family.freeze_unused()
+    parameters = trained_parameters(models, {"transformer": config})
+    for checkpointing in (False, True):
+        if checkpointing:
+            pipe.transformer.enable_gradient_checkpointing()
+            pipe.transformer.train()
+        family.predict(noisy, levels, family.conditioning(PROMPTS[:2])).square().mean().backward()
+        gradients.append([parameter.grad.clone() for parameter in parameters])
+        for parameter in parameters:
+            parameter.grad = None
+    assert all(gradient.abs().max() > 0 for gradient in gradients[0])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain, atol=1e-7, rtol=1e-4)
+
+
+def test_the_default_layers_are_those_of_attention_in_every_block(name, pipe):
+    family = family_of(pipe)
+    models = {"transformer": pipe.transformer}
+    add_adapters(models, {"transformer": EtherConfig(target_modules=family.targets, method="ether")}, seed=0)
+    adapted = {layer for layer, module in pipe.transformer.named_modules() if hasattr(module, "ether_u")}
+    blocks = {".".join(layer.split(".")[:2]) for layer, _ in pipe.transformer.named_modules() if layer.count(".") == 1}
+    blocks = {block for block in blocks if block.split(".")[1].isdigit() and "block" in block or "layers." in block}
+    assert {".".join(layer.split(".")[:2]) for layer in adapted} >= blocks and len(adapted) >= 4 * len(blocks) - 4
+
+
+# Components that are in memory only while they are needed -------------------------------------------------------
+
+
+def test_a_component_has_its_weights_from_when_it_is_asked_for_until_it_is_offloaded(name, folder):
+    source = ModelSource(str(folder))
+    family = family_at(source).load(source, torch.float32)
+    assert family.modules() == {}
+    family.freeze(torch.device("cpu"))
+    family.keep_prompts([*PROMPTS, ""])
+    assert family.modules() == {}
+    kept = family.conditioning(PROMPTS)
+    assert family.modules() == {}, "kept prompts need no text encoder"
+    whole = family_of(opened(folder)).conditioning(PROMPTS)
+    for one, other in zip(kept, whole, strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    family.component("transformer")
+    assert set(family.modules()) == {"transformer"}
+
+
+def test_generates_what_the_stock_pipeline_does_without_text_encoders_in_memory(name, folder):
+    source, height, width = ModelSource(str(folder)), 16, 32
+    size = {"height": height, "width": width} | ({"max_area": height * width} if name == "kontext" else {})
+    seed = {"num_inference_steps": 2, "output_type": "np"}
+    family = family_at(source).load(source, torch.float32)
+    family.keep_prompts(PROMPTS)
+    family.pipe.set_progress_bar_config(disable=True)
+    image = family.generate(PROMPTS[:1], generator=torch.Generator().manual_seed(0), **seed, **size).images[0]
+    assert set(family.modules()) == {"transformer", "vae"}
+    stock = {"prompt": PROMPTS[0], "generator": torch.Generator().manual_seed(0), **seed, **size}
+    if name == "qwen":
+        stock["negative_prompt"] = " "
+    np.testing.assert_allclose(image, opened(folder)(**stock).images[0], atol=1e-5)
+
+
+def test_a_pipeline_that_no_family_covers_names_those_there_are(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "AllegroPipeline"}')
+    with pytest.raises(InputError, match="is a AllegroPipeline; training covers Flux2KleinPipeline, .*ZImagePipeline"):
+        family_at(ModelSource(str(tmp_path)))
