@@ -9,7 +9,7 @@ from PIL import Image
 from ether_diffusion.images import to_pixels
 from ether_diffusion.training.data.views import center_cut, frame, place_view
 from ether_diffusion.training.families import family_of
-from ether_diffusion.training.objectives import join_conditioning, sample_losses
+from ether_diffusion.training.objectives import sample_losses
 from ether_diffusion.training.seeds import generator
 
 
@@ -50,20 +50,18 @@ def denoising_loss(
         raise ValueError(f"{timesteps=}, {noises=}, {batch_size=}: each needs to be at least 1")
     family = family_of(pipe)
     target = (family.native_resolution,) * 2
-    latents = family.make_latents(family.encode_pixels(to_pixels(center_cut(image, target))), None)  # (c, h, w)
-    middles = [int((part + 0.5) * family.timestep_count / timesteps) for part in range(timesteps)]
+    latents = family.latents.draw(family.latents.encode(to_pixels(center_cut(image, target))), None)  # (c, h, w)
+    levels = family.noise.grid(timesteps, family.token_count(target))
     drawn = [torch.randn(latents.shape, generator=generator(seed, "held-out noise", each)) for each in range(noises)]
-    grid = [(step, noise) for step in middles for noise in drawn]
+    grid = [(step, noise) for step in levels for noise in drawn]
     framing = frame(image.size, place_view(0, image.size, target, None), target)
-    conditioning = {**family.encode_prompts([prompt]), **family.encode_framings([framing])}
+    conditioning = {**family.encode_prompts([prompt])[0], **family.encode_framings([framing])[0]}
     total = 0.0
     for start in range(0, len(grid), batch_size):
         part = grid[start : start + batch_size]
         steps = torch.tensor([step for step, _ in part], device=latents.device)
         noise = torch.stack([each for _, each in part]).to(latents.device)
         clean = latents.expand_as(noise)
-        prediction = family.predict(
-            family.add_noise(clean, noise, steps), steps, join_conditioning([conditioning] * len(part))
-        )
-        total += sample_losses(prediction, family.target(clean, noise, steps)).double().sum().item()
+        prediction = family.predict(family.noise.add(clean, noise, steps), steps, [conditioning] * len(part))
+        total += sample_losses(prediction, family.noise.target(clean, noise, steps)).double().sum().item()
     return total / len(grid)

@@ -27,6 +27,7 @@ from ether_diffusion.errors import InputError
 from ether_diffusion.files import nearest_existing, replace_file
 from ether_diffusion.images import find_images
 from ether_diffusion.training.accelerator import on_main_process
+from ether_diffusion.training.data.views import Target
 from ether_diffusion.training.families import Family, ModelSource
 from ether_diffusion.training.options import PriorOptions
 from ether_diffusion.training.seeds import generator
@@ -70,6 +71,7 @@ def generate_class_images(
     *,
     precision: str,
     seed: int,
+    target: Target,
     num_inference_steps: int = 50,
 ) -> list[Path]:
     """Generate the class images that are missing, with the base model, and return the paths of all of them.
@@ -84,6 +86,7 @@ def generate_class_images(
         source, family: the base model.
         options: the prompt, where the images lie, and how many there are to be.
         accelerator, precision, seed: of the training; `prior_generation_precision` goes before its precision.
+        target: (height, width) of training images.
         num_inference_steps: denoising steps per image.
 
     Raises:
@@ -102,7 +105,13 @@ def generate_class_images(
         try:
             with _errors_with_progress(options):
                 _generate(
-                    family.load(source, dtype), share, options, accelerator, seed=seed, steps=num_inference_steps
+                    family.load(source, dtype),
+                    share,
+                    options,
+                    accelerator,
+                    seed=seed,
+                    target=target,
+                    steps=num_inference_steps,
                 )
         finally:
             set_random_state(state)
@@ -181,6 +190,7 @@ def _generate(
     accelerator: Accelerator,
     *,
     seed: int,
+    target: Target,
     steps: int,
 ) -> None:
     """Generate these files. The caller keeps no reference to the family, so that it goes with this call."""
@@ -196,7 +206,13 @@ def _generate(
             numbers = [int(path.stem.removeprefix(PREFIX)) for path in filled]
             generators = [generator(seed, "class picture", number) for number in numbers]
             prompts = [str(options.class_prompt)] * size
-            output = family.pipe(prompts, num_inference_steps=steps, generator=generators, output_type="np")
+            output = family.generate(
+                prompts,
+                num_inference_steps=steps,
+                generator=generators,
+                output_type="np",
+                **family.size_inputs(target),
+            )
             values = output.images  # (b, h, w, 3), from 0 to 1
             if not np.isfinite(values).all():
                 # As an image it would be black, and training would teach the class to be black.

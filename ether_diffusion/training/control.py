@@ -24,7 +24,6 @@ from ether_diffusion.training.data import TrainingImages, find_pairs
 from ether_diffusion.training.data.views import Target, center_cut
 from ether_diffusion.training.entry import run_script
 from ether_diffusion.training.loop import TrainingResult
-from ether_diffusion.training.objectives import ImageSet
 from ether_diffusion.training.options import ControlTrainingOptions as Options
 from ether_diffusion.training.run import TrainingRun
 
@@ -42,15 +41,14 @@ def run(options: Options, command: str) -> TrainingResult:
     controls, prompts = validation_pairs(options, images, planned.targets[0])
     flag = "train_data_dir" if options.data.dataset_name is None else "dataset_name"
     checked = planned.check(epoch_samples=len(images), depends_on={flag: images.fingerprint})
-    loaded = checked.load(prompts, controls)
-    optimization, adaptation = options.optimization, planned.adaptation
-    drawn_from = ImageSet(images, loaded.family, seed=options.run.seed, noise_offset=optimization.noise_offset)
+    loaded = checked.load(prompts, {options.run.seed: images}, controls)
+    adaptation = planned.adaptation
     objective = adaptation.objective(
         loaded.family,
-        [drawn_from],
+        loaded.sets,
         trained=[name for name in adaptation.configs if name != adaptation.control],
         beside={adaptation.control: loaded.attached.models[adaptation.control]},
-        snr_gamma=optimization.snr_gamma,
+        snr_gamma=options.optimization.snr_gamma,
     )
     what = images.examples.describe()
     result = loaded.train(objective, what)

@@ -20,7 +20,7 @@ from ether_diffusion.training.class_images import find_class_images, generate_cl
 from ether_diffusion.training.data import TrainingImages, examples_of, find_examples
 from ether_diffusion.training.entry import run_script
 from ether_diffusion.training.loop import TrainingResult
-from ether_diffusion.training.objectives import DenoisingObjective, ImageSet
+from ether_diffusion.training.objectives import DenoisingObjective
 from ether_diffusion.training.options import InstanceDataOptions, PriorOptions, TrainingOptions
 from ether_diffusion.training.run import TrainingRun
 from ether_diffusion.training.seeds import derive
@@ -61,11 +61,10 @@ def run(options: Options, command: str) -> TrainingResult:
         drawn_from[derive(seed, "class pictures")] = class_images
         what += f" and {len(class_images)} of the class"
 
-    loaded = checked.load(options.validation.validation_prompt or (data.instance_prompt,))
-    offset = options.optimization.noise_offset
+    loaded = checked.load(options.validation.validation_prompt or (data.instance_prompt,), drawn_from)
     objective = DenoisingObjective(
         loaded.family,
-        [ImageSet(each, loaded.family, seed=seed, noise_offset=offset) for seed, each in drawn_from.items()],
+        loaded.sets,
         trained=list(planned.adaptation.configs),
         snr_gamma=options.optimization.snr_gamma,
         prior_loss_weight=prior.prior_loss_weight,
@@ -84,6 +83,7 @@ def generated_class_images(planned: TrainingRun, prior: PriorOptions) -> Trainin
         planned.accelerator,
         precision=planned.precision,
         seed=planned.options.run.seed,
+        target=planned.targets[0],
     )
     return TrainingImages(examples_of(paths, str(prior.class_prompt)), **planned.view_options)
 

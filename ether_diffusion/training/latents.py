@@ -1,6 +1,6 @@
 """Images as latents and back, by what the autoencoder itself has: the same for every family."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -17,38 +17,39 @@ class LatentSpace:
     Four kinds of autoencoder, told apart by what they have:
 
     - means and deviations of each channel (Qwen-Image), and an axis of frames, which is 1 for images;
-    - running statistics of a batch norm (FLUX.2): latents are 2×2 patches, normalised, and the mean of the distribution;
+    - running statistics of a batch norm (FLUX.2): latents are means of distributions, 2×2 patches of them normalised;
     - an encoder without a distribution (the deep compression autoencoder of Sana);
     - a scale, and in newer models a shift.
 
     Args:
-        vae: the autoencoder.
-        precision: its arithmetic; None leaves that of its weights.
+        get_vae: gives the autoencoder, which need not be in memory between two calls.
+        precision: of its arithmetic; None leaves that of its weights.
     """
 
-    def __init__(self, vae: nn.Module, precision: torch.dtype | None = None):
-        self.vae, self.precision = vae, precision
-        self.has_frames = getattr(vae.config, "latents_mean", None) is not None and hasattr(vae.config, "z_dim")
+    def __init__(self, get_vae: Callable[[], nn.Module], precision: torch.dtype | None = None):
+        self.get_vae, self.precision = get_vae, precision
+        vae = get_vae()
+        config = vae.config
+        self.has_frames = getattr(config, "z_dim", None) is not None
         self.has_patches = isinstance(getattr(vae, "bn", None), nn.BatchNorm2d)
         self.is_deterministic = isinstance(vae, AutoencoderDC)
-
-    @property
-    def factor(self) -> int:
-        """How many times smaller the autoencoder makes a side."""
-        config = self.vae.config
-        if self.has_frames:
-            return 2 ** len(config.temperal_downsample)
-        widths = config.encoder_block_out_channels if self.is_deterministic else config.block_out_channels
-        return 2 ** (len(widths) - 1)
+        if self.has_patches:
+            self.offset = vae.bn.running_mean.float().view(-1, 1, 1)
+            self.deviation = (vae.bn.running_var.float() + config.batch_norm_eps).sqrt().view(-1, 1, 1)
+        elif self.has_frames:
+            self.offset = torch.tensor(config.latents_mean).view(-1, 1, 1)
+            self.deviation = torch.tensor(config.latents_std).view(-1, 1, 1)
+        else:
+            self.shift, self.scale = getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
 
     def encode(self, pixels: Tensor) -> Tensor:
         """One image (3, height, width), from -1 to 1, as what its latents are drawn from, float32.
 
         That is the parameters of a distribution (2c, h, w), or the latents where the autoencoder has none.
         """
-        with self._in_precision():
-            pixels = pixels[None].to(self.vae.device, self.vae.dtype)
-            encoded = self.vae.encode(pixels[:, :, None] if self.has_frames else pixels)
+        with self._in_precision() as vae:
+            pixels = pixels[None].to(vae.device, vae.dtype)
+            encoded = vae.encode(pixels[:, :, None] if self.has_frames else pixels)
         if hasattr(encoded, "latent"):
             return encoded.latent[0].float()
         parameters = encoded.latent_dist.parameters[0].float()
@@ -65,42 +66,44 @@ class LatentSpace:
             latents = (distribution.mode() if mean else distribution.sample(generator))[0]
         if self.has_patches:
             latents = split_patches(latents[None])[0]
-        offset, factor = self._normalisation(latents)
-        return (latents - offset) * factor
+        if self.has_patches or self.has_frames:
+            return (latents - self.offset.to(latents.device)) / self.deviation.to(latents.device)
+        return (latents - self.shift) * self.scale
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (b, 3, height, width), from -1 to 1, of latents (b, c, h, w)."""
-        offset, factor = self._normalisation(latents)
-        latents = latents / factor + offset
+        if self.has_patches or self.has_frames:
+            latents = latents * self.deviation.to(latents.device) + self.offset.to(latents.device)
+        else:
+            latents = latents / self.scale + self.shift
         if self.has_patches:
             latents = join_patches(latents)
-        with self._in_precision():
-            latents = latents.to(self.vae.device, self.vae.dtype)
+        with self._in_precision() as vae:
+            latents = latents.to(vae.device, vae.dtype)
             if self.has_frames:
-                return self.vae.decode(latents[:, :, None], return_dict=False)[0][:, :, 0]
-            return self.vae.decode(latents, return_dict=False)[0]
-
-    def _normalisation(self, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """What is taken from latents, and what they are then multiplied by."""
-        config, like = self.vae.config, {"device": latents.device, "dtype": latents.dtype}
-        if self.has_patches:
-            norm = self.vae.bn
-            deviation = (norm.running_var.to(**like) + config.batch_norm_eps).sqrt()
-            return norm.running_mean.to(**like).view(-1, 1, 1), 1 / deviation.view(-1, 1, 1)
-        if self.has_frames:
-            mean, deviation = (torch.tensor(each, **like) for each in (config.latents_mean, config.latents_std))
-            return mean.view(-1, 1, 1), 1 / deviation.view(-1, 1, 1)
-        return getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
+                return vae.decode(latents[:, :, None], return_dict=False)[0][:, :, 0]
+            return vae.decode(latents, return_dict=False)[0]
 
     @contextmanager
-    def _in_precision(self) -> Iterator[None]:
+    def _in_precision(self) -> Iterator[nn.Module]:
+        """A context with the autoencoder in the precision of its arithmetic."""
+        vae = self.get_vae()
         if self.precision is None:
-            yield
+            yield vae
             return
-        dtype = self.vae.dtype
-        nn.Module.to(self.vae, self.precision)  # `ModelMixin.to` would log a warning at every change of dtype
+        dtype = vae.dtype
+        nn.Module.to(vae, self.precision)  # `ModelMixin.to` would log a warning at every change of dtype
         try:
-            with torch.autocast(self.vae.device.type, enabled=False):
-                yield
+            with torch.autocast(vae.device.type, enabled=False):
+                yield vae
         finally:
-            nn.Module.to(self.vae, dtype)
+            nn.Module.to(vae, dtype)
+
+
+def side_factor(vae: nn.Module) -> int:
+    """How many times smaller an autoencoder makes a side."""
+    config = vae.config
+    if getattr(config, "temperal_downsample", None) is not None:
+        return 2 ** len(config.temperal_downsample)
+    widths = getattr(config, "encoder_block_out_channels", None) or config.block_out_channels
+    return 2 ** (len(widths) - 1)

@@ -23,7 +23,7 @@ class DiscreteNoise:
     """Discrete diffusion: √ᾱₜ·x + √(1 − ᾱₜ)·ε; the denoiser predicts ε, or the velocity √ᾱₜ·ε − √(1 − ᾱₜ)·x.
 
     Args:
-        config: of the pipeline's scheduler, which is made for sampling; training takes its noise schedule step by step.
+        config: of the pipeline's scheduler, which is for sampling; training takes its noise schedule step by step.
         where: what the config is of, to begin an error message with.
 
     Raises:

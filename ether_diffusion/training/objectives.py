@@ -15,13 +15,11 @@ from ether_diffusion.training.data import TrainingImages
 from ether_diffusion.training.data.views import Framing, View
 from ether_diffusion.training.families import Family
 from ether_diffusion.training.families.base import Conditioning
-from ether_diffusion.training.options import PerformanceOptions
 from ether_diffusion.training.seeds import generator
 
 ENCODER, CONTROLNET = CONTROL, "controlnet"
 
 _KEPT_VIEWS = 512
-_KEPT_PROMPTS = 512
 
 
 def sample_losses(prediction: Tensor, target: Tensor) -> Tensor:
@@ -39,12 +37,14 @@ def sample_losses(prediction: Tensor, target: Tensor) -> Tensor:
 class Sample:
     """What one prediction is asked about: latents and noise (c, h, w), and what goes with them.
 
+    level: how noisy, as the family's noise has it.
+
     control: the control image (3, height, width), from 0 to 1, or None.
     """
 
     latents: Tensor
     noise: Tensor
-    timestep: int
+    level: float
     prompt: str
     framing: Framing
     control: Tensor | None = None
@@ -56,29 +56,30 @@ class ImageSet:
     Args:
         images: the views.
         family: encodes them.
-        seed: of all that is drawn: latents, noise and timestep of a sample follow from (seed, index) alone.
+        seed: of all that is drawn: latents, noise and level of a sample follow from (seed, index) alone.
         noise_offset: size of a shift of each channel's noise.
     """
 
     def __init__(self, images: TrainingImages, family: Family, *, seed: int, noise_offset: float = 0.0):
         self.images, self.family, self.seed, self.noise_offset = images, family, seed, noise_offset
-        self._moments: dict[View, Tensor] = {}
+        self._statistics: dict[View, Tensor] = {}
         self._kept_views = _KEPT_VIEWS
 
     def draw(self, index: int) -> Sample:
         """Sample number `index`, on the device."""
         view, device = self.images.view(index), self.family.device
-        latents = self.family.make_latents(self._encode(view), generator(self.seed, "latents", index))
+        latents = self.family.latents.draw(self._encode(view), generator(self.seed, "latents", index))
         draw = generator(self.seed, "noise", index)
         noise = torch.randn(latents.shape, generator=draw)
         if self.noise_offset:
             noise += self.noise_offset * torch.randn(len(noise), 1, 1, generator=draw)
-        timestep = self.family.draw_timestep(generator(self.seed, "timestep", index))
+        tokens = self.family.token_count(self.images.target(view.image))
+        level = self.family.noise.draw(generator(self.seed, "timestep", index), tokens)
         control = self.images.control(view)
         return Sample(
             latents.to(device),
             noise.to(device),
-            timestep,
+            level,
             self.images.prompt(view, index),
             self.images.framing(view),
             None if control is None else control.to(device),
@@ -90,12 +91,12 @@ class ImageSet:
 
         Views are encoded one by one, so that the result does not depend on the batch.
         """
-        if view not in self._moments:
-            if len(self._moments) >= self._kept_views:
-                del self._moments[next(iter(self._moments))]
+        if view not in self._statistics:
+            if len(self._statistics) >= self._kept_views:
+                del self._statistics[next(iter(self._statistics))]
             with self.family.on_device("vae"):
-                self._moments[view] = self.family.encode_pixels(self.images.pixels(view))
-        return self._moments[view]
+                self._statistics[view] = self.family.latents.encode(self.images.pixels(view))
+        return self._statistics[view]
 
     def encode_all(self) -> None:
         """Encode every view that can come; needs images with fixed or central crops. They are kept on the CPU."""
@@ -103,7 +104,7 @@ class ImageSet:
         self._kept_views = len(views)
         with self.family.on_device("vae"):
             for view in views:
-                self._moments[view] = self._encode(view).cpu()
+                self._statistics[view] = self._encode(view).cpu()
 
 
 class DenoisingObjective(nn.Module):
@@ -113,14 +114,14 @@ class DenoisingObjective(nn.Module):
     class image (prior preservation; source: DreamBooth, arXiv:2208.12242, section 3.2).
 
     A module, so that one wrapper (precision, data parallel) holds all that is trained. `forward` takes the global
-    indices of the samples; each draws its crop, mirroring, latents, noise and timestep from (seed, index) alone.
+    indices of the samples; each draws its crop, mirroring, latents, noise and level from (seed, index) alone.
 
     Args:
         family: the pipeline's family; its components are on their device.
         images: what samples are drawn from: one set, or two, of which the second is of the class.
         trained: names of the components that are trained.
         beside: more that is trained and belongs to no component of the pipeline, by name.
-        snr_gamma: γ of `Family.min_snr_weights`; None weighs all timesteps alike.
+        snr_gamma: γ of `DiscreteNoise.min_snr_weights`; None weighs all timesteps alike.
         prior_loss_weight: of the class images' loss.
     """
 
@@ -139,8 +140,6 @@ class DenoisingObjective(nn.Module):
         self.components = nn.ModuleDict({**{name: family.component(name) for name in trained}, **(beside or {})})
         self.snr_gamma, self.prior_loss_weight = snr_gamma, prior_loss_weight
         family.freeze_unused()
-        self._fixed_conditioning: dict[str, Conditioning] = {}
-        self._kept_prompts = _KEPT_PROMPTS
 
     def forward(self, samples: Sequence[int]) -> Tensor:
         """The loss of each sample: (b,), float32.
@@ -150,19 +149,6 @@ class DenoisingObjective(nn.Module):
         drawn = [each.draw(sample) for each in self.images for sample in samples]
         own, *prior = self._losses(drawn).chunk(len(self.images))
         return own + self.prior_loss_weight * prior[0] if prior else own
-
-    def prepare(self, options: PerformanceOptions) -> None:
-        """Encode images and prompts now, where asked to, and take off the device what is not needed any more."""
-        if options.cache_latents:
-            for each in self.images:
-                each.encode_all()
-            self.family.offload("vae")
-        if options.pre_compute_text_embeddings:
-            with self.family.on_device(*self.family.text_encoders):
-                prompts = list(dict.fromkeys(prompt for each in self.images for prompt in each.images.prompts))
-                self._kept_prompts = len(prompts)
-                self._condition(prompts)
-            self.family.offload(*self.family.text_encoders)
 
     def _losses(self, drawn: Sequence[Sample]) -> Tensor:
         """The loss of each of these samples: (b,); one prediction for all that have one shape."""
@@ -176,34 +162,29 @@ class DenoisingObjective(nn.Module):
     def _losses_of_one_shape(self, drawn: Sequence[Sample]) -> Tensor:
         family = self.family
         latents, noise = (torch.stack(each) for each in zip(*((d.latents, d.noise) for d in drawn), strict=True))
-        timesteps = torch.tensor([sample.timestep for sample in drawn], device=latents.device)
-        noisy = family.add_noise(latents, noise, timesteps)  # (b, c, h, w)
-        conditioning = {
-            **self._condition([sample.prompt for sample in drawn]),
-            **family.encode_framings([sample.framing for sample in drawn]),
-        }
+        levels = torch.tensor([sample.level for sample in drawn], device=latents.device)
+        noisy = family.noise.add(latents, noise, levels)  # (b, c, h, w)
+        prompts = self._condition([sample.prompt for sample in drawn])
+        framings = family.encode_framings([sample.framing for sample in drawn])
+        conditioning = [{**prompt, **framing} for prompt, framing in zip(prompts, framings, strict=True)]
         control = None if drawn[0].control is None else torch.stack([sample.control for sample in drawn])
-        prediction = self._predict(noisy, timesteps, conditioning, control)
-        losses = sample_losses(prediction, family.target(latents, noise, timesteps))
-        return losses if self.snr_gamma is None else losses * family.min_snr_weights(timesteps, self.snr_gamma)
+        prediction = self._predict(noisy, levels, conditioning, control)
+        losses = sample_losses(prediction, family.noise.target(latents, noise, levels))
+        return losses if self.snr_gamma is None else losses * family.noise.min_snr_weights(levels, self.snr_gamma)
 
-    def _predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, control: Tensor | None) -> Tensor:
+    def _predict(
+        self, noisy: Tensor, levels: Tensor, conditioning: Sequence[Conditioning], control: Tensor | None
+    ) -> Tensor:
         """The denoiser's answer for these samples; control: their control images (b, 3, height, width), or None."""
-        return self.family.predict(noisy, timesteps, conditioning)
+        return self.family.predict(noisy, levels, conditioning)
 
-    def _condition(self, prompts: Sequence[str]) -> Conditioning:
+    def _condition(self, prompts: Sequence[str]) -> list[Conditioning]:
         """The encoded prompts; kept where no text encoder is trained."""
-        if any(name in self.components for name in self.family.text_encoders):
-            return self.family.encode_prompts(prompts)
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._fixed_conditioning]
-        if new:
-            with torch.no_grad(), self.family.on_device(*self.family.text_encoders):
-                encoded = {prompt: self.family.encode_prompts([prompt]) for prompt in new}
-            self._fixed_conditioning |= encoded
-        rows = [self._fixed_conditioning[prompt] for prompt in prompts]
-        while len(self._fixed_conditioning) > self._kept_prompts:
-            del self._fixed_conditioning[next(iter(self._fixed_conditioning))]
-        return join_conditioning(rows)
+        family = self.family
+        if not any(name in self.components for name in family.text_encoders):
+            return family.conditioning(prompts)
+        with family.on_device(*family.text_encoders):
+            return family.encode_prompts(prompts)
 
 
 class LightControlObjective(DenoisingObjective):
@@ -214,9 +195,11 @@ class LightControlObjective(DenoisingObjective):
     Source: ETHER, arXiv:2405.20271, section 5.1.2, after OFT, arXiv:2306.07280.
     """
 
-    def _predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, control: Tensor | None) -> Tensor:
+    def _predict(
+        self, noisy: Tensor, levels: Tensor, conditioning: Sequence[Conditioning], control: Tensor | None
+    ) -> Tensor:
         with inject(self.family.component(self.family.denoiser), self.components[ENCODER](control)):
-            return super()._predict(noisy, timesteps, conditioning, control)
+            return super()._predict(noisy, levels, conditioning, control)
 
 
 class ControlNetObjective(DenoisingObjective):
@@ -225,11 +208,8 @@ class ControlNetObjective(DenoisingObjective):
     Source: ControlNet, arXiv:2302.05543.
     """
 
-    def _predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, control: Tensor | None) -> Tensor:
-        residuals = self.family.residuals(self.components[CONTROLNET], noisy, timesteps, conditioning, control)
-        return self.family.predict(noisy, timesteps, conditioning, **residuals)
-
-
-def join_conditioning(rows: Sequence[Conditioning]) -> Mapping[str, Tensor]:
-    """The conditioning of several samples as one batch."""
-    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+    def _predict(
+        self, noisy: Tensor, levels: Tensor, conditioning: Sequence[Conditioning], control: Tensor | None
+    ) -> Tensor:
+        residuals = self.family.residuals(self.components[CONTROLNET], noisy, levels, conditioning, control)
+        return self.family.predict(noisy, levels, conditioning, **residuals)

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from ether_diffusion.images import image_grid
+from ether_diffusion.training.data.views import Target
 from ether_diffusion.training.families import Family
 from ether_diffusion.training.options import ValidationOptions
 from ether_diffusion.training.trackers import log_images
@@ -27,6 +28,7 @@ class Preview:
         prompts: one pair of rows each.
         options: images per prompt, steps, guidance.
         seed: of the first image of each row; the next has the next seed.
+        target: (height, width) of training images.
         controls: control image of each prompt, which gets a row of its own; without them, control is not trained.
     """
 
@@ -37,9 +39,11 @@ class Preview:
         options: ValidationOptions,
         seed: int,
         controls: Sequence[Image.Image] | None = None,
+        *,
+        target: Target,
     ):
         self.family, self.prompts, self.options, self.seed = family, list(prompts), options, seed
-        self.controls = controls
+        self.controls, self.size = controls, family.size_inputs(target)
         self.base = self._generate(family.pipe)
 
     def compare(self, pipe: DiffusionPipeline | None = None) -> Image.Image:
@@ -78,14 +82,15 @@ class Preview:
             pipe.set_progress_bar_config(**{"disable": False, **quiet})
 
     def _image(self, pipe: DiffusionPipeline, row: int, number: int) -> Image.Image:
-        inputs: dict[str, Any] = {}
+        inputs: dict[str, Any] = dict(self.size)
         if self.controls is not None:
             control = self.controls[row]
             inputs = {"width": control.width, "height": control.height}
             if pipe is not self.family.pipe:  # the base takes no control image
                 inputs["image" if hasattr(pipe, "controlnet") else "control_image"] = control
-        return pipe(
-            self.prompts[row],
+        return self.family.generate(
+            [self.prompts[row]],
+            pipe=pipe,
             num_inference_steps=self.options.num_inference_steps,
             guidance_scale=self.options.guidance_scale,
             generator=torch.Generator().manual_seed(self.seed + number),

@@ -25,12 +25,14 @@ from ether_diffusion.training.accelerator import make_accelerator, on_main_proce
 from ether_diffusion.training.adaptation import Adaptation, Attached
 from ether_diffusion.training.card import GRID_NAME, CardContent, figures_of, write_card
 from ether_diffusion.training.checkpoints import Checkpoints, with_fingerprint
+from ether_diffusion.training.data import TrainingImages
 from ether_diffusion.training.distributed import check_layout, claim_layout, gathered, shard_frozen
 from ether_diffusion.training.entry import narrate
 from ether_diffusion.training.families import Family, ModelSource, family_at
 from ether_diffusion.training.hub import check_hub, log_patterns, upload
 from ether_diffusion.training.loop import Trainer, TrainingResult
 from ether_diffusion.training.methods.configs import read_method
+from ether_diffusion.training.objectives import ImageSet
 from ether_diffusion.training.optimizers import check_optimizer, check_schedule
 from ether_diffusion.training.options import TrainingOptions, binding, flatten
 from ether_diffusion.training.preview import Preview, is_due
@@ -155,30 +157,56 @@ class CheckedRun:
     checkpoints: Checkpoints
     hub_id: str | None
 
-    def load(self, prompts: Sequence[str], controls: Sequence[Image.Image] | None = None) -> LoadedRun:
+    def load(
+        self,
+        prompts: Sequence[str],
+        drawn_from: Mapping[int, TrainingImages],
+        controls: Sequence[Image.Image] | None = None,
+    ) -> LoadedRun:
         """Load the model, generate what it makes of these prompts, and attach what is trained.
 
-        controls: control image of each prompt, where control is trained.
+        Args:
+            prompts: of the sample images.
+            drawn_from: seed -> training images.
+            controls: control image of each prompt, where control is trained.
         """
         run, options, configs = self.run, self.options, self.run.adaptation.configs
         run.output_dir.mkdir(parents=True, exist_ok=True)
         # Weights that are all trained are kept in float32; those beside adapters stay as they are, in half precision.
         dtype = torch.float32 if None in configs.values() else PRECISIONS[run.precision]
         family = run.family_class.load(run.source, dtype)
-        denoiser = family.component(family.denoiser)
         if run.layout == "sharded":
-            shard_frozen(denoiser, run.accelerator)
-        idle = family.modules().keys() - {family.denoiser, *configs}
+            shard_frozen(family.component(family.denoiser), run.accelerator)
+        idle = set(family.component_names) - {family.denoiser, *configs}
         family.freeze(run.accelerator.device, offloaded=sorted(idle) if options.performance.offload else ())
+        offset = options.optimization.noise_offset
+        sets = [ImageSet(each, family, seed=seed, noise_offset=offset) for seed, each in drawn_from.items()]
+        self._encode(family, sets, prompts)
         preview = None
         # A sharded denoiser runs on all processes or on none.
         generates = run.accelerator.is_main_process or run.layout == "sharded"
         if options.validation.num_validation_images and generates:
-            preview = Preview(family, prompts, options.validation, options.run.seed, controls)
+            preview = Preview(family, prompts, options.validation, options.run.seed, controls, target=run.targets[0])
         attached = run.adaptation.attach(family, options)
+        denoiser = family.component(family.denoiser)
         deep = [model for name, model in attached.models.items() if name in run.adaptation.deep]
         family.speed_up(options.performance, [denoiser, *(model for model in deep if model is not denoiser)])
-        return LoadedRun(self, family, attached, preview)
+        return LoadedRun(self, family, attached, sets, preview)
+
+    def _encode(self, family: Family, sets: Sequence[ImageSet], prompts: Sequence[str]) -> None:
+        """Encode prompts and images now, where that is asked for or saves memory, and let go what has done its work.
+
+        The text encoders of transformers are large: they go before anything else is loaded.
+        """
+        options = self.options.performance
+        trains_text = any(name in self.run.adaptation.configs for name in family.text_encoders)
+        if options.pre_compute_text_embeddings or (family.is_flow and not trains_text):
+            learned = [prompt for each in sets for prompt in each.images.prompts]
+            family.keep_prompts([*dict.fromkeys(learned), *(prompts if family.is_flow else ())])
+        if options.cache_latents:
+            for each in sets:
+                each.encode_all()
+            family.offload("vae")
 
 
 @dataclass(frozen=True)
@@ -187,12 +215,14 @@ class LoadedRun:
 
     family: the base model.
     attached: what is trained, on it.
+    sets: what samples are drawn from.
     preview: makes sample images; None where this process makes none.
     """
 
     checked: CheckedRun
     family: Family
     attached: Attached
+    sets: Sequence[ImageSet]
     preview: Preview | None
 
     @property
@@ -212,7 +242,6 @@ class LoadedRun:
         """
         run, options = self.run, self.checked.options
         optimization, processes = options.optimization, run.accelerator.num_processes
-        objective.prepare(options.performance)
         where = f"{processes} process{'es' * (processes > 1)} ({run.accelerator.device.type})"
         count = run.adaptation.parameter_count
         narrate("%s: %d parameters on %s, %s, %s", run.method.title, count, run.source.name, what, where)

@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import ether_diffusion  # noqa: F401  (gives pipelines their *_ether_* methods)
 from ether_diffusion.training.families import StableDiffusion
+from ether_diffusion.training.latents import LatentSpace
 from ether_diffusion.training.options import METHODS
 
 
@@ -106,10 +107,8 @@ def test_the_flag_changes_nothing_that_is_learned(train, flags):
 
 def test_cached_latents_are_encoded_once_for_each_view_and_prompts_once(train, oblong, monkeypatch):
     encoded, prompts = [], []
-    encode_pixels, encode_prompts = StableDiffusion.encode_pixels, StableDiffusion.encode_prompts
-    monkeypatch.setattr(
-        StableDiffusion, "encode_pixels", lambda self, pixels: (encoded.append(1), encode_pixels(self, pixels))[1]
-    )
+    encode, encode_prompts = LatentSpace.encode, StableDiffusion.encode_prompts
+    monkeypatch.setattr(LatentSpace, "encode", lambda self, pixels: (encoded.append(1), encode(self, pixels))[1])
     monkeypatch.setattr(
         StableDiffusion, "encode_prompts", lambda self, texts: (prompts.extend(texts), encode_prompts(self, texts))[1]
     )

@@ -89,8 +89,8 @@ def test_the_corner_of_a_framing_is_where_the_pixels_come_from(tmp_path, flip):
 def test_time_ids_hold_original_size_crop_and_target_size_exactly_in_every_precision(pipe):
     framings = [Framing((1333, 3001), (0, 517), (1024, 1024)), Framing((50, 20), (9, 0), (16, 16))]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        ids = family_of(pipe.to(dtype)).encode_framings(framings)["time_ids"]
-        assert ids.tolist() == [[1333, 3001, 0, 517, 1024, 1024], [50, 20, 9, 0, 16, 16]]
+        ids = [row["time_ids"].tolist() for row in family_of(pipe.to(dtype)).encode_framings(framings)]
+        assert ids == [[1333, 3001, 0, 517, 1024, 1024], [50, 20, 9, 0, 16, 16]]
 
 
 def test_the_size_and_crop_of_every_training_view_reach_the_unet(pipe, photographs):
@@ -99,12 +99,12 @@ def test_the_size_and_crop_of_every_training_view_reach_the_unet(pipe, photograp
     pipe.unet.add_time_proj.register_forward_hook(lambda module, inputs, output: told.append(inputs[0].view(3, 6)))
     DenoisingObjective(family, [ImageSet(images, family, seed=0)], trained=["unet"])(samples)
     framings = [images.framing(images.view(sample)) for sample in samples]
-    assert told[0].tolist() == family.encode_framings(framings)["time_ids"].tolist()
+    assert told[0].tolist() == [row["time_ids"].tolist() for row in family.encode_framings(framings)]
     assert {each.original_size for each in framings} == {(30, 60), (50, 20), (10, 12)}
 
 
 def test_stable_diffusion_is_told_nothing_of_size_and_crop(tiny_pipeline):
-    assert family_of(tiny_pipeline).encode_framings([Framing((50, 20), (9, 0), (16, 16))]) == {}
+    assert family_of(tiny_pipeline).encode_framings([Framing((50, 20), (9, 0), (16, 16))]) == [{}]
 
 
 # What the denoiser answers, and what it should.
@@ -122,9 +122,11 @@ def test_sdxl_predicts_what_the_unet_called_by_hand_predicts(pipe):
         ]
         added = {"text_embeds": pooled, "time_ids": torch.cat(ids)}
         expected = pipe.unet(noisy, timesteps, encoder_hidden_states=states, added_cond_kwargs=added).sample
-        conditioning = {**family.encode_prompts(prompts), **family.encode_framings(framings)}
+        told = family.encode_prompts(prompts)
+        conditioning = [{**one, **other} for one, other in zip(told, family.encode_framings(framings), strict=True)]
         torch.testing.assert_close(family.predict(noisy, timesteps, conditioning), expected)
-        other = {**conditioning, **family.encode_framings(framings[::-1])}
+        others = family.encode_framings(framings[::-1])
+        other = [{**one, **other} for one, other in zip(told, others, strict=True)]
         assert not torch.allclose(family.predict(noisy, timesteps, other), expected)
 
 
@@ -145,8 +147,8 @@ def test_targets_are_what_recovers_the_image(tiny_pipeline, build, prediction):
     pipe.scheduler.register_to_config(prediction_type=prediction)
     family = family_of(pipe)
     latents, noise, timesteps = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0, 10, 700])
-    noisy, target = family.add_noise(latents, noise, timesteps), family.target(latents, noise, timesteps)
-    alpha = family.schedule.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    noisy, target = family.noise.add(latents, noise, timesteps), family.noise.target(latents, noise, timesteps)
+    alpha = family.noise.schedule.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     torch.testing.assert_close(noisy, alpha.sqrt() * latents + (1 - alpha).sqrt() * noise)
     if prediction == "epsilon":
         recovered = (noisy - (1 - alpha).sqrt() * target) / alpha.sqrt()
@@ -158,10 +160,10 @@ def test_targets_are_what_recovers_the_image(tiny_pipeline, build, prediction):
 def test_latents_are_scaled_draws_of_the_autoencoder(tiny_pipeline):
     family = family_of(tiny_pipeline)
     pixels = torch.rand(3, 16, 16) * 2 - 1
-    moments = family.encode_pixels(pixels)
+    moments = family.latents.encode(pixels)
     mean = tiny_pipeline.vae.encode(pixels[None]).latent_dist.mode()[0] * tiny_pipeline.vae.config.scaling_factor
-    torch.testing.assert_close(family.make_latents(moments, None), mean)
-    draws = [family.make_latents(moments, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    torch.testing.assert_close(family.latents.draw(moments, None), mean)
+    draws = [family.latents.draw(moments, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
@@ -172,7 +174,7 @@ def test_latents_are_encoded_in_float32_where_float16_overflows(sdxl_folder, cap
     weight.copy_(weight.float() * 6e4 / weight.abs().max())  # finite in float16, sums of nine are not
     assert not half.vae.encode(pixels[None].half()).latent_dist.mode().isfinite().all()
     with torch.autocast("cpu", torch.bfloat16):  # as the training step runs in mixed precision
-        moments = family_of(half).encode_pixels(pixels)
+        moments = family_of(half).latents.encode(pixels)
     assert half.vae.dtype == torch.float16 and not caplog.records
     exact = half.vae.float().encode(pixels[None]).latent_dist.parameters[0]
     assert exact.isfinite().all() and torch.equal(moments, exact)

@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
-from ether_diffusion.training.data.views import Framing
+from ether_diffusion.training.data.views import Framing, Target
 from ether_diffusion.training.latents import LatentSpace
 from ether_diffusion.training.noise import DiscreteNoise, FlowNoise
 from ether_diffusion.training.options import PerformanceOptions
@@ -43,6 +43,7 @@ class Family:
         text_encoders: the components that encode prompts.
         trained_text_encoders: those of them that can be adapted.
         targets: the denoiser's layers that are adapted by default, as PEFT takes them.
+        is_flow: whether noise is added by flow matching.
     """
 
     pipeline_class: ClassVar[str]
@@ -50,6 +51,7 @@ class Family:
     text_encoders: ClassVar[Sequence[str]]
     trained_text_encoders: ClassVar[Sequence[str]]
     targets: ClassVar[Sequence[str] | str] = ATTENTION
+    is_flow: ClassVar[bool] = False
     noise: DiscreteNoise | FlowNoise
     latents: LatentSpace
 
@@ -77,21 +79,38 @@ class Family:
         return [{name: value.to(self.device) for name, value in row.items()} for row in rows]
 
     def keep_prompts(self, prompts: Sequence[str]) -> None:
-        """Encode these prompts now, and take the text encoders off the device."""
+        """Encode these prompts now, keep them on the CPU, and release the text encoders."""
         self._kept_count = max(self._kept_count, len(self._kept_prompts) + len(prompts))
-        with self.on_device(*self.text_encoders):
-            self.conditioning(prompts)
-        self.offload(*self.text_encoders)
+        self.conditioning(prompts)
+        for prompt, row in self._kept_prompts.items():
+            self._kept_prompts[prompt] = {name: value.cpu() for name, value in row.items()}
+        self.release(*self.text_encoders)
 
     def generate(self, prompts: Sequence[str], *, pipe: DiffusionPipeline | None = None, **inputs: Any) -> Any:
         """What the pipeline makes of prompts; `pipe` takes the place of the family's."""
         return (pipe or self.pipe)(list(prompts), **inputs)
 
+    def token_count(self, target: Target) -> int:
+        """How many tokens an image of this (height, width) has; 1 where levels of noise do not depend on it."""
+        return 1
+
+    def size_inputs(self, target: Target) -> dict[str, Any]:
+        """What the pipeline is told to generate images of this (height, width); nothing where its own size fits."""
+        return {}
+
+    @property
+    def component_names(self) -> list[str]:
+        """The components that have weights, in memory or not."""
+        return [name for name, each in self.pipe.components.items() if isinstance(each, nn.Module)]
+
+    def complete(self) -> None:
+        """Have all components in memory, to save the pipeline."""
+
     def component(self, name: str) -> nn.Module:
         return getattr(self.pipe, name)
 
     def modules(self) -> dict[str, nn.Module]:
-        """The components that have weights."""
+        """The components with their weights, as far as they are in memory."""
         return {name: each for name, each in self.pipe.components.items() if isinstance(each, nn.Module)}
 
     def freeze(self, device: torch.device, offloaded: Sequence[str] = ()) -> None:
@@ -112,6 +131,10 @@ class Family:
             self.component(name).to("cpu")
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def release(self, *names: str) -> None:
+        """Let components go whose work is done: out of memory where they can be read again, else off the device."""
+        self.offload(*names)
 
     @contextmanager
     def on_device(self, *names: str) -> Iterator[None]:

@@ -11,6 +11,8 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
+from math import prod
 from typing import Any, ClassVar
 
 import diffusers
@@ -19,9 +21,10 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ether_diffusion.errors import InputError
+from ether_diffusion.training.data.views import Target
 from ether_diffusion.training.families.base import Conditioning, Family
 from ether_diffusion.training.families.source import Blueprint, ModelSource
-from ether_diffusion.training.latents import LatentSpace
+from ether_diffusion.training.latents import LatentSpace, side_factor
 from ether_diffusion.training.noise import FlowNoise
 
 NEGATIVE = "negative_"
@@ -47,6 +50,7 @@ class FlowFamily(Family):
     """
 
     denoiser = "transformer"
+    is_flow = True
     trained_text_encoders: ClassVar[Sequence[str]] = ()
     patch: ClassVar[int] = 2
     native_resolution: int = 1024
@@ -66,7 +70,7 @@ class FlowFamily(Family):
     def read_blueprint(cls, source: ModelSource) -> Blueprint:
         """The pipeline without weights. Raises `InputError` where training does not cover this pipeline."""
         models = read_models(source, [cls.denoiser, *cls.trained_text_encoders, "vae"])
-        multiple = LatentSpace(models.pop("vae")).factor * cls.patch
+        multiple = side_factor(models.pop("vae")) * cls.patch
         return Blueprint(models, cls.native_resolution, multiple)
 
     @classmethod
@@ -87,14 +91,20 @@ class FlowFamily(Family):
 
         return cls(pipe, load)
 
-    @property
+    @cached_property
     def latents(self) -> LatentSpace:
-        return LatentSpace(self.component("vae"))
+        return LatentSpace(lambda: self.component("vae"))
 
     @property
     def pixel_multiple(self) -> int:
         """What a side in pixels is divided by until it is one of the tokens."""
         return self.pipe.vae_scale_factor * self.patch
+
+    def token_count(self, target: Target) -> int:
+        return prod(side // self.pixel_multiple for side in target)
+
+    def size_inputs(self, target: Target) -> dict[str, Any]:
+        return dict(zip(("height", "width"), target, strict=True))
 
     # Components -------------------------------------------------------------------------------------------------
 
@@ -111,11 +121,18 @@ class FlowFamily(Family):
         """The components that have weights in memory."""
         return {name: each for name, each in super().modules().items() if each is not self._skeletons.get(name)}
 
-    def offload(self, *names: str) -> None:
-        """Take components out of memory, where they can be read again, else off the device."""
+    def release(self, *names: str) -> None:
         for name in set(names) & set(self._skeletons):
             setattr(self.pipe, name, self._skeletons[name])
-        super().offload(*(name for name in names if name not in self._skeletons))
+        super().release(*(name for name in names if name not in self._skeletons))
+
+    def offload(self, *names: str) -> None:
+        self._offloaded |= set(names)
+        super().offload(*(name for name in names if name in self.modules()))
+
+    def complete(self) -> None:
+        for name in self.component_names:
+            self.component(name)
 
     @contextmanager
     def on_device(self, *names: str) -> Iterator[None]:
@@ -128,7 +145,9 @@ class FlowFamily(Family):
     def keep_prompts(self, prompts: Sequence[str]) -> None:
         """Encode these prompts and the negative one now, and let the text encoders go."""
         negative = [] if self.negative_prompt is None else [self.negative_prompt]
-        super().keep_prompts([*prompts, *negative])
+        prompts = [prompt for prompt in [*prompts, *negative] if prompt not in self._kept_prompts]
+        if prompts:
+            super().keep_prompts(prompts)
 
     def freeze_unused(self) -> None:
         if self.unread is None:
@@ -145,22 +164,31 @@ class FlowFamily(Family):
         guidance = inputs.pop("guidance_scale", None)
         if guidance is not None:
             inputs[self.guidance_argument] = guidance
-        positive = self.conditioning(prompts)
-        inputs |= self.prompt_inputs(positive)
+        inputs |= self.prompt_inputs(self._encoded(prompts))
         if self.negative_prompt is not None:
-            negative = self.conditioning([self.negative_prompt] * len(prompts))
+            negative = self._encoded([self.negative_prompt] * len(prompts))
             taken = inspect.signature(pipe.__call__).parameters
             given = {f"{NEGATIVE}{name}": value for name, value in self.prompt_inputs(negative).items()}
             inputs |= {name: value for name, value in given.items() if name in taken}
-        self.component(self.denoiser), self.component("vae")
-        resting = {name: each for name, each in pipe.components.items() if each is self._skeletons.get(name, self)}
-        for name in resting:
-            setattr(pipe, name, None)
-        try:
-            return pipe(**inputs)
-        finally:
-            for name, skeleton in resting.items():
-                setattr(pipe, name, skeleton)
+        with self.on_device(self.denoiser, "vae"):
+            resting = {name: each for name, each in pipe.components.items() if each is self._skeletons.get(name, self)}
+            for name in resting:
+                setattr(pipe, name, None)
+            try:
+                return pipe(**inputs)
+            finally:
+                for name, skeleton in resting.items():
+                    setattr(pipe, name, skeleton)
+
+    def _encoded(self, prompts: Sequence[str]) -> list[Conditioning]:
+        """Encoded prompts, anew where text encoders are trained."""
+        models = self.modules()
+        encoders = (models[name] for name in self.text_encoders if name in models)
+        if any(each.requires_grad for encoder in encoders for each in encoder.parameters()):
+            with torch.no_grad(), self.on_device(*self.text_encoders):
+                return self.encode_prompts(prompts)
+        self.keep_prompts(prompts)
+        return self.conditioning(prompts)
 
     def prompt_inputs(self, conditioning: Sequence[Conditioning]) -> dict[str, Any]:
         """Encoded prompts as the pipeline takes them."""

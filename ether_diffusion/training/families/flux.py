@@ -1,10 +1,13 @@
 """FLUX.1: CLIP's pooled text and T5's states, 2×2 patches as tokens; Kontext adds the tokens of a reference image."""
 
 from collections.abc import Sequence
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ether_diffusion.training.data.views import Target
 from ether_diffusion.training.families.base import Conditioning, rows, stacked
 from ether_diffusion.training.families.flow import FlowFamily
 from ether_diffusion.training.tokens import from_tokens, grid_ids, join_patches, split_patches, to_tokens
@@ -60,3 +63,7 @@ class FluxKontext(Flux):
     """FLUX.1-Kontext, which edits a reference image."""
 
     pipeline_class = "FluxKontextPipeline"
+
+    def size_inputs(self, target: Target) -> dict[str, Any]:
+        # Without the area, the pipeline would generate another size of the same proportions.
+        return {**super().size_inputs(target), "max_area": prod(target)}

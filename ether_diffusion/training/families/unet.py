@@ -12,8 +12,11 @@ from transformers import CLIPTextConfig
 from ether_diffusion.errors import InputError
 from ether_diffusion.training.families.base import Conditioning, Family
 from ether_diffusion.training.families.source import Blueprint, ModelSource
-from ether_diffusion.training.latents import LatentSpace
+from ether_diffusion.training.latents import LatentSpace, side_factor
 from ether_diffusion.training.noise import DiscreteNoise
+
+GUIDANCE_SCALE = 7.5
+"""Of sample images, unless another is asked for."""
 
 
 class UNetFamily(Family):
@@ -45,7 +48,7 @@ class UNetFamily(Family):
     def __init__(self, pipe: DiffusionPipeline):
         super().__init__(pipe)
         self.noise = DiscreteNoise(pipe.scheduler.config)
-        self.latents = LatentSpace(pipe.vae, self.vae_precision)
+        self.latents = LatentSpace(lambda: pipe.vae, self.vae_precision)
 
     @classmethod
     def read_blueprint(cls, source: ModelSource) -> Blueprint:
@@ -67,7 +70,7 @@ class UNetFamily(Family):
                 f"{source.given}: the UNet takes {models['unet'].config.in_channels} channels and the autoencoder "
                 f"makes {vae.config.latent_channels}; training needs the two to agree"
             )
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        factor = side_factor(vae)
         return Blueprint(models, models["unet"].config.sample_size * factor, factor)
 
     @classmethod
@@ -83,6 +86,11 @@ class UNetFamily(Family):
     def native_resolution(self) -> int:
         """Side in pixels of the images that the denoiser was made for."""
         return self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
+
+    def generate(self, prompts: Sequence[str], **inputs: Any) -> Any:
+        if "guidance_scale" in inputs and inputs["guidance_scale"] is None:
+            inputs["guidance_scale"] = GUIDANCE_SCALE
+        return super().generate(prompts, **inputs)
 
     def predict(self, noisy: Tensor, levels: Tensor, conditioning: Sequence[Conditioning], **residuals: Any) -> Tensor:
         """What the UNet answers, in the shape of the latents.

@@ -1,4 +1,4 @@
-"""Z-Image: the states of Qwen3 at their natural length, a list of images and prompts, and time that runs to the image."""
+"""Z-Image: the states of Qwen3 at their natural length, lists of images and prompts, time that runs to the image."""
 
 from collections.abc import Sequence
 from typing import Any

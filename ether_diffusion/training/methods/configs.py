@@ -15,7 +15,7 @@ from ether_diffusion.training.methods.config_file import read_config
 from ether_diffusion.training.methods.injection import FittedOFTConfig
 from ether_diffusion.training.options import LEARNING_RATES, RANKED_METHODS, AdapterOptions
 from ether_diffusion.tuner.config import EtherConfig
-from ether_diffusion.tuner.model import ATTENTION, CLIP_ATTENTION
+from ether_diffusion.tuner.model import CLIP_ATTENTION
 
 KNOWN: dict[str, tuple[str, str | None]] = {
     "ether": ("ETHER", "2405.20271"),
@@ -84,7 +84,7 @@ def configs_of(method: Method, family: type[Family], options: AdapterOptions) ->
     """
     given = {family.denoiser: options.target_modules}
     if options.train_text_encoder:
-        given |= dict.fromkeys(family.text_encoders, options.text_encoder_target_modules)
+        given |= dict.fromkeys(family.trained_text_encoders, options.text_encoder_target_modules)
     if method.name == "none":  # of control training, where something else is trained
         return {}
     if method.name == "full":
@@ -97,9 +97,11 @@ def configs_of(method: Method, family: type[Family], options: AdapterOptions) ->
     configs: dict[str, PeftConfig | None] = {}
     for component, names in given.items():
         is_denoiser = component == family.denoiser
-        default = ATTENTION if is_denoiser else CLIP_ATTENTION
+        default = family.targets if is_denoiser else CLIP_ATTENTION
+        named = names or default
+        targets = named if isinstance(named, str) else list(named)
         if method.config is None:
-            configs[component] = _default_config(method.name, list(names or default), options)
+            configs[component] = _default_config(method.name, targets, options)
             continue
         config = copy.deepcopy(method.config)
         if not is_denoiser:
@@ -108,12 +110,12 @@ def configs_of(method: Method, family: type[Family], options: AdapterOptions) ->
                     made = each.default if each.default_factory is dataclasses.MISSING else each.default_factory()
                     setattr(config, each.name, made)
         if names or not is_denoiser or config.target_modules is None:
-            config.target_modules = set(names or default)
+            config.target_modules = targets if isinstance(targets, str) else set(targets)
         configs[component] = config
     return configs
 
 
-def _default_config(name: str, targets: list[str], options: AdapterOptions) -> PeftConfig:
+def _default_config(name: str, targets: list[str] | str, options: AdapterOptions) -> PeftConfig:
     rank = RANKED_METHODS.get(name) if options.rank is None else options.rank
     if name == "lora":  # alpha = r, as in diffusers' DreamBooth script
         return LoraConfig(target_modules=targets, r=rank, lora_alpha=rank, init_lora_weights="gaussian")

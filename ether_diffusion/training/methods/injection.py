@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import gcd
@@ -68,6 +69,13 @@ def _check_targets(component: str, model: nn.Module, targets: object, kinds: typ
 
 def _ends_with(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
+
+
+def _is_target(name: str, targets: object) -> bool:
+    """Whether PEFT adapts a layer: a text is a pattern of whole names, a list one of endings."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return isinstance(targets, (set, list)) and any(_ends_with(name, target) for target in targets)
 
 
 def _ending(name: str) -> str:
@@ -156,11 +164,10 @@ def _fitted(model: nn.Module, config: PeftConfig) -> PeftConfig:
             f"boft_n_butterfly_factor={config.boft_n_butterfly_factor} needs a kernel that is compiled for the GPU at "
             "hand; 1 fits"
         )
-    targets = config.target_modules if isinstance(config.target_modules, (set, list)) else ()
     widths = {
         name: module.in_channels if isinstance(module, nn.Conv2d) else module.in_features
         for name, module in model.named_modules()
-        if isinstance(module, ADAPTABLE) and any(_ends_with(name, target) for target in targets)
+        if isinstance(module, ADAPTABLE) and _is_target(name, config.target_modules)
     }
     if isinstance(config, FittedOFTConfig):
         return _with_common_block(config, set(widths.values()))

@@ -33,7 +33,12 @@ class ValidationOptions(OptionGroup):
         free=True,
     )
     num_inference_steps: int = option("Denoising steps per image.", 25, fits=POSITIVE, free=True)
-    guidance_scale: float = option("Classifier-free guidance of the images.", 7.5, fits=FROM_ZERO, free=True)
+    guidance_scale: float | None = option(
+        "Guidance of the images. Default: 7.5 for Stable Diffusion 1, 2 and XL; of other pipelines their own.",
+        None,
+        fits=FROM_ZERO,
+        free=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
