@@ -26,7 +26,7 @@ from ether_diffusion.training.entry import run_script
 from ether_diffusion.training.loop import TrainingResult
 from ether_diffusion.training.objectives import ImageSet
 from ether_diffusion.training.options import ControlTrainingOptions as Options
-from ether_diffusion.training.run import TrainingRun
+from ether_diffusion.training.run import CheckedRun, TrainingRun
 
 
 def run(options: Options, command: str) -> TrainingResult:
@@ -42,8 +42,17 @@ def run(options: Options, command: str) -> TrainingResult:
     controls, prompts = validation_pairs(options, images, planned.targets[0])
     flag = "train_data_dir" if options.data.dataset_name is None else "dataset_name"
     checked = planned.check(epoch_samples=len(images), depends_on={flag: images.fingerprint})
+    with checked.claimed():
+        return train(checked, images, controls, prompts)
+
+
+def train(
+    checked: CheckedRun, images: TrainingImages, controls: Sequence[Image.Image], prompts: Sequence[str]
+) -> TrainingResult:
+    """All that takes long: the model, the training, and what it leaves; controls, prompts: of the sample images."""
+    options, adaptation = checked.options, checked.run.adaptation
+    optimization = options.optimization
     loaded = checked.load(prompts, controls)
-    optimization, adaptation = options.optimization, planned.adaptation
     drawn_from = ImageSet(images, loaded.family, seed=options.run.seed, noise_offset=optimization.noise_offset)
     objective = adaptation.objective(
         loaded.family,
