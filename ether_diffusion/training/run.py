@@ -71,9 +71,7 @@ class TrainingRun:
         if self.output_dir.resolve() == Path(self.source.path).resolve():
             raise InputError(f"--output_dir {self.output_dir}: is the folder of the base model; take another")
         layout = claim_layout()
-        self.accelerator = make_accelerator(
-            options.run, options.performance, options.optimization.gradient_accumulation_steps
-        )
+        self.accelerator = make_accelerator(options.run, options.performance, options.optimization)
         self.layout = layout if self.accelerator.num_processes > 1 else "replicated"
         denoiser = self.family_class.denoiser
         check_layout(self.layout, options, self.adaptation.configs, denoiser=denoiser, precision=self.precision)
