@@ -27,6 +27,7 @@ from ether_diffusion.training.checkpoint_files import (
     why_foreign,
     write_checkpoint,
 )
+from ether_diffusion.training.dependence import UNSET, dependence
 from ether_diffusion.training.options import StateOptions
 from ether_diffusion.training.state import RunState, random_state, set_random_state
 
@@ -83,12 +84,11 @@ def check_same_run(checkpoint: TrainingCheckpoint, run: Mapping[str, Any], *, la
     Raises:
         InputError: an option that has changed; names it, and its value then and now.
     """
+    before, after = dependence(checkpoint.run), dependence(run)
     for name in dict.fromkeys([*run, *checkpoint.run]):
-        if name in later:
+        if name in later or before.get(name) == after.get(name):
             continue
-        then, now = checkpoint.run.get(name, "not there"), run.get(name, "not there")
-        if then == now:
-            continue
+        then, now = checkpoint.run.get(name, UNSET), run.get(name, UNSET)
         if name == "max_train_steps" and now > then and run["lr_scheduler"] in STEADY_SCHEDULES:
             continue
         advice = "the result would be another; repeat the first value, or start anew in another --output_dir"
