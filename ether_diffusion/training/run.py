@@ -61,8 +61,9 @@ class TrainingRun:
         check_optimizer(options.optimization)
         self.method = read_method(options.adapter)
         self.source = ModelSource.from_options(options.model)
-        self.family_class = family_at(self.source)
-        blueprint = self.family_class.read_blueprint(self.source)
+        with self.source.reading():
+            self.family_class = family_at(self.source)
+            blueprint = self.family_class.read_blueprint(self.source)
         self.adaptation = adaptation(options, self.method, self.family_class, blueprint)
         if self.adaptation.default_learning_rate is None and options.optimization.learning_rate is None:
             raise InputError(f"--learning_rate: is missing; there is no default for {self.method.title}")

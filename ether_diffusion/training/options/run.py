@@ -4,12 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ether_diffusion.errors import InputError
-from ether_diffusion.training.options.base import FROM_ZERO, NOT_NEGATIVE, POSITIVE, OptionGroup, option
+from ether_diffusion.training.options.base import FROM_ZERO, NOT_NEGATIVE, POSITIVE, Fits, OptionGroup, option
 from ether_diffusion.training.options.data import ViewOptions
 from ether_diffusion.training.options.model import AdapterOptions, ModelOptions
 from ether_diffusion.training.options.optimization import OptimizationOptions
 from ether_diffusion.training.options.performance import PerformanceOptions
 
+SEEDS = 2**64
+"""How many there are: those that PyTorch takes."""
+SEED = Fits(f"a whole number from 0 to {SEEDS - 1}", lambda value: 0 <= value < SEEDS)
 VALIDATION_FOLDER = "validation"
 """Where the images that are made during the training lie in the output folder."""
 
@@ -76,7 +79,7 @@ class RunOptions(OptionGroup):
     """run"""
 
     output_dir: str = option("Folder for the adapter, the model card and the images.", "ether-dreambooth", free=True)
-    seed: int = option("Every random number follows from it; two runs with one seed agree.", 0, fits=NOT_NEGATIVE)
+    seed: int = option("Every random number follows from it; two runs with one seed agree.", 0, fits=SEED)
     report_to: str = option(
         "Where to log loss, learning rate, options and sample images.",
         "none",
@@ -107,7 +110,8 @@ class RunOptions(OptionGroup):
             return
         read, output = Path(folder).resolve(), Path(self.output_dir).resolve()
         written = (output, output / VALIDATION_FOLDER)
-        if read in written or (with_folders and read in output.parents):
+        coincides = read in written or (with_folders and read in output.parents)
+        if coincides and not any(read.rglob("*.parquet")):  # tables hold their images themselves
             raise InputError(
                 f"--{flag} {folder}: images that the run makes in --output_dir {self.output_dir} would be taken for "
                 "those to train on; take another --output_dir"
