@@ -9,6 +9,10 @@ class InputError(ValueError):
     """What the user gave cannot be used. The message says where, what arrived and what fits; it needs no traceback."""
 
 
+class RunError(RuntimeError):
+    """What stops a run that began well, such as files that somebody removes meanwhile. It needs no traceback."""
+
+
 def printable(text: str) -> str:
     """Text from a file, safe on a terminal: control characters and the like come escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -24,6 +24,7 @@ from ether_diffusion.images import image_grid
 from ether_diffusion.metrics.frechet import INCEPTION
 from ether_diffusion.miniature.control_data import HELD_OUT
 from ether_diffusion.miniature.segmenter import MiniatureSegmenter
+from ether_diffusion.training.families.unet import latent_side
 from ether_diffusion.training.methods.saving import load_trained
 from ether_diffusion.training.options.base import POSITIVE, OptionGroup, option
 from ether_diffusion.training.seeds import generator
@@ -86,7 +87,7 @@ def evaluate(options: ControlEvaluation) -> tuple[dict[str, Any], Image.Image]:
     features = options.fid_features or (INCEPTION if options.miniature is None else MINIATURE)
     pipe = _open(base)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    side = latent_side(pipe.unet, base) * pipe.vae_scale_factor
     samples = _samples(options, side)
     _check_features(features, len(samples))
     controlled, argument = _controlled(pipe, options)

@@ -62,7 +62,7 @@ def read_samples(
     index = folder / "metadata.jsonl"
     if not index.is_file():
         raise InputError(f"--data_dir {folder}: has no metadata.jsonl; it names the images, a line for each")
-    lines = [line for line in index.read_text("utf-8").splitlines() if line.strip()][:most]
+    lines = [line for line in index.read_text("utf-8").split("\n") if line.strip()][:most]
     if not lines:
         raise InputError(f"--data_dir {folder}: its metadata.jsonl has no lines")
     samples = []

@@ -10,35 +10,83 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    TorchDynamoPlugin,
+    broadcast_object_list,
+)
 
 from ether_diffusion.dtypes import PRECISIONS
 from ether_diffusion.errors import InputError
-from ether_diffusion.training.options import PerformanceOptions, RunOptions
+from ether_diffusion.training.entry import narrate
+from ether_diffusion.training.options import OptimizationOptions, PerformanceOptions, RunOptions
 from ether_diffusion.training.trackers import check_trackers, tracker_names
 
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 
+UNSUPPORTED = {"ACCELERATE_USE_MEGATRON_LM": "Megatron-LM", "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config"}
+"""Variables of `accelerate launch` for what divides a training in ways that this one does not have."""
+
 Answer = TypeVar("Answer")
 
 
-def make_accelerator(run: RunOptions, performance: PerformanceOptions, accumulation: int) -> Accelerator:
+def tell_overruled(performance: PerformanceOptions, optimization: OptimizationOptions) -> None:
+    """Say of each setting of Accelerate that a flag overrules it, where the two are not the same.
+
+    Accelerate takes these from variables, which `accelerate launch` sets from its own flags and configuration file.
+    """
+    flags = {
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("gradient_accumulation_steps", "1", optimization),
+        "ACCELERATE_GRADIENT_CLIPPING": ("max_grad_norm", "none", optimization),
+        "ACCELERATE_MIXED_PRECISION": ("mixed_precision", "no", performance),
+        "ACCELERATE_DYNAMO_BACKEND": ("compile", "no", performance),
+    }
+    for variable, (flag, unset, options) in flags.items():
+        setting, value = os.environ.get(variable, unset).lower(), getattr(options, flag)
+        if setting in (unset, "", "auto", "none", str(value).lower()) or value is None:
+            continue
+        try:
+            if float(setting) == value:
+                continue
+        except ValueError:
+            pass
+        name = variable.removeprefix("ACCELERATE_").lower()
+        narrate(
+            "%s %s: from Accelerate's configuration, is overruled by --%s, which is %s", name, setting, flag, value
+        )
+
+
+def make_accelerator(
+    run: RunOptions, performance: PerformanceOptions, optimization: OptimizationOptions
+) -> Accelerator:
     """Devices, processes, precision and trackers.
+
+    What the flags say holds: Accelerate is told of it outright, so that it asks no variable. Only without
+    --mixed_precision is the precision that of the launcher.
 
     Args:
         run: output folder and trackers.
         performance: precision.
-        accumulation: forward passes per optimiser step.
+        optimization: forward passes per optimiser step.
 
     Raises:
-        InputError: a precision that this machine does not have, or a tracker that is not installed.
+        InputError: a precision that this machine does not have, a tracker that is not installed, or a way to divide
+            the training that it does not have.
     """
+    for variable, name in UNSUPPORTED.items():
+        if os.environ.get(variable, "").lower() in ("true", "1", "yes", "on"):
+            raise InputError(
+                f"{name}: comes from Accelerate's configuration, and this training has none; drop it there"
+            )
     check_trackers(run.report_to)
+    tell_overruled(performance, optimization)
     logging_dir = Path(run.output_dir, run.logging_dir)  # an absolute logging_dir takes the place of both
     try:
         accelerator = Accelerator(
             mixed_precision=performance.mixed_precision,
-            gradient_accumulation_steps=accumulation,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(optimization.gradient_accumulation_steps),
+            dynamo_plugin=TorchDynamoPlugin("no", "default", False, False, use_regional_compilation=False),
             log_with=tracker_names(run.report_to) or None,
             project_dir=str(logging_dir),
             # The others wait in a collective while the first process generates.
@@ -52,6 +100,8 @@ def make_accelerator(run: RunOptions, performance: PerformanceOptions, accumulat
             f"mixed precision {accelerator.mixed_precision}: came from `accelerate launch`, needs one of "
             f"{', '.join(PRECISIONS)}"
         )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        narrate("--mixed_precision fp16: is about ten times slower on a CPU than no; take no or bf16 there")
     if performance.allow_tf32:
         torch.backends.cuda.matmul.fp32_precision = "tf32"  # convolutions have it already
     return accelerator

@@ -76,6 +76,11 @@ class Adaptation(Generic[Options]):
         return self.configs.keys()
 
     @property
+    def folders(self) -> Collection[str]:
+        """Names of the folders that `save` may write, besides those of the pipeline's components."""
+        return ()
+
+    @property
     def default_learning_rate(self) -> float | None:
         """Of the method; None where there is none."""
         return self.method.learning_rate

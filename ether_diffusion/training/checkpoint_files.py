@@ -58,8 +58,46 @@ def write_checkpoint(
     }
     contents[MANIFEST_NAME] = json.dumps(manifest, indent=1, sort_keys=True).encode()
     final = folder / f"{PREFIX}{step}"
+    if reason := why_foreign(final):
+        raise FileExistsError(f"something of that name is there, and {reason}")
     replace_folder(final, contents)  # one of that name is damaged: no run starts below a checkpoint that can be read
     return final
+
+
+def why_foreign(path: Path) -> str | None:
+    """Why what has the name of a checkpoint is none of this release's, and so never removed; None where it is one.
+
+    Its weights may be damaged all the same. What is not there is not foreign.
+    """
+    if not path.exists() and not path.is_symlink():
+        return None
+    if not path.is_dir() or path.is_symlink():
+        return "is no folder of its own"
+    try:
+        manifest = json.loads((path / MANIFEST_NAME).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        return f"has no {MANIFEST_NAME} that can be read ({error})"
+    if not isinstance(manifest, dict) or not {"format_version", "step", "run", "sha256"} <= manifest.keys():
+        return f"has a {MANIFEST_NAME} of another kind"
+    if manifest["format_version"] != FORMAT_VERSION:
+        return f"has format version {manifest['format_version']}, and this release writes {FORMAT_VERSION}"
+    if path.name != f"{PREFIX}{manifest['step']}":
+        return f"is the checkpoint of step {manifest['step']}"
+    return None
+
+
+def check_no_foreign(folder: Path) -> None:
+    """Make sure that nothing in a folder has the name of a checkpoint without being one.
+
+    Raises:
+        InputError: something has; it is left alone.
+    """
+    for path in sorted(folder.glob(f"{PREFIX}*")):
+        if path.name.removeprefix(PREFIX).isdecimal() and (reason := why_foreign(path)):
+            raise InputError(
+                f"--output_dir {folder}: holds {path.name}, which {reason}; it is left alone: move it elsewhere, or "
+                "take another folder"
+            )
 
 
 def read_checkpoint(path: Path) -> TrainingCheckpoint:

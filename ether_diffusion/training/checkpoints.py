@@ -21,10 +21,13 @@ from ether_diffusion.files import PARTIAL_SUFFIX, nearest_existing
 from ether_diffusion.training.checkpoint_files import (
     PREFIX,
     TrainingCheckpoint,
+    check_no_foreign,
     find_checkpoints,
     read_checkpoint,
+    why_foreign,
     write_checkpoint,
 )
+from ether_diffusion.training.dependence import UNSET, dependence
 from ether_diffusion.training.options import StateOptions
 from ether_diffusion.training.state import RunState, random_state, set_random_state
 
@@ -81,12 +84,11 @@ def check_same_run(checkpoint: TrainingCheckpoint, run: Mapping[str, Any], *, la
     Raises:
         InputError: an option that has changed; names it, and its value then and now.
     """
+    before, after = dependence(checkpoint.run), dependence(run)
     for name in dict.fromkeys([*run, *checkpoint.run]):
-        if name in later:
+        if name in later or before.get(name) == after.get(name):
             continue
-        then, now = checkpoint.run.get(name, "not there"), run.get(name, "not there")
-        if then == now:
-            continue
+        then, now = checkpoint.run.get(name, UNSET), run.get(name, UNSET)
         if name == "max_train_steps" and now > then and run["lr_scheduler"] in STEADY_SCHEDULES:
             continue
         advice = "the result would be another; repeat the first value, or start anew in another --output_dir"
@@ -111,11 +113,12 @@ class Checkpoints:
 
     Raises:
         InputError: nothing to go on from under this name, a checkpoint that is damaged, options that have changed, or
-            a folder with checkpoints that this run would get into conflict with.
+            a folder with checkpoints that this run would get into conflict with, its own kind's or others'.
     """
 
     def __init__(self, folder: Path, options: StateOptions, run: Mapping[str, Any], *, later: Sequence[str] = ()):
         self.folder, self.options, self.run, self.later = folder, options, dict(run), later
+        check_no_foreign(folder)
         self.start = self._find_start()
         self.last = None if self.start is None else self.start.path
 
@@ -128,10 +131,11 @@ class Checkpoints:
             # A path, or the name of a checkpoint in the output folder, as diffusers' scripts take it.
             path, named = Path(given), self.folder / given
             start = read_checkpoint(named if named.is_dir() and not path.exists() else path)
-        if latest is not None and (start is None or latest.step > start.step):
+        is_behind = latest is not None and (start is None or latest.step > start.step)
+        if is_behind and not self.options.overwrite_output_dir:
             raise InputError(
                 f"--output_dir {self.folder}: holds {latest.path.name} of an earlier run; go on with "
-                "--resume_from_checkpoint latest, or remove it, or take another folder"
+                "--resume_from_checkpoint latest, or give --overwrite_output_dir, or take another folder"
             )
         if start is not None:
             check_same_run(start, self.run, later=self.later)
@@ -186,6 +190,18 @@ class Checkpoints:
             state.load(self.start, accelerator.process_index)
             set_random_state(self.start.state["random"][accelerator.process_index])
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether the run starts from a checkpoint of the run whose output folder this is."""
+        return self.start is not None and self.start.path.resolve().parent == self.folder.resolve()
+
+    def remove_others(self) -> None:
+        """Remove the checkpoints of an earlier run that --overwrite_output_dir gives up. For one process."""
+        begun = self.start.step if self.goes_on else -1
+        for step, path in find_checkpoints(self.folder):
+            if self.options.overwrite_output_dir and step > begun:
+                _remove(path)
+
     def due(self, step: int) -> bool:
         """Whether a checkpoint is to be saved after so many steps."""
         return step % self.options.checkpointing_steps == 0
@@ -235,12 +251,19 @@ class Checkpoints:
         """Keep the checkpoint of step `newest` and as many before it as the limit allows."""
         if self.options.checkpoints_total_limit is None:
             return
-        older = [path for step, path in reversed(find_checkpoints(self.folder)) if step < newest]
+        found = reversed(find_checkpoints(self.folder))
+        older = [path for step, path in found if step < newest and not why_foreign(path)]
         for path in older[self.options.checkpoints_total_limit - 1 :]:
-            # Renamed first: a kill while its files go leaves no half checkpoint under the name.
-            doomed = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
-            path.rename(doomed)
-            shutil.rmtree(doomed)
+            _remove(path)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, unless it is foreign."""
+    if why_foreign(checkpoint) is None:
+        # Renamed first: a kill while its files go leaves no half checkpoint under the name.
+        doomed = checkpoint.with_name(f".{checkpoint.name}{PARTIAL_SUFFIX}")
+        checkpoint.rename(doomed)
+        shutil.rmtree(doomed)
 
 
 def _gather_on_cpu(part: Any, accelerator: Accelerator) -> list[Any] | None:

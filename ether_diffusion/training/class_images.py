@@ -23,7 +23,7 @@ from accelerate.utils.memory import clear_device_cache
 from PIL import Image
 
 from ether_diffusion.dtypes import PRECISIONS
-from ether_diffusion.errors import InputError
+from ether_diffusion.errors import InputError, RunError
 from ether_diffusion.files import nearest_existing, replace_file
 from ether_diffusion.images import find_images
 from ether_diffusion.training.accelerator import on_main_process
@@ -121,7 +121,7 @@ def generate_class_images(
         # Looked at anew for the order: it is to be that of the runs to come.
         paths, missing = on_main_process(accelerator, lambda: find_class_images(options))
     if missing:
-        raise RuntimeError(f"images were removed while others were generated: {_progress(options)}")
+        raise RunError(f"images were removed while others were generated: {_progress(options)}")
     return paths
 
 
@@ -155,6 +155,8 @@ def _errors_with_progress(options: PriorOptions) -> Iterator[None]:
         yield
     except (InputError, FloatingPointError):
         raise
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"{_progress(options)};") from stop
     except torch.OutOfMemoryError as error:
         fits = f"from 1 to {options.sample_batch_size - 1}"
         if options.sample_batch_size == 1:

@@ -25,7 +25,7 @@ from ether_diffusion.training.data.views import Target, center_cut
 from ether_diffusion.training.entry import run_script
 from ether_diffusion.training.loop import TrainingResult
 from ether_diffusion.training.options import ControlTrainingOptions as Options
-from ether_diffusion.training.run import TrainingRun
+from ether_diffusion.training.run import CheckedRun, TrainingRun
 
 
 def run(options: Options, command: str) -> TrainingResult:
@@ -41,8 +41,16 @@ def run(options: Options, command: str) -> TrainingResult:
     controls, prompts = validation_pairs(options, images, planned.targets[0])
     flag = "train_data_dir" if options.data.dataset_name is None else "dataset_name"
     checked = planned.check(epoch_samples=len(images), depends_on={flag: images.fingerprint})
+    with checked.claimed():
+        return train(checked, images, controls, prompts)
+
+
+def train(
+    checked: CheckedRun, images: TrainingImages, controls: Sequence[Image.Image], prompts: Sequence[str]
+) -> TrainingResult:
+    """All that takes long: the model, the training, and what it leaves; controls, prompts: of the sample images."""
+    options, adaptation = checked.options, checked.run.adaptation
     loaded = checked.load(prompts, {options.run.seed: images}, controls)
-    adaptation = planned.adaptation
     objective = adaptation.objective(
         loaded.family,
         loaded.sets,

@@ -67,6 +67,10 @@ class ControlAdaptation(Adaptation[ControlTrainingOptions]):
         return self.method.layout == "ether" or self.method.name == NO_METHOD
 
     @property
+    def folders(self) -> Collection[str]:
+        return (self.control,)
+
+    @property
     def default_learning_rate(self) -> float | None:
         return CONTROL_LEARNING_RATE if self.method.name == NO_METHOD else super().default_learning_rate
 

@@ -22,7 +22,7 @@ from ether_diffusion.training.entry import run_script
 from ether_diffusion.training.loop import TrainingResult
 from ether_diffusion.training.objectives import DenoisingObjective
 from ether_diffusion.training.options import InstanceDataOptions, PriorOptions, TrainingOptions
-from ether_diffusion.training.run import TrainingRun
+from ether_diffusion.training.run import CheckedRun, TrainingRun
 from ether_diffusion.training.seeds import derive
 
 
@@ -33,6 +33,9 @@ class Options(TrainingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.run.check_apart("instance_data_dir", self.data.instance_data_dir)
+        self.run.check_apart("dataset_name", self.data.dataset_name, with_folders=True)
+        self.run.check_apart("class_data_dir", self.prior.class_data_dir)
         folders = (self.data.instance_data_dir, self.prior.class_data_dir)
         if None not in folders and len({Path(folder).resolve() for folder in folders}) == 1:
             raise InputError(f"--class_data_dir {folders[1]}: is the same folder as --instance_data_dir; take another")
@@ -52,7 +55,15 @@ def run(options: Options, command: str) -> TrainingResult:
         depends_on={flag: images.fingerprint},
         later=["class_data_dir"] if prior.with_prior_preservation else (),
     )
-    seed, what = options.run.seed, examples.describe()
+    with checked.claimed():
+        return train(checked, images)
+
+
+def train(checked: CheckedRun, images: TrainingImages) -> TrainingResult:
+    """All that takes long: the images of the class, the model, the training, and what it leaves."""
+    planned, options = checked.run, checked.options
+    data, prior = options.data, options.prior
+    seed, what = options.run.seed, images.examples.describe()
     drawn_from = {seed: images}
     if prior.with_prior_preservation:
         class_images = generated_class_images(planned, prior)

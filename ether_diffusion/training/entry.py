@@ -2,13 +2,17 @@
 
 import logging
 import os
+import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ether_diffusion.errors import InputError
+from accelerate.utils.memory import should_reduce_batch_size
+
+from ether_diffusion.errors import InputError, RunError, printable
 from ether_diffusion.training.options import parse_options
 from ether_diffusion.training.stop_signals import Interrupted
 
@@ -19,6 +23,8 @@ Result = TypeVar("Result")
 
 WRONG_INPUT, FAILED = 2, 1
 """Exit codes; a signal ends a run with 128 + its number."""
+GOING_ON = "to go on, repeat the command with --resume_from_checkpoint latest"
+LESS_MEMORY = "lower --train_batch_size or --resolution, or give --gradient_checkpointing or --mixed_precision bf16"
 
 
 def launch_command(script: str, arguments: Sequence[str]) -> str:
@@ -42,6 +48,8 @@ def run_script(
 ) -> Result:
     """Read the command line and run; an error that needs no traceback becomes one line on stderr.
 
+    This is the one door by which all errors leave that a user can cause. What has a traceback is a fault of the code.
+
     Args:
         run: called with the options and the command as it was typed.
         script: as for `launch_command`.
@@ -58,18 +66,26 @@ def run_script(
     except Interrupted as stop:
         _tell(str(stop))
         raise SystemExit(stop.exit_code) from stop
+    except KeyboardInterrupt as stop:  # outside of the loop, which ends with a checkpoint
+        _tell(" ".join(["stopped by SIGINT;", *map(str, stop.args), GOING_ON]))
+        raise SystemExit(128 + signal.SIGINT) from stop
     except InputError as error:
         _tell(f"error: {error}")
         raise SystemExit(WRONG_INPUT) from error
-    except (FloatingPointError, OSError) as error:
+    except (FloatingPointError, OSError, RunError) as error:
         _tell(f"error: {error}")
+        raise SystemExit(FAILED) from error
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
+            raise
+        _tell(f"error: the memory is not enough ({error}); {LESS_MEMORY}")
         raise SystemExit(FAILED) from error
 
 
 def _tell(message: str) -> None:
-    """Say it once, however many processes there are."""
+    """Say it once, however many processes there are, in one line that is safe on a terminal."""
     if os.environ.get("RANK", "0") == "0":
-        print(message, file=sys.stderr, flush=True)
+        print(printable(re.sub(r"\s*[\r\n]\s*", " ", message.strip())), file=sys.stderr, flush=True)
 
 
 def narrate(message: str, *values: Any) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from ether_diffusion.images import image_grid
 from ether_diffusion.training.data.views import Target
 from ether_diffusion.training.families import Family
-from ether_diffusion.training.options import ValidationOptions
+from ether_diffusion.training.options import SEEDS, ValidationOptions
 from ether_diffusion.training.trackers import log_images
 
 
@@ -93,7 +93,7 @@ class Preview:
             pipe=pipe,
             num_inference_steps=self.options.num_inference_steps,
             guidance_scale=self.options.guidance_scale,
-            generator=torch.Generator().manual_seed(self.seed + number),
+            generator=torch.Generator().manual_seed((self.seed + number) % SEEDS),
             **inputs,
         ).images[0]
 

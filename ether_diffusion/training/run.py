@@ -8,8 +8,8 @@ is made of the one before and changes nothing in it.
 from __future__ import annotations
 
 import hashlib
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from torch import nn
 
 from ether_diffusion.dtypes import PRECISIONS
 from ether_diffusion.errors import InputError
-from ether_diffusion.files import nearest_existing
 from ether_diffusion.training.accelerator import make_accelerator, on_main_process
 from ether_diffusion.training.adaptation import Adaptation, Attached
 from ether_diffusion.training.card import GRID_NAME, CardContent, figures_of, write_card
@@ -34,24 +33,9 @@ from ether_diffusion.training.loop import Trainer, TrainingResult
 from ether_diffusion.training.methods.configs import read_method
 from ether_diffusion.training.objectives import ImageSet
 from ether_diffusion.training.optimizers import check_optimizer, check_schedule
-from ether_diffusion.training.options import TrainingOptions, binding, flatten
+from ether_diffusion.training.options import VALIDATION_FOLDER, TrainingOptions, binding, flatten
+from ether_diffusion.training.output_folder import OutputFolder, check_output_dir
 from ether_diffusion.training.preview import Preview, is_due
-
-VALIDATION_FOLDER = "validation"
-
-
-def check_output_dir(folder: str | Path) -> Path:
-    """Make sure that the output folder can be written to, or made; nothing is left behind.
-
-    Raises:
-        InputError: it cannot.
-    """
-    folder = Path(folder)
-    try:
-        with tempfile.TemporaryFile(dir=nearest_existing(folder)):
-            return folder
-    except OSError as error:
-        raise InputError(f"--output_dir {folder}: cannot be written to ({error})") from error
 
 
 class TrainingRun:
@@ -79,17 +63,18 @@ class TrainingRun:
         check_optimizer(options.optimization)
         self.method = read_method(options.adapter)
         self.source = ModelSource.from_options(options.model)
-        self.family_class = family_at(self.source)
-        blueprint = self.family_class.read_blueprint(self.source)
+        with self.source.reading():
+            self.family_class = family_at(self.source)
+            blueprint = self.family_class.read_blueprint(self.source)
         self.adaptation = adaptation(options, self.method, self.family_class, blueprint)
         if self.adaptation.default_learning_rate is None and options.optimization.learning_rate is None:
             raise InputError(f"--learning_rate: is missing; there is no default for {self.method.title}")
         self.targets = blueprint.targets(options.views)
         self.output_dir = check_output_dir(options.run.output_dir)
+        if self.output_dir.resolve() == Path(self.source.path).resolve():
+            raise InputError(f"--output_dir {self.output_dir}: is the folder of the base model; take another")
         layout = claim_layout()
-        self.accelerator = make_accelerator(
-            options.run, options.performance, options.optimization.gradient_accumulation_steps
-        )
+        self.accelerator = make_accelerator(options.run, options.performance, options.optimization)
         self.layout = layout if self.accelerator.num_processes > 1 else "replicated"
         denoiser = self.family_class.denoiser
         check_layout(self.layout, options, self.adaptation.configs, denoiser=denoiser, precision=self.precision)
@@ -136,9 +121,12 @@ class TrainingRun:
             content = Path(options.adapter.adapter_config).read_bytes()
             given["adapter_config"] = f"sha256:{hashlib.sha256(content).hexdigest()[:16]}"
         checkpoints = Checkpoints(self.output_dir, options.state, given, later=later)
+        # Some methods leave a folder for each component; `_class_name` and the like are no names of folders.
+        output = OutputFolder(self.output_dir, {*self.source.config(), *self.adaptation.folders})
+        output.check_unused(goes_on=checkpoints.goes_on, overwrite=options.state.overwrite_output_dir)
         checkpoints.check_space(self.adaptation.parameter_count)
         hub_id = on_main_process(self.accelerator, lambda: check_hub(options.run))
-        return CheckedRun(self, options, epoch_samples, checkpoints, hub_id)
+        return CheckedRun(self, options, epoch_samples, checkpoints, output, hub_id)
 
 
 @dataclass(frozen=True)
@@ -148,6 +136,7 @@ class CheckedRun:
     options: with definite steps and learning rates.
     epoch_samples: images in one epoch.
     checkpoints: where it starts, and how it saves.
+    output: the output folder, as it was found.
     hub_id: the repository that the result goes to; None without one.
     """
 
@@ -155,7 +144,20 @@ class CheckedRun:
     options: TrainingOptions
     epoch_samples: int
     checkpoints: Checkpoints
+    output: OutputFolder
     hub_id: str | None
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """A context in which the output folder is this run's alone; all that follows happens in it.
+
+        Raises:
+            InputError: another run is at work there.
+        """
+        with self.output.claimed(self.run.accelerator):
+            if self.run.accelerator.is_main_process:
+                self.checkpoints.remove_others()
+            yield
 
     def load(
         self,
@@ -171,7 +173,6 @@ class CheckedRun:
             controls: control image of each prompt, where control is trained.
         """
         run, options, configs = self.run, self.options, self.run.adaptation.configs
-        run.output_dir.mkdir(parents=True, exist_ok=True)
         # Weights that are all trained are kept in float32; those beside adapters stay as they are, in half precision.
         dtype = torch.float32 if None in configs.values() else PRECISIONS[run.precision]
         family = run.family_class.load(run.source, dtype)

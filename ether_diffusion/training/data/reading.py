@@ -110,7 +110,7 @@ def _captions_in_metadata(folder: Path, column: str | None) -> dict[str, str]:
         return {}
     key = METADATA_CAPTION_KEY if column is None else column
     captions: dict[str, str] = {}
-    for number, line in enumerate(_read_text(file).splitlines(), 1):
+    for number, line in enumerate(_read_text(file).split("\n"), 1):
         if not line.strip():
             continue
         where = f"{file}, line {number}"

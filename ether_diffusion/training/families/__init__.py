@@ -42,7 +42,7 @@ def family_at(source: ModelSource) -> type[Family]:
     Raises:
         InputError: no pipeline there, or one that no family covers.
     """
-    return _named(source.config()["_class_name"], source.given)
+    return _named(str(source.config().get("_class_name")), source.given)
 
 
 def family_of(pipe: DiffusionPipeline) -> Family:

@@ -71,8 +71,11 @@ class ModelSource:
             yield
         except InputError:
             raise
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{self.given}: cannot be read as a diffusers pipeline: {error}") from error
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever the libraries raise on configs and weights that are not in order
+            told = str(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
+            raise InputError(f"{self.given}: cannot be read as a diffusers pipeline: {told}") from error
 
 
 @dataclass(frozen=True)

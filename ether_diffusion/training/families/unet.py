@@ -7,7 +7,7 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig
+from transformers import CLIPTextConfig, CLIPTokenizer
 
 from ether_diffusion.errors import InputError
 from ether_diffusion.training.families.base import Conditioning, Family
@@ -17,6 +17,37 @@ from ether_diffusion.training.noise import DiscreteNoise
 
 GUIDANCE_SCALE = 7.5
 """Of sample images, unless another is asked for."""
+
+
+def latent_side(unet: nn.Module, where: str) -> int:
+    """Side of the latents that a UNet was made for; its config holds one number, or a pair.
+
+    Raises:
+        InputError: it holds neither, or two sides.
+    """
+    size = unet.config.sample_size
+    sides = size if isinstance(size, (list, tuple)) and size else [size]
+    if all(type(side) is int and side > 0 and side == sides[0] for side in sides):
+        return sides[0]
+    raise InputError(
+        f"{where}: its UNet's config has sample_size {size!r}, needs one whole number from 1, such as 64 for images "
+        "of 512 pixels"
+    )
+
+
+def _check_tokenizer(source: ModelSource, name: str, vocabulary: int) -> None:
+    """Make sure that a tokenizer is there and that a text encoder knows all of its tokens."""
+    where = f"{source.given}: its {name}"
+    if not (source.config().get(name) or [None])[-1]:
+        raise InputError(f"{where} is missing, and without it prompts cannot be read")
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(source.path, subfolder=name, revision=source.revision)
+    except Exception as error:  # of many kinds
+        raise InputError(f"{where} is damaged ({type(error).__name__}: {error})") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without its files
+        raise InputError(f"{where} is missing or has no vocabulary, and without it prompts cannot be read")
+    if len(tokenizer) > vocabulary:
+        raise InputError(f"{where} has {len(tokenizer)} tokens, and its text encoder knows {vocabulary}")
 
 
 class UNetFamily(Family):
@@ -70,8 +101,10 @@ class UNetFamily(Family):
                 f"{source.given}: the UNet takes {models['unet'].config.in_channels} channels and the autoencoder "
                 f"makes {vae.config.latent_channels}; training needs the two to agree"
             )
+        for name in cls.text_encoders:
+            _check_tokenizer(source, name.replace("text_encoder", "tokenizer"), models[name].config.vocab_size)
         factor = side_factor(vae)
-        return Blueprint(models, models["unet"].config.sample_size * factor, factor)
+        return Blueprint(models, latent_side(models["unet"], source.given) * factor, factor)
 
     @classmethod
     def load(cls, source: ModelSource, dtype: torch.dtype) -> "UNetFamily":
@@ -85,7 +118,7 @@ class UNetFamily(Family):
     @property
     def native_resolution(self) -> int:
         """Side in pixels of the images that the denoiser was made for."""
-        return self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
+        return latent_side(self.pipe.unet, "pipe") * self.pipe.vae_scale_factor
 
     def generate(self, prompts: Sequence[str], **inputs: Any) -> Any:
         if "guidance_scale" in inputs and inputs["guidance_scale"] is None:

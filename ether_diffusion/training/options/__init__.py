@@ -24,4 +24,11 @@ from ether_diffusion.training.options.model import (
 )
 from ether_diffusion.training.options.optimization import DEFAULT_STEPS, PRODIGY_LEARNING_RATE, OptimizationOptions
 from ether_diffusion.training.options.performance import PerformanceOptions
-from ether_diffusion.training.options.run import RunOptions, StateOptions, TrainingOptions, ValidationOptions
+from ether_diffusion.training.options.run import (
+    SEEDS,
+    VALIDATION_FOLDER,
+    RunOptions,
+    StateOptions,
+    TrainingOptions,
+    ValidationOptions,
+)

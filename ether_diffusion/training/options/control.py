@@ -160,6 +160,8 @@ class ControlTrainingOptions(TrainingOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         light, data = self.control.control_type == "light", self.data
+        for flag in ("train_data_dir", "dataset_name"):  # data sets are read with all of their folders
+            self.run.check_apart(flag, getattr(data, flag), with_folders=True)
         if data.streaming:
             for flag in ("cache_latents", "pre_compute_text_embeddings"):
                 if getattr(self.performance, flag):

@@ -18,14 +18,18 @@ class PerformanceOptions(OptionGroup):
         None,
         choices=tuple(PRECISIONS),
     )
-    gradient_checkpointing: bool = option("Recompute activations in the backward pass: less memory, slower.", False)
+    gradient_checkpointing: bool = option(
+        "Recompute activations in the backward pass: less memory, slower.", False, free=True
+    )
     cache_latents: bool = option(
         "Encode every image (and its mirror image, with --random_flip) once before the training, each repeat with "
         "one crop, and take the autoencoder off the device.",
         False,
     )
     pre_compute_text_embeddings: bool = option(
-        "Encode every prompt once before the training and take the text encoders off the device.", False
+        "Encode every prompt once before the training and take the text encoders off the device.",
+        False,
+        free=True,
     )
     offload: bool = option(
         "Keep what is not trained, but for the denoiser, in the CPU's memory whenever it is not at work.",

@@ -1,13 +1,20 @@
 """What a run shows and where it writes and reports, how it goes on, and all options together."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from ether_diffusion.errors import InputError
-from ether_diffusion.training.options.base import FROM_ZERO, NOT_NEGATIVE, POSITIVE, OptionGroup, option
+from ether_diffusion.training.options.base import FROM_ZERO, NOT_NEGATIVE, POSITIVE, Fits, OptionGroup, option
 from ether_diffusion.training.options.data import ViewOptions
 from ether_diffusion.training.options.model import AdapterOptions, ModelOptions
 from ether_diffusion.training.options.optimization import OptimizationOptions
 from ether_diffusion.training.options.performance import PerformanceOptions
+
+SEEDS = 2**64
+"""How many there are: those that PyTorch takes."""
+SEED = Fits(f"a whole number from 0 to {SEEDS - 1}", lambda value: 0 <= value < SEEDS)
+VALIDATION_FOLDER = "validation"
+"""Where the images that are made during the training lie in the output folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +55,7 @@ class StateOptions(OptionGroup):
     checkpointing_steps: int = option(
         "Save a checkpoint, from which the run can go on, after every so many optimiser steps. Ctrl-C and SIGTERM "
         "save one as well.",
-        500,
+        100,
         fits=POSITIVE,
         free=True,
     )
@@ -64,6 +71,12 @@ class StateOptions(OptionGroup):
         None,
         free=True,
     )
+    overwrite_output_dir: bool = option(
+        "Replace what an earlier run left in --output_dir, its checkpoints included; without this flag a run does not "
+        "start there, unless it goes on.",
+        False,
+        free=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +84,7 @@ class RunOptions(OptionGroup):
     """run"""
 
     output_dir: str = option("Folder for the adapter, the model card and the images.", "ether-dreambooth", free=True)
-    seed: int = option("Every random number follows from it; two runs with one seed agree.", 0, fits=NOT_NEGATIVE)
+    seed: int = option("Every random number follows from it; two runs with one seed agree.", 0, fits=SEED)
     report_to: str = option(
         "Where to log loss, learning rate, options and sample images.",
         "none",
@@ -86,6 +99,28 @@ class RunOptions(OptionGroup):
         needs="push_to_hub",
         free=True,
     )
+
+    def check_apart(self, flag: str, folder: str | None, *, with_folders: bool = False) -> None:
+        """Make sure that the images which the run makes are not among those that it reads.
+
+        Args:
+            flag: that names a folder of images.
+            folder: its value.
+            with_folders: whether images in folders of that folder are read as well.
+
+        Raises:
+            InputError: they would be.
+        """
+        if folder is None:
+            return
+        read, output = Path(folder).resolve(), Path(self.output_dir).resolve()
+        written = (output, output / VALIDATION_FOLDER)
+        coincides = read in written or (with_folders and read in output.parents)
+        if coincides and not any(read.rglob("*.parquet")):  # tables hold their images themselves
+            raise InputError(
+                f"--{flag} {folder}: images that the run makes in --output_dir {self.output_dir} would be taken for "
+                "those to train on; take another --output_dir"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
