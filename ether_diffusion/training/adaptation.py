@@ -123,6 +123,8 @@ class Adaptation(Generic[Options]):
 
     def save(self, attached: Attached, family: Family, folder: Path, metadata: Mapping[str, str]) -> Path:
         """Write what was trained to a folder; the file or folder to tell of."""
+        if self.method.layout == "full":
+            family.complete()
         return save_trained(family.pipe, self.configs, folder, method=self.method, metadata=metadata)
 
     def loading_code(self, attached: Attached, source: ModelSource) -> str:

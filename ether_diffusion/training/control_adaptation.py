@@ -53,6 +53,11 @@ class ControlAdaptation(Adaptation[ControlTrainingOptions]):
     objective: type[objectives.DenoisingObjective]
 
     def __init__(self, options: ControlTrainingOptions, method: Method, family: type[Family], blueprint: Blueprint):
+        if "unet" not in blueprint.models:
+            raise InputError(
+                f"{family.pipeline_class}: control is trained for pipelines with a UNet, such as "
+                "StableDiffusionPipeline and StableDiffusionXLPipeline"
+            )
         self.factor = blueprint.resolution_multiple
         self.interpolation = options.control.conditioning_interpolation
         self.path = options.control.controlnet_model_name_or_path

@@ -21,7 +21,7 @@ from ether_diffusion.training.data import TrainingImages, examples_of, find_exam
 from ether_diffusion.training.entry import run_script
 from ether_diffusion.training.loop import TrainingResult
 from ether_diffusion.training.objectives import DenoisingObjective
-from ether_diffusion.training.options import InstanceDataOptions, PriorOptions, TrainingOptions
+from ether_diffusion.training.options import FlowOptions, InstanceDataOptions, PriorOptions, TrainingOptions
 from ether_diffusion.training.run import CheckedRun, TrainingRun
 from ether_diffusion.training.seeds import derive
 
@@ -30,6 +30,7 @@ from ether_diffusion.training.seeds import derive
 class Options(TrainingOptions):
     data: InstanceDataOptions
     prior: PriorOptions
+    flow: FlowOptions
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,11 +45,16 @@ class Options(TrainingOptions):
 def run(options: Options, command: str) -> TrainingResult:
     """Train, then save, generate and describe what was learned. Raises InputError before anything heavy is loaded."""
     data, prior = options.data, options.prior
-    planned = TrainingRun(options, command)
+    planned = TrainingRun(options, command, flow=options.flow)
     examples = find_examples(data)
     if prior.with_prior_preservation:
         find_class_images(prior)
-    images = TrainingImages(examples, repeats=data.repeats, **planned.view_options)
+    images = TrainingImages(
+        examples,
+        repeats=data.repeats,
+        proportion_empty_prompts=data.caption_dropout or 0.0,
+        **planned.view_options,
+    )
     flag = "instance_data_dir" if data.dataset_name is None else "dataset_name"
     checked = planned.check(
         epoch_samples=len(images),

@@ -28,12 +28,13 @@ from ether_diffusion.training.data import TrainingImages
 from ether_diffusion.training.distributed import check_layout, claim_layout, gathered, shard_frozen
 from ether_diffusion.training.entry import narrate
 from ether_diffusion.training.families import Family, ModelSource, family_at
+from ether_diffusion.training.families.quantization import check_quantization
 from ether_diffusion.training.hub import check_hub, log_patterns, upload
 from ether_diffusion.training.loop import Trainer, TrainingResult
 from ether_diffusion.training.methods.configs import read_method
 from ether_diffusion.training.objectives import ImageSet
 from ether_diffusion.training.optimizers import check_optimizer, check_schedule
-from ether_diffusion.training.options import VALIDATION_FOLDER, TrainingOptions, binding, flatten
+from ether_diffusion.training.options import VALIDATION_FOLDER, FlowOptions, TrainingOptions, binding, flatten
 from ether_diffusion.training.output_folder import OutputFolder, check_output_dir
 from ether_diffusion.training.preview import Preview, is_due
 
@@ -45,6 +46,7 @@ class TrainingRun:
         options: of the script.
         command: as it was typed.
         adaptation: what is trained; the attribute of this name was tried on the base model without weights.
+        flow: how noisy what is trained on is, for a base of flow matching.
 
     Attributes:
         method: that the options name.
@@ -58,14 +60,22 @@ class TrainingRun:
         InputError: what the user gave cannot be used. No weights were read and nothing was written.
     """
 
-    def __init__(self, options: TrainingOptions, command: str, adaptation: type[Adaptation] = Adaptation):
-        self.options, self.command = options, command
+    def __init__(
+        self,
+        options: TrainingOptions,
+        command: str,
+        adaptation: type[Adaptation] = Adaptation,
+        flow: FlowOptions | None = None,
+    ):
+        self.options, self.command, self.flow = options, command, flow or FlowOptions()
         check_optimizer(options.optimization)
         self.method = read_method(options.adapter)
         self.source = ModelSource.from_options(options.model)
         with self.source.reading():
             self.family_class = family_at(self.source)
             blueprint = self.family_class.read_blueprint(self.source)
+        family = self.family_class
+        self.flow.check_meaning(family.is_flow, options.optimization.snr_gamma, family.pipeline_class)
         self.adaptation = adaptation(options, self.method, self.family_class, blueprint)
         if self.adaptation.default_learning_rate is None and options.optimization.learning_rate is None:
             raise InputError(f"--learning_rate: is missing; there is no default for {self.method.title}")
@@ -76,6 +86,10 @@ class TrainingRun:
         layout = claim_layout()
         self.accelerator = make_accelerator(options.run, options.performance, options.optimization)
         self.layout = layout if self.accelerator.num_processes > 1 else "replicated"
+        check_quantization(options.performance.quantize, self.accelerator.device)
+        if options.performance.quantize and (self.method.name == "full" or self.layout == "sharded"):
+            kind = options.performance.quantize
+            raise InputError(f"--quantize {kind}: needs weights that stay frozen and undivided; drop it")
         denoiser = self.family_class.denoiser
         check_layout(self.layout, options, self.adaptation.configs, denoiser=denoiser, precision=self.precision)
         if self.layout == "sharded" and not self.adaptation.can_shard:
@@ -175,7 +189,9 @@ class CheckedRun:
         run, options, configs = self.run, self.options, self.run.adaptation.configs
         # Weights that are all trained are kept in float32; those beside adapters stay as they are, in half precision.
         dtype = torch.float32 if None in configs.values() else PRECISIONS[run.precision]
-        family = run.family_class.load(run.source, dtype)
+        family = run.family_class.load(run.source, dtype, options.performance.quantize)
+        family.set_noise(run.flow)
+        family.vae_tiling = options.performance.vae_tiling
         if run.layout == "sharded":
             shard_frozen(family.component(family.denoiser), run.accelerator)
         idle = set(family.component_names) - {family.denoiser, *configs}

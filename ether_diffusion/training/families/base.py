@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ether_diffusion.training.data.views import Framing, Target
 from ether_diffusion.training.latents import LatentSpace
 from ether_diffusion.training.noise import DiscreteNoise, FlowNoise
-from ether_diffusion.training.options import PerformanceOptions
+from ether_diffusion.training.options import FlowOptions, PerformanceOptions
 from ether_diffusion.tuner.attention import enable_ether_attention
 from ether_diffusion.tuner.model import ATTENTION
 
@@ -58,6 +58,7 @@ class Family:
     def __init__(self, pipe: DiffusionPipeline):
         self.pipe = pipe
         self.device = self.component(self.denoiser).device
+        self.vae_tiling = False
         self._offloaded: set[str] = set()
         self._kept_prompts: dict[str, Conditioning] = {}
         self._kept_count = _KEPT_PROMPTS
@@ -88,7 +89,21 @@ class Family:
 
     def generate(self, prompts: Sequence[str], *, pipe: DiffusionPipeline | None = None, **inputs: Any) -> Any:
         """What the pipeline makes of prompts; `pipe` takes the place of the family's."""
-        return (pipe or self.pipe)(list(prompts), **inputs)
+        pipe = pipe or self.pipe
+        with self.tiling(pipe):
+            return pipe(list(prompts), **inputs)
+
+    @contextmanager
+    def tiling(self, pipe: DiffusionPipeline) -> Iterator[None]:
+        """A context in which the autoencoder decodes in tiles, if that is wanted."""
+        if not self.vae_tiling:
+            yield
+            return
+        pipe.vae.enable_tiling()
+        try:
+            yield
+        finally:
+            pipe.vae.disable_tiling()
 
     def token_count(self, target: Target) -> int:
         """How many tokens an image of this (height, width) has; 1 where levels of noise do not depend on it."""
@@ -135,6 +150,9 @@ class Family:
     def release(self, *names: str) -> None:
         """Let components go whose work is done: out of memory where they can be read again, else off the device."""
         self.offload(*names)
+
+    def set_noise(self, options: FlowOptions) -> None:
+        """Take the options of flow matching, where noise is added so."""
 
     @contextmanager
     def on_device(self, *names: str) -> Iterator[None]:

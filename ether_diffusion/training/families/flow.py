@@ -23,11 +23,15 @@ from torch import Tensor, nn
 from ether_diffusion.errors import InputError
 from ether_diffusion.training.data.views import Target
 from ether_diffusion.training.families.base import Conditioning, Family
+from ether_diffusion.training.families.quantization import loading_config, quantize_loaded
 from ether_diffusion.training.families.source import Blueprint, ModelSource
 from ether_diffusion.training.latents import LatentSpace, side_factor
 from ether_diffusion.training.noise import FlowNoise
+from ether_diffusion.training.options import FlowOptions
 
 NEGATIVE = "negative_"
+ATTENTION_BACKENDS = {"sdpa": "native", "xformers": "xformers"}
+"""What diffusers calls them."""
 
 
 class FlowFamily(Family):
@@ -74,8 +78,11 @@ class FlowFamily(Family):
         return Blueprint(models, cls.native_resolution, multiple)
 
     @classmethod
-    def load(cls, source: ModelSource, dtype: torch.dtype) -> FlowFamily:
-        """The pipeline, each of its components without weights until it is asked for."""
+    def load(cls, source: ModelSource, dtype: torch.dtype, quantize: str | None = None) -> FlowFamily:
+        """The pipeline, each of its components without weights until it is asked for.
+
+        quantize: how the transformer's weights are kept; None in this dtype, as all others.
+        """
         index = source.config()
         skeletons = read_models(source, [name for name in index if is_model(index, name)])
         with source.reading():
@@ -84,10 +91,19 @@ class FlowFamily(Family):
             )
 
         def load(name: str) -> nn.Module:
+            kind = quantize if name == cls.denoiser else None
+            config = loading_config(kind, dtype)
             with source.reading():
-                return type(skeletons[name]).from_pretrained(
-                    source.path, subfolder=name, dtype=dtype, revision=source.revision, variant=source.variant
+                component = type(skeletons[name]).from_pretrained(
+                    source.path,
+                    subfolder=name,
+                    dtype=dtype,
+                    revision=source.revision,
+                    variant=source.variant,
+                    **({} if config is None else {"quantization_config": config}),
                 )
+            quantize_loaded(component, kind, dtype)
+            return component
 
         return cls(pipe, load)
 
@@ -149,6 +165,14 @@ class FlowFamily(Family):
         if prompts:
             super().keep_prompts(prompts)
 
+    def set_noise(self, options: FlowOptions) -> None:
+        """Draw levels, and tell of guidance, as the options say."""
+        self.noise = FlowNoise(self.pipe.scheduler.config, options.sampling, options.shift)
+        self.guidance = options.guidance
+
+    def set_attention(self, backend: str) -> None:
+        self.component(self.denoiser).set_attention_backend(ATTENTION_BACKENDS[backend])
+
     def freeze_unused(self) -> None:
         if self.unread is None:
             return
@@ -175,7 +199,8 @@ class FlowFamily(Family):
             for name in resting:
                 setattr(pipe, name, None)
             try:
-                return pipe(**inputs)
+                with self.tiling(pipe):
+                    return pipe(**inputs)
             finally:
                 for name, skeleton in resting.items():
                     setattr(pipe, name, skeleton)

@@ -5,12 +5,20 @@ from typing import Any, ClassVar
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DDPMScheduler,
+    DiffusionPipeline,
+    PipelineQuantizationConfig,
+    UNet2DConditionModel,
+)
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTokenizer
 
 from ether_diffusion.errors import InputError
 from ether_diffusion.training.families.base import Conditioning, Family
+from ether_diffusion.training.families.quantization import loading_config, quantize_loaded
 from ether_diffusion.training.families.source import Blueprint, ModelSource
 from ether_diffusion.training.latents import LatentSpace, side_factor
 from ether_diffusion.training.noise import DiscreteNoise
@@ -107,12 +115,21 @@ class UNetFamily(Family):
         return Blueprint(models, latent_side(models["unet"], source.given) * factor, factor)
 
     @classmethod
-    def load(cls, source: ModelSource, dtype: torch.dtype) -> "UNetFamily":
-        """The pipeline with its weights, all of one dtype. Raises `InputError` where it cannot be read."""
+    def load(cls, source: ModelSource, dtype: torch.dtype, quantize: str | None = None) -> "UNetFamily":
+        """The pipeline, of one dtype, the UNet quantised if asked. Raises `InputError` where it cannot be read."""
+        config = loading_config(quantize, dtype)
         with source.reading():
             pipe = getattr(diffusers, cls.pipeline_class).from_pretrained(
-                source.path, dtype=dtype, revision=source.revision, variant=source.variant, **cls.loading
+                source.path,
+                dtype=dtype,
+                revision=source.revision,
+                variant=source.variant,
+                quantization_config=None
+                if config is None
+                else PipelineQuantizationConfig(quant_mapping={"unet": config}),
+                **cls.loading,
             )
+        quantize_loaded(pipe.unet, quantize, dtype)
         return cls(pipe)
 
     @property

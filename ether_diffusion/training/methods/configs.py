@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +13,7 @@ from peft import BOFTConfig, HRAConfig, LoraConfig, PeftConfig, VeraConfig
 from ether_diffusion.errors import InputError
 from ether_diffusion.training.families import Family
 from ether_diffusion.training.methods.config_file import read_config
-from ether_diffusion.training.methods.injection import FittedOFTConfig
+from ether_diffusion.training.methods.injection import ALL_LINEAR, FittedOFTConfig
 from ether_diffusion.training.options import LEARNING_RATES, RANKED_METHODS, AdapterOptions
 from ether_diffusion.tuner.config import EtherConfig
 from ether_diffusion.tuner.model import CLIP_ATTENTION
@@ -29,6 +30,8 @@ KNOWN: dict[str, tuple[str, str | None]] = {
     "none": ("no adapter", None),
 }
 """Method -> its name for people, and the arXiv id of its paper."""
+ATTENTION_LAYERS = "attention"
+PATTERN_CHARACTERS = set("\\^$*+?|()[]{}")
 FIELDS_NAMING_LAYERS = (
     "alpha_pattern", "exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save", "rank_pattern",
 )  # fmt: skip
@@ -84,6 +87,11 @@ def configs_of(method: Method, family: type[Family], options: AdapterOptions) ->
     """
     given = {family.denoiser: options.target_modules}
     if options.train_text_encoder:
+        if not family.trained_text_encoders:
+            raise InputError(
+                f"--train_text_encoder: {family.pipeline_class} has a language model as text encoder, which is not "
+                "trained; drop it"
+            )
         given |= dict.fromkeys(family.trained_text_encoders, options.text_encoder_target_modules)
     if method.name == "none":  # of control training, where something else is trained
         return {}
@@ -98,8 +106,7 @@ def configs_of(method: Method, family: type[Family], options: AdapterOptions) ->
     for component, names in given.items():
         is_denoiser = component == family.denoiser
         default = family.targets if is_denoiser else CLIP_ATTENTION
-        named = names or default
-        targets = named if isinstance(named, str) else list(named)
+        targets = _targets(names, default)
         if method.config is None:
             configs[component] = _default_config(method.name, targets, options)
             continue
@@ -113,6 +120,17 @@ def configs_of(method: Method, family: type[Family], options: AdapterOptions) ->
             config.target_modules = targets if isinstance(targets, str) else set(targets)
         configs[component] = config
     return configs
+
+
+def _targets(names: Sequence[str] | None, default: Sequence[str] | str) -> list[str] | str:
+    """The layers to adapt as PEFT takes them: endings of names, or a text that is a pattern of whole names."""
+    if names is None or tuple(names) == (ATTENTION_LAYERS,):
+        return default if isinstance(default, str) else list(default)
+    if tuple(names) == (ALL_LINEAR,):
+        return ALL_LINEAR
+    if len(names) == 1 and set(names[0]) & PATTERN_CHARACTERS:
+        return names[0]
+    return list(names)
 
 
 def _default_config(name: str, targets: list[str] | str, options: AdapterOptions) -> PeftConfig:

@@ -18,6 +18,7 @@ from ether_diffusion.errors import InputError
 from ether_diffusion.training.seeds import derive
 
 ADAPTER_NAME = "default"
+ALL_LINEAR = "all-linear"
 ADAPTABLE = (nn.Linear, nn.Conv2d)
 TYPES_FOR_OTHER_LAYERS = ("LN_TUNING", "IA3", "LORA", "TRAINABLE_TOKENS")
 """PEFT types that also take layers which are neither Linear nor Conv2d: norms, embeddings."""
@@ -46,10 +47,35 @@ def dry_run(models: Mapping[str, nn.Module], configs: Configs) -> int:
     """
     for component, config in configs.items():
         if config is not None:
+            if config.target_modules == ALL_LINEAR:
+                config.target_modules = linear_layers(models[component])
+            if isinstance(config.target_modules, str):
+                _check_pattern(component, models[component], config.target_modules)
             kinds = nn.Module if config.peft_type in TYPES_FOR_OTHER_LAYERS else ADAPTABLE
             _check_targets(component, models[component], config.target_modules, kinds)
     add_adapters(models, configs, seed=0)
     return sum(parameter.numel() for parameter in trained_parameters(models, configs))
+
+
+def linear_layers(model: nn.Module) -> set[str]:
+    """The names of all linear layers in the blocks of a model, without what is before and after them."""
+    blocks = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and any(name.startswith(f"{block}.") for block in blocks)
+    }
+
+
+def _check_pattern(component: str, model: nn.Module, pattern: str) -> None:
+    """A pattern must be a regular expression, and the name of at least one layer has to match it."""
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"--target_modules {pattern}: is no regular expression ({error})") from error
+    layers = [name for name, module in model.named_modules() if isinstance(module, ADAPTABLE)]
+    if not any(map(compiled.fullmatch, layers)):
+        raise InputError(f"{component}: no layer's whole name matches {pattern!r}; a name is, for one, {layers[0]}")
 
 
 def _check_targets(component: str, model: nn.Module, targets: object, kinds: type | tuple[type, ...]) -> None:

@@ -22,6 +22,7 @@ from ether_diffusion.training.options.model import (
     AdapterOptions,
     ModelOptions,
 )
+from ether_diffusion.training.options.noise import FlowOptions
 from ether_diffusion.training.options.optimization import DEFAULT_STEPS, PRODIGY_LEARNING_RATE, OptimizationOptions
 from ether_diffusion.training.options.performance import PerformanceOptions
 from ether_diffusion.training.options.run import (

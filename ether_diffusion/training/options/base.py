@@ -25,6 +25,7 @@ POSITIVE = Fits("a whole number from 1", lambda value: value >= 1)
 NOT_NEGATIVE = Fits("a whole number from 0", lambda value: value >= 0)
 ABOVE_ZERO = Fits("a finite number above 0", lambda value: math.isfinite(value) and value > 0)
 FROM_ZERO = Fits("a finite number from 0", lambda value: math.isfinite(value) and value >= 0)
+PART = Fits("a number from 0 to 1", lambda value: 0 <= value <= 1)
 BELOW_ONE = Fits("a number from 0 and below 1", lambda value: 0 <= value < 1)
 
 _USUAL = {

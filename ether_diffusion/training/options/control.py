@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from ether_diffusion.errors import InputError
 from ether_diffusion.images import INTERPOLATIONS
-from ether_diffusion.training.options.base import ABOVE_ZERO, POSITIVE, Fits, OptionGroup, option
+from ether_diffusion.training.options.base import ABOVE_ZERO, PART, POSITIVE, OptionGroup, option
 from ether_diffusion.training.options.model import METHODS, AdapterOptions
 from ether_diffusion.training.options.optimization import OptimizationOptions
 from ether_diffusion.training.options.run import RunOptions, TrainingOptions, ValidationOptions
@@ -67,7 +67,7 @@ class ControlDataOptions(OptionGroup):
     proportion_empty_prompts: float = option(
         "Part of the samples that is trained without a prompt, so that control works without one.",
         0.0,
-        fits=Fits("a number from 0 to 1", lambda value: 0 <= value <= 1),
+        fits=PART,
     )
     streaming: bool = option(
         "Read the data as they come, for sets that do not fit on the disk; the order is shuffled within 1,000 rows.",

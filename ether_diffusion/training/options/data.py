@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from ether_diffusion.errors import InputError
-from ether_diffusion.training.options.base import FROM_ZERO, POSITIVE, Fits, OptionGroup, option
+from ether_diffusion.training.options.base import FROM_ZERO, PART, POSITIVE, Fits, OptionGroup, option
 
 _BUCKET = r"\s*0*[1-9]\d*\s*,\s*0*[1-9]\d*\s*"
 BUCKETS = Fits(
@@ -64,6 +64,11 @@ class InstanceDataOptions(OptionGroup):
         "every image has the instance prompt; in metadata.jsonl text.",
         None,
         free=True,
+    )
+    caption_dropout: float | None = option(
+        "Part of the samples that are trained without a prompt, drawn anew at each of them. Default: none.",
+        None,
+        fits=PART,
     )
     repeats: int = option("How often every image comes in one epoch.", 1, fits=POSITIVE)
 

@@ -67,7 +67,9 @@ class AdapterOptions(OptionGroup):
         without="adapter_config",
     )
     target_modules: tuple[str, ...] | None = option(
-        "Endings of the names of the denoiser's layers to adapt. Default: the attention projections.",
+        "The denoiser's layers to adapt: endings of their names; attention, which is the default: the projections of "
+        "the family's attention, in every block; all-linear: every linear layer of its blocks; or one regular "
+        "expression of whole names.",
         None,
         without=("method full", "method none"),
     )

@@ -42,6 +42,14 @@ class PerformanceOptions(OptionGroup):
         choices=BACKENDS,
     )
     enable_xformers_memory_efficient_attention: bool = option("The same as --attention_backend xformers.", False)
+    quantize: str | None = option(
+        "Keep the denoiser's frozen weights in fewer bits: nf4 (bitsandbytes, on a GPU), int8 (torchao), fp8.",
+        None,
+        choices=("nf4", "int8", "fp8"),
+    )
+    vae_tiling: bool = option(
+        "Decode sample images in tiles: less memory, and at their seams a little other.", False, free=True
+    )
     allow_tf32: bool = option("TensorFloat-32 for float32 products on Nvidia GPUs from Ampere on.", False)
     compile: bool = option("torch.compile for the denoiser's repeated blocks; the first step takes long.", False)
 

@@ -1,0 +1,238 @@
+"""Training of transformers with flow matching, from the script's command line to a stock pipeline."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from helpers.flow_zoo import PIPELINES, make
+from helpers.pipelines import ONE_GREY_LEVEL
+from helpers.scripts import DREAMBOOTH, launch, refusal
+from PIL import Image
+from safetensors.torch import load_file
+
+from ether_diffusion.adapters.schema import WEIGHTS_NAME
+from ether_diffusion.training.families import ModelSource, family_at
+from ether_diffusion.training.options import ValidationOptions
+from ether_diffusion.training.preview import Preview
+
+ENCODERS_TO_TRAIN = [name for name in PIPELINES if name in ("flux", "kontext", "sd3")]
+QUICK = ("--resolution", 16, "--max_train_steps", 2, "--train_batch_size", 2)
+IMAGES = ("--num_validation_images", 1, "--num_inference_steps", 1)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Name -> folder of a small pipeline, made once."""
+    made: dict[str, Path] = {}
+
+    def base(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name) / name
+            make(name, made[name].parent).save_pretrained(made[name])
+        return made[name]
+
+    return base
+
+
+@pytest.fixture(params=list(PIPELINES))
+def name(request) -> str:
+    return request.param
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / WEIGHTS_NAME)
+
+
+def same(one: Path, other: Path) -> bool:
+    a, b = adapter(one), adapter(other)
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def painted(pipe: DiffusionPipeline, name: str) -> np.ndarray:
+    pipe.set_progress_bar_config(disable=True)
+    size = {"height": 16, "width": 16} | ({"max_area": 256} if name == "kontext" else {})
+    if name == "qwen":
+        size["negative_prompt"] = " "  # without which it has no guidance
+    generator = torch.Generator().manual_seed(3)
+    return pipe(prompt="a dog", num_inference_steps=2, generator=generator, output_type="np", **size).images[0]
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image, dtype=np.float32) / 255
+
+
+def test_two_steps_learn_and_the_result_loads_in_a_stock_pipeline(name, bases, train):
+    base = bases(name)
+    result, folder = train("--pretrained_model_name_or_path", base, *QUICK, *IMAGES, "--validation_steps", 1)
+    assert len(result.losses) == 2 and all(np.isfinite(result.losses))
+    assert {path.name for path in folder.rglob("*.png")} == {"grid.png", "step-000001.png"}
+    stock, plain = (DiffusionPipeline.from_pretrained(base) for _ in range(2))
+    stock.load_ether_weights(folder)
+    before, after = painted(plain, name), painted(stock, name)
+    assert np.abs(after - before).max() > ONE_GREY_LEVEL
+    stock.unload_ether_weights()
+    assert np.array_equal(painted(stock, name), before)
+
+
+def test_sample_images_are_those_of_the_stock_pipeline_before_and_after(name, bases, train):
+    """They are made of kept prompts without text encoders in memory; a stock pipeline makes the same of text."""
+    source, options = ModelSource(str(bases(name))), ValidationOptions(num_validation_images=1, num_inference_steps=2)
+    adapted = train("--pretrained_model_name_or_path", source.path, *QUICK)[1]
+    family = family_at(source).load(source, torch.float32)
+    preview = Preview(family, ["a dog"], options, seed=3, target=(16, 16))
+    family.pipe.load_ether_weights(adapted)
+    grid = preview.compare()
+    stock = DiffusionPipeline.from_pretrained(source.path)
+    assert grid.height > 32 and pixels(preview.base[0][0]) == pytest.approx(painted(stock, name), abs=ONE_GREY_LEVEL)
+    stock.load_ether_weights(adapted)
+    tuned = preview._generate(family.pipe)[0][0]
+    assert pixels(tuned) == pytest.approx(painted(stock, name), abs=ONE_GREY_LEVEL)
+
+
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(name, bases, train):
+    base = ("--pretrained_model_name_or_path", bases(name), "--resolution", 16, "--train_batch_size", 2)
+    base += ("--checkpointing_steps", 1)
+    whole = train(*base, "--max_train_steps", 4, "--caption_dropout", 0.5, output="whole")[1]
+    half = train(
+        *base,
+        "--max_train_steps",
+        2,
+        "--caption_dropout",
+        0.5,
+        output="half",
+    )[1]
+    flags = ("--max_train_steps", 4, "--caption_dropout", 0.5, "--resume_from_checkpoint", "latest")
+    train(*base, *flags, output="half")
+    assert same(whole, half)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--cache_latents", "--center_crop"),
+        ("--gradient_checkpointing",),
+        ("--pre_compute_text_embeddings",),
+        ("--offload",),
+        ("--vae_tiling",),
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_what_saves_memory_changes_nothing_that_is_learned(name, bases, train, flags):
+    base = ("--pretrained_model_name_or_path", bases(name), *QUICK)
+    kept = [flag for flag in flags if flag == "--center_crop"]
+    usual, changed = train(*base, *kept, output="usual")[1], train(*base, *flags, output="changed")[1]
+    for key, value in adapter(usual).items():
+        torch.testing.assert_close(adapter(changed)[key], value, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_quantised_base_is_trained_and_the_adapter_loads_on_the_base_as_it_is(name, kind, bases, train):
+    base = bases(name)
+    if kind == "int8":
+        pytest.importorskip("torchao")
+    flags = ("--pretrained_model_name_or_path", base, *QUICK, "--mixed_precision", "bf16")
+    folder = train(*flags, "--quantize", kind, output=kind)[1]
+    plain = train(*flags, output="plain")[1]
+    assert not same(folder, plain)
+    stock = DiffusionPipeline.from_pretrained(base)
+    stock.load_ether_weights(folder)
+    assert np.isfinite(painted(stock, name)).all()
+
+
+@pytest.mark.parametrize("name", ENCODERS_TO_TRAIN)
+def test_text_encoders_that_can_be_trained_are(name, bases, train):
+    base = bases(name)
+    folder = train("--pretrained_model_name_or_path", base, *QUICK, *IMAGES, "--train_text_encoder")[1]
+    family = family_at(ModelSource(str(base)))
+    components = {key.split(".")[0] for key in adapter(folder)}
+    assert components == {"transformer", *family.trained_text_encoders}
+    stock = DiffusionPipeline.from_pretrained(base)
+    before = painted(stock, name)
+    stock.load_ether_weights(folder)
+    assert np.abs(painted(stock, name) - before).max() > ONE_GREY_LEVEL
+
+
+@pytest.mark.parametrize("method", ["ether", "lora", "oft", "full"])
+def test_other_methods_train_and_load(method, bases, train):
+    base = bases("flux")
+    _, folder = train("--pretrained_model_name_or_path", base, *QUICK, "--method", method)
+    assert any(folder.rglob("*.safetensors"))
+    if method == "full":
+        assert np.isfinite(painted(DiffusionPipeline.from_pretrained(folder), "flux")).all()
+    if method == "lora":
+        stock = DiffusionPipeline.from_pretrained(base)
+        stock.load_lora_weights(folder)
+
+
+@pytest.mark.parametrize(
+    ("flags", "differs"),
+    [
+        (("--timestep_sampling", "uniform"), True),
+        (("--timestep_sampling", "logit_normal"), False),
+        (("--timestep_shift", "5"), True),
+        (("--timestep_shift", "auto"), False),
+        (("--guidance_embedding", "3.5"), True),
+        (("--guidance_embedding", "1"), False),
+        (("--caption_dropout", "1"), True),
+        (("--target_modules", "attention"), False),
+        (("--target_modules", "all-linear"), True),
+        (("--target_modules", r".*\.single_.*to_q|transformer_blocks\.0\.attn\.to_q"), True),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_every_flag_of_flow_matching_does_something(flags, differs, bases, train):
+    base = ("--pretrained_model_name_or_path", bases("flux"), *QUICK)
+    usual, changed = train(*base, output="usual")[1], train(*base, *flags, output="changed")[1]
+    assert same(usual, changed) != differs
+
+
+def test_dropped_captions_are_those_of_a_run_on_the_empty_prompt(bases, train):
+    base = ("--pretrained_model_name_or_path", bases("qwen"), *QUICK)
+    flags = ("--instance_prompt", "x", "--caption_dropout", 1)
+    assert same(train(*base, *flags, output="x")[1], train(*base, *flags[2:], output="y")[1])
+
+
+def test_class_images_are_generated_at_the_size_of_the_training(bases, train, tmp_path):
+    flags = ("--with_prior_preservation", "--class_prompt", "a toy", "--num_class_images", 2)
+    result, _ = train(
+        "--pretrained_model_name_or_path", bases("klein"), *QUICK, *flags, "--class_data_dir", tmp_path / "class"
+    )
+    sizes = {Image.open(path).size for path in (tmp_path / "class").glob("*.png")}
+    assert sizes == {(16, 16)} and len(result.losses) == 2
+
+
+@pytest.mark.parametrize(
+    ("base", "flags", "message"),
+    [
+        ("flux", "--snr_gamma 5", "--snr_gamma: got 5, has no meaning for FluxPipeline"),
+        (None, "--timestep_sampling uniform", "--timestep_sampling: has no effect on StableDiffusionPipeline"),
+        (None, "--timestep_shift 3", "--timestep_shift: has no effect on StableDiffusionPipeline"),
+        (None, "--guidance_embedding 3", "--guidance_embedding: has no effect on StableDiffusionPipeline"),
+        ("flux", "--timestep_shift -1", "--timestep_shift: got '-1', needs \"auto\" or a number above 0"),
+        ("qwen", "--train_text_encoder", "--train_text_encoder: QwenImagePipeline has a language model"),
+        ("klein", "--quantize nf4", "--quantize nf4: "),
+        ("flux", "--quantize fp8 --method full", "--quantize fp8: needs weights that stay frozen"),
+        ("flux", "--target_modules (", "--target_modules (: is no regular expression"),
+        ("flux", "--target_modules to_q.*", "transformer: no layer's whole name matches 'to_q.*'"),
+        ("flux", "--resolution 18", "--resolution: got 18, needs a multiple of 4"),
+    ],
+)
+def test_flags_without_a_meaning_are_refused_in_one_sentence(base, flags, message, bases, train, capsys, tmp_path):
+    given = ("--pretrained_model_name_or_path", bases(base)) if base else ()
+    size = () if "--resolution" in flags else ("--resolution", 16)
+    assert message in refusal(capsys, train, *given, *size, *flags.split())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_script_trains_a_transformer_in_two_processes_as_in_one(bases, photographs, tmp_path):
+    common = ["--pretrained_model_name_or_path", bases("klein"), "--instance_data_dir", photographs]
+    common += ["--instance_prompt", "a photo of sks toy", "--resolution", 16, "--max_train_steps", 2]
+    common += ["--num_validation_images", 0, "--adam_epsilon", "1e-3"]
+    one = launch(DREAMBOOTH, *common, "--train_batch_size", 4, "--output_dir", tmp_path / "one")
+    two = launch(DREAMBOOTH, *common, "--train_batch_size", 2, "--output_dir", tmp_path / "two", processes=2)
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    for key, value in adapter(tmp_path / "one").items():
+        torch.testing.assert_close(adapter(tmp_path / "two")[key], value, atol=1e-5, rtol=1e-4)
