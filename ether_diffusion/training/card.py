@@ -156,7 +156,7 @@ def _usage(content: CardContent, where: str) -> str:
         lines = [*opening(content.source).splitlines(), *lines]
     imports = [line for line in lines if line.startswith(("import ", "from "))]
     lines = [line for line in lines if line.strip() and line not in imports]
-    call = ", ".join([repr(content.prompt), *([content.inputs] if content.inputs else [])])
+    call = ", ".join([f"prompt={content.prompt!r}", *([content.inputs] if content.inputs else [])])
     return "\n".join([*dict.fromkeys(imports), "", *lines, f"image = pipe({call}).images[0]"])
 
 

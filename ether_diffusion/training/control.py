@@ -22,14 +22,19 @@ from ether_diffusion.images import INTERPOLATIONS, read_image
 from ether_diffusion.training.control_adaptation import ControlNetAdaptation, LightControl
 from ether_diffusion.training.data import TrainingImages, find_pairs
 from ether_diffusion.training.data.views import Target, center_cut
+from ether_diffusion.training.dry_run import describe_run
 from ether_diffusion.training.entry import run_script
 from ether_diffusion.training.loop import TrainingResult
 from ether_diffusion.training.options import ControlTrainingOptions as Options
 from ether_diffusion.training.run import CheckedRun, TrainingRun
 
 
-def run(options: Options, command: str) -> TrainingResult:
-    """Train, then save, generate and describe what was learned. Raises InputError before anything heavy is loaded."""
+def run(options: Options, command: str) -> TrainingResult | None:
+    """Train, then save, generate and describe what was learned; a dry run tells what it would do instead.
+
+    Raises:
+        InputError: what the user gave cannot be used; nothing heavy is loaded then.
+    """
     kind = LightControl if options.control.control_type == "light" else ControlNetAdaptation
     planned = TrainingRun(options, command, kind)
     images = TrainingImages(
@@ -41,6 +46,9 @@ def run(options: Options, command: str) -> TrainingResult:
     controls, prompts = validation_pairs(options, images, planned.targets[0])
     flag = "train_data_dir" if options.data.dataset_name is None else "dataset_name"
     checked = planned.check(epoch_samples=len(images), depends_on={flag: images.fingerprint})
+    if options.run.dry_run:
+        print(describe_run(checked, images.examples.describe()))
+        return None
     with checked.claimed():
         return train(checked, images, controls, prompts)
 
@@ -83,7 +91,7 @@ def validation_pairs(
     return [center_cut(image, target, resample) for image, _ in pairs], [prompt for _, prompt in pairs]
 
 
-def main(arguments: Sequence[str] | None = None) -> TrainingResult:
+def main(arguments: Sequence[str] | None = None) -> TrainingResult | None:
     return run_script(run, Options, script="train_controlnet_ether.py", description=__doc__, arguments=arguments)
 
 

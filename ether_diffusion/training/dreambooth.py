@@ -18,6 +18,7 @@ from pathlib import Path
 from ether_diffusion.errors import InputError
 from ether_diffusion.training.class_images import find_class_images, generate_class_images
 from ether_diffusion.training.data import TrainingImages, examples_of, find_examples
+from ether_diffusion.training.dry_run import describe_run
 from ether_diffusion.training.entry import run_script
 from ether_diffusion.training.loop import TrainingResult
 from ether_diffusion.training.objectives import DenoisingObjective
@@ -42,8 +43,12 @@ class Options(TrainingOptions):
             raise InputError(f"--class_data_dir {folders[1]}: is the same folder as --instance_data_dir; take another")
 
 
-def run(options: Options, command: str) -> TrainingResult:
-    """Train, then save, generate and describe what was learned. Raises InputError before anything heavy is loaded."""
+def run(options: Options, command: str) -> TrainingResult | None:
+    """Train, then save, generate and describe what was learned; a dry run tells what it would do instead.
+
+    Raises:
+        InputError: what the user gave cannot be used; nothing heavy is loaded then.
+    """
     data, prior = options.data, options.prior
     planned = TrainingRun(options, command, flow=options.flow)
     examples = find_examples(data)
@@ -61,6 +66,9 @@ def run(options: Options, command: str) -> TrainingResult:
         depends_on={flag: images.fingerprint},
         later=["class_data_dir"] if prior.with_prior_preservation else (),
     )
+    if options.run.dry_run:
+        print(describe_run(checked, examples.describe()))
+        return None
     with checked.claimed():
         return train(checked, images)
 
@@ -105,7 +113,7 @@ def generated_class_images(planned: TrainingRun, prior: PriorOptions) -> Trainin
     return TrainingImages(examples_of(paths, str(prior.class_prompt)), **planned.view_options)
 
 
-def main(arguments: Sequence[str] | None = None) -> TrainingResult:
+def main(arguments: Sequence[str] | None = None) -> TrainingResult | None:
     return run_script(run, Options, script="train_dreambooth_ether.py", description=__doc__, arguments=arguments)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache
 from diffusers import DiffusionPipeline
 from PIL import Image
 
@@ -16,6 +19,22 @@ from ether_diffusion.training.data.views import Target
 from ether_diffusion.training.families import Family
 from ether_diffusion.training.options import SEEDS, ValidationOptions
 from ether_diffusion.training.trackers import log_images
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def without_memory_a_warning() -> Iterator[None]:
+    """A context whose work is given up with a warning where the memory is not enough: images are worth no run."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        logger.warning(
+            "no sample images: the memory is not enough (%s); --vae_tiling, --offload or a smaller --resolution need "
+            "less. The run goes on.",
+            error,
+        )
+        clear_device_cache(garbage_collection=True)
 
 
 class Preview:

@@ -36,7 +36,7 @@ from ether_diffusion.training.objectives import ImageSet
 from ether_diffusion.training.optimizers import check_optimizer, check_schedule
 from ether_diffusion.training.options import VALIDATION_FOLDER, FlowOptions, TrainingOptions, binding, flatten
 from ether_diffusion.training.output_folder import OutputFolder, check_output_dir
-from ether_diffusion.training.preview import Preview, is_due
+from ether_diffusion.training.preview import Preview, is_due, without_memory_a_warning
 
 
 class TrainingRun:
@@ -50,7 +50,7 @@ class TrainingRun:
 
     Attributes:
         method: that the options name.
-        source, family_class: the base model.
+        source, family_class, blueprint: the base model.
         targets: (height, width) that training images can have.
         output_dir: where everything goes; not made yet.
         accelerator: devices and processes.
@@ -73,7 +73,7 @@ class TrainingRun:
         self.source = ModelSource.from_options(options.model)
         with self.source.reading():
             self.family_class = family_at(self.source)
-            blueprint = self.family_class.read_blueprint(self.source)
+            self.blueprint = blueprint = self.family_class.read_blueprint(self.source)
         family = self.family_class
         self.flow.check_meaning(family.is_flow, options.optimization.snr_gamma, family.pipeline_class)
         self.adaptation = adaptation(options, self.method, self.family_class, blueprint)
@@ -203,7 +203,10 @@ class CheckedRun:
         # A sharded denoiser runs on all processes or on none.
         generates = run.accelerator.is_main_process or run.layout == "sharded"
         if options.validation.num_validation_images and generates:
-            preview = Preview(family, prompts, options.validation, options.run.seed, controls, target=run.targets[0])
+            with without_memory_a_warning():
+                preview = Preview(
+                    family, prompts, options.validation, options.run.seed, controls, target=run.targets[0]
+                )
         attached = run.adaptation.attach(family, options)
         denoiser = family.component(family.denoiser)
         deep = [model for name, model in attached.models.items() if name in run.adaptation.deep]
@@ -309,7 +312,8 @@ class LoadedRun:
     def _report(self, path: Path, step: int) -> None:
         """Generate with the model as it is, if this process generates."""
         if self.preview is not None:
-            with self.run.adaptation.generating(self.attached, PRECISIONS[self.run.precision]):
+            dtype = PRECISIONS[self.run.precision]
+            with without_memory_a_warning(), self.run.adaptation.generating(self.attached, dtype):
                 self.preview.report(self.run.accelerator, path, step, self.attached.pipe)
 
     def _write_card(self, result: TrainingResult, weights: Path, prompt: str, images: str) -> None:

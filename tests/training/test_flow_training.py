@@ -1,11 +1,12 @@
 """Training of transformers with flow matching, from the script's command line to a stock pipeline."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from helpers.flow_zoo import PIPELINES, make
 from helpers.pipelines import ONE_GREY_LEVEL
 from helpers.scripts import DREAMBOOTH, launch, refusal
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from ether_diffusion.adapters.schema import WEIGHTS_NAME
 from ether_diffusion.training.families import ModelSource, family_at
+from ether_diffusion.training.memory import format_bytes
 from ether_diffusion.training.options import ValidationOptions
 from ether_diffusion.training.preview import Preview
 
@@ -224,6 +226,40 @@ def test_flags_without_a_meaning_are_refused_in_one_sentence(base, flags, messag
     size = () if "--resolution" in flags else ("--resolution", 16)
     assert message in refusal(capsys, train, *given, *size, *flags.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_tells_parameters_and_memory_and_leaves_nothing(name, bases, train, capsys, tmp_path):
+    base = bases(name)
+    result, folder = train("--pretrained_model_name_or_path", base, *QUICK, "--dry_run")
+    told = capsys.readouterr().out
+    assert result is None and not folder.exists()
+    stock = DiffusionPipeline.from_pretrained(base)
+    for component in (*family_at(ModelSource(str(base))).text_encoders, "vae", "transformer"):
+        size = 4 * sum(each.numel() for each in getattr(stock, component).parameters())
+        assert re.search(rf"^  {component} +{re.escape(format_bytes(size))}$", told, re.M), told
+    train("--pretrained_model_name_or_path", base, *QUICK)
+    count = sum(value.numel() for value in adapter(folder).values())
+    assert f": {count:,} parameters at 0.05" in told and "activations" in told
+
+
+def test_a_dry_run_of_a_quantised_base_with_checkpointing_needs_less(bases, train, capsys):
+    told = []
+    for flags in ((), ("--quantize", "fp8", "--mixed_precision", "bf16"), ("--gradient_checkpointing",)):
+        train("--pretrained_model_name_or_path", bases("flux"), *QUICK, *flags, "--dry_run")
+        lines = capsys.readouterr().out.splitlines()
+        told.append({line.split()[0]: line.split()[-2:] for line in lines if line.startswith("  ")})
+    assert told[1]["transformer"] != told[0]["transformer"] and told[2]["activations"] != told[0]["activations"]
+    assert told[2]["transformer"] == told[0]["transformer"]
+
+
+def test_images_for_which_the_memory_is_not_enough_are_left_out_with_a_warning(bases, train, monkeypatch, caplog):
+    def refuse(self, *args, **options):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(StableDiffusion3Pipeline, "__call__", refuse)
+    result, folder = train("--pretrained_model_name_or_path", bases("sd3"), *QUICK, *IMAGES)
+    assert len(result.losses) == 2 and (folder / WEIGHTS_NAME).is_file() and not (folder / "grid.png").exists()
+    assert "no sample images: the memory is not enough (no room)" in caplog.text
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from ether_diffusion.errors import InputError
 from ether_diffusion.training.data.views import Target
 from ether_diffusion.training.families.base import Conditioning, Family
 from ether_diffusion.training.families.quantization import loading_config, quantize_loaded
-from ether_diffusion.training.families.source import Blueprint, ModelSource
+from ether_diffusion.training.families.source import Blueprint, ModelSource, parameter_counts
 from ether_diffusion.training.latents import LatentSpace, side_factor
 from ether_diffusion.training.noise import FlowNoise
 from ether_diffusion.training.options import FlowOptions
@@ -73,9 +73,12 @@ class FlowFamily(Family):
     @classmethod
     def read_blueprint(cls, source: ModelSource) -> Blueprint:
         """The pipeline without weights. Raises `InputError` where training does not cover this pipeline."""
-        models = read_models(source, [cls.denoiser, *cls.trained_text_encoders, "vae"])
-        multiple = side_factor(models.pop("vae")) * cls.patch
-        return Blueprint(models, cls.native_resolution, multiple)
+        index = source.config()
+        present = [name for name in cls.text_encoders if is_model(index, name)]
+        models = read_models(source, [*present, "vae", cls.denoiser])
+        counts, multiple = parameter_counts(models), side_factor(models["vae"]) * cls.patch
+        adaptable = {name: models[name] for name in (cls.denoiser, *cls.trained_text_encoders)}
+        return Blueprint(adaptable, cls.native_resolution, multiple, counts)
 
     @classmethod
     def load(cls, source: ModelSource, dtype: torch.dtype, quantize: str | None = None) -> FlowFamily:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +78,11 @@ class ModelSource:
             raise InputError(f"{self.given}: cannot be read as a diffusers pipeline: {told}") from error
 
 
+def parameter_counts(models: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Component -> the number of its parameters."""
+    return {name: sum(each.numel() for each in model.parameters()) for name, model in models.items()}
+
+
 @dataclass(frozen=True)
 class Blueprint:
     """A pipeline without its weights, on which everything that can fail is tried first.
@@ -85,11 +90,13 @@ class Blueprint:
     models: the components that can be adapted, on the meta device.
     native_resolution: side in pixels of the images that the denoiser was made for.
     resolution_multiple: what the side of a training image must be divisible by.
+    parameters: how many each component of the pipeline has that training needs.
     """
 
     models: dict[str, nn.Module]
     native_resolution: int
     resolution_multiple: int
+    parameters: Mapping[str, int]
 
     def targets(self, options: ViewOptions) -> list[Target]:
         """The (height, width) that training images can have: the buckets or the resolution asked for, or the native

@@ -19,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTokenizer
 from ether_diffusion.errors import InputError
 from ether_diffusion.training.families.base import Conditioning, Family
 from ether_diffusion.training.families.quantization import loading_config, quantize_loaded
-from ether_diffusion.training.families.source import Blueprint, ModelSource
+from ether_diffusion.training.families.source import Blueprint, ModelSource, parameter_counts
 from ether_diffusion.training.latents import LatentSpace, side_factor
 from ether_diffusion.training.noise import DiscreteNoise
 
@@ -112,7 +112,8 @@ class UNetFamily(Family):
         for name in cls.text_encoders:
             _check_tokenizer(source, name.replace("text_encoder", "tokenizer"), models[name].config.vocab_size)
         factor = side_factor(vae)
-        return Blueprint(models, latent_side(models["unet"], source.given) * factor, factor)
+        counts = parameter_counts({**models, "vae": vae})
+        return Blueprint(models, latent_side(models["unet"], source.given) * factor, factor, counts)
 
     @classmethod
     def load(cls, source: ModelSource, dtype: torch.dtype, quantize: str | None = None) -> "UNetFamily":

@@ -85,6 +85,11 @@ class RunOptions(OptionGroup):
 
     output_dir: str = option("Folder for the adapter, the model card and the images.", "ether-dreambooth", free=True)
     seed: int = option("Every random number follows from it; two runs with one seed agree.", 0, fits=SEED)
+    dry_run: bool = option(
+        "Check everything, tell what would be trained, written and needed, and end without reading weights.",
+        False,
+        free=True,
+    )
     report_to: str = option(
         "Where to log loss, learning rate, options and sample images.",
         "none",
