@@ -3,11 +3,14 @@
 from dataclasses import dataclass
 
 from ether_diffusion.errors import InputError
-from ether_diffusion.training.options.base import FROM_ZERO, NOT_NEGATIVE, POSITIVE, OptionGroup, option
+from ether_diffusion.training.options.base import FROM_ZERO, NOT_NEGATIVE, POSITIVE, Fits, OptionGroup, option
 from ether_diffusion.training.options.data import ViewOptions
 from ether_diffusion.training.options.model import AdapterOptions, ModelOptions
 from ether_diffusion.training.options.optimization import OptimizationOptions
 from ether_diffusion.training.options.performance import PerformanceOptions
+
+ALL_DATA, DATA_FLAGS = "data", ("instance_data_dir", "train_data_dir", "dataset_name", "class_data_dir")
+"""What --resume_with_changed takes: all data, or that of single flags."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,22 @@ class StateOptions(OptionGroup):
         None,
         free=True,
     )
+    resume_with_changed: tuple[str, ...] | None = option(
+        "What of the data may differ from the checkpoint's, where images were repaired or added: data for all of it, "
+        f"or flags by their names ({', '.join(DATA_FLAGS)}).",
+        None,
+        fits=Fits(
+            f"data, or names of flags: {', '.join(DATA_FLAGS)}", lambda names: {*names} <= {ALL_DATA, *DATA_FLAGS}
+        ),
+        needs="resume_from_checkpoint",
+        free=True,
+    )
+
+    @property
+    def may_differ(self) -> frozenset[str]:
+        """The flags whose data may be others than the checkpoint's."""
+        names = self.resume_with_changed or ()
+        return frozenset(DATA_FLAGS if ALL_DATA in names else names)
 
 
 @dataclass(frozen=True, kw_only=True)
