@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ether_diffusion.errors import InputError
-from ether_diffusion.images import DAMAGE, read_image
+from ether_diffusion.images import open_image, read_image
 from ether_diffusion.miniature.control_data import HELD_OUT, draw_pair, read_label_image
 from ether_diffusion.miniature.render import SIZE
 
@@ -103,11 +103,8 @@ def read_labels(path: Path, side: int, reduce: bool) -> Tensor:
     Raises:
         InputError: a damaged image, or one that is not of one value for each pixel.
     """
-    try:
-        with Image.open(path) as image:
-            mode, indices = image.mode, np.asarray(image)  # of a palette the indices are the classes, not its colours
-    except DAMAGE as error:
-        raise InputError(f"{path}: cannot be read as an image ({error})") from error
+    with open_image(path) as image:
+        mode, indices = image.mode, np.asarray(image)  # of a palette the indices are the classes, not its colours
     if mode not in ("L", "P", "I", "I;16"):
         raise InputError(f"{path}: is {mode}, needs one grey value for each pixel: the index of its class")
     labels = _to_labels(_fit(Image.fromarray(indices.astype(np.int32)), side))
