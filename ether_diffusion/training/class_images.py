@@ -75,7 +75,8 @@ def find_class_images(options: PriorOptions, origin: Origin | None = None) -> tu
         them all.
 
     Raises:
-        InputError: images of another origin, or `class_data_dir` is a file, cannot be read, or lacks images and cannot be written.
+        InputError: images of another origin, or `class_data_dir` is a file, cannot be read, or lacks images and cannot
+            be written.
     """
     folder = Path(str(options.class_data_dir))
     if folder.exists() and not folder.is_dir():

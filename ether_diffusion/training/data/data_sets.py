@@ -101,7 +101,7 @@ def _name_texts(features: Mapping[str, Any], given: str) -> None:
     """Say which columns could hold captions, where none was named."""
     names = [name for name, kind in features.items() if _is_text(kind) or _is_text(getattr(kind, "feature", None))]
     if names:
-        narrate("%s: %s not read as captions; --caption_column reads one", given, some(names))
+        narrate("%s: not read as captions: %s; --caption_column reads one of them", given, some(names))
 
 
 def _is_text(kind: Any) -> bool:

@@ -94,17 +94,21 @@ class Examples(Sequence[Example]):
     """Examples by number.
 
     fingerprint: equal for equal data, wherever it lies.
+    captioned: how many have captions of their own; of a stream it is not known.
+    noun: what to call them.
     sizes: of the images, where they are known before the samples come.
     endless: whether it is a stream, without a length or an order.
     """
 
     fingerprint: str
+    captioned: int = 0
+    noun: str = "images"
     sizes: Sequence[Size] | None = None
     endless: bool = False
 
     def describe(self) -> str:
         """How many there are, in words."""
-        return f"{len(self):,} pairs"
+        return f"{len(self):,} {self.noun}, {f'{self.captioned:,}' if self.captioned else 'none'} with captions"
 
 
 class ListedExamples(Examples):
@@ -118,6 +122,7 @@ class ListedExamples(Examples):
         self.examples = list(examples)
         looks = check_all(self._look, lambda number: self.examples[number].name, len(self.examples))
         self.sizes = [size for size, _ in looks]
+        self.captioned = sum(example.captioned for example in self.examples)
         digest = hashlib.sha256()
         for _, part in looks:
             digest.update(part)
@@ -136,10 +141,6 @@ class ListedExamples(Examples):
     def __getitem__(self, number: int) -> Example:
         return self.examples[number]
 
-    def describe(self) -> str:
-        own = sum(example.captioned for example in self.examples)
-        return f"{len(self):,} images, {own or 'none'} with captions"
-
 
 class StoredExamples(Examples):
     """The rows of a data set that lies on the disk, looked at here and read when their samples come.
@@ -153,9 +154,12 @@ class StoredExamples(Examples):
         InputError: a row that cannot be used, as far as its files show that without being decoded.
     """
 
+    noun = "pairs"
+
     def __init__(self, rows: Any, make: Callable[[Row, int], Example], caption_column: str):
         self.rows, self.make = rows, make
-        self.sizes = check_all(lambda number: self[number].check(), lambda number: f"row {number}", len(rows))
+        looks = check_all(self._look, lambda number: f"row {number}", len(rows))
+        self.sizes, self.captioned = [size for size, _ in looks], sum(captioned for _, captioned in looks)
         # A part of the rows, evenly spread: data sets can be larger than what can be read before every training.
         digest = hashlib.sha256(str(len(rows)).encode())
         for number in np.linspace(0, len(rows) - 1, min(len(rows), FINGERPRINTED_ROWS)).round().astype(int).tolist():
@@ -165,6 +169,11 @@ class StoredExamples(Examples):
             for image in filter(None, (example.image, example.control)):
                 digest.update(hashlib.sha256(_bytes_of(image)).digest())
         self.fingerprint = _named(digest)
+
+    def _look(self, number: int) -> tuple[Size, bool]:
+        """Size of an image, and whether it has a caption."""
+        example = self[number]
+        return example.check(), example.captioned
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -237,7 +246,7 @@ def _telling(where: str) -> Iterator[None]:
     """A context in which whatever a data set raises becomes one sentence."""
     try:
         yield
-    except InputError:
+    except (InputError, IndexError):  # the latter ends a loop over a sequence
         raise
     except Exception as error:  # of its builders, the file system or the network
         raise InputError(f"{where}: cannot be read ({type(error).__name__}: {error})") from error

@@ -72,7 +72,8 @@ def find_pairs(options: ControlDataOptions, *, seed: int, value_range: ValueRang
         name = f"{source}, row {number}"
         texts = _texts(row[options.caption_column], name, options.caption_column)
         columns = (options.image_column, options.conditioning_image_column)
-        return Example(name, tuple(texts) or ("",), *(image(row, name, column) for column in columns))
+        images = [image(row, name, column) for column in columns]
+        return Example(name, tuple(texts) or ("",), *images, captioned=any(texts))
 
     if options.streaming:
         return examples.StreamedExamples(rows, pair, source, seed)
