@@ -141,14 +141,15 @@ def find_images(folder: str | Path, flag: str = "--instance_data_dir") -> list[P
             f"{flag} {folder}: holds {len(files)} files but no image{f' ({some(others)})' if others else ''}; "
             "put JPEG, PNG, WebP or BMP files directly into it"
         )
-    return sorted(images, key=_natural)
+    # Numbers count as numbers, so that 10.jpg follows 9.jpg.
+    return sorted(images, key=lambda each: [part.zfill(20) for part in re.split(r"(\d+)", each.name)] + [each.name])
 
 
 def left_out(folder: Path, used: Collection[Path]) -> list[str]:
     """What lies in a folder and is not used, but for hidden files: names, in words where they alone would mislead."""
     kept = {each.name for each in used}
     rest = [each for each in folder.iterdir() if each.name not in kept and not each.name.startswith(".")]
-    return [f"{each.name}{_kind(each)}" for each in sorted(rest, key=_natural)]
+    return [f"{each.name}{_kind(each)}" for each in sorted(rest)]
 
 
 def some(names: Sequence[str], most: int = 20) -> str:
@@ -161,11 +162,6 @@ def _kind(path: Path) -> str:
     if path.is_dir():
         return "/ (a folder)"
     return " (a broken link)" if path.is_symlink() and not path.exists() else ""
-
-
-def _natural(path: Path) -> list[str]:
-    """A key that sorts numbers as numbers, so that 10.jpg follows 9.jpg."""
-    return [part.zfill(20) for part in re.split(r"(\d+)", path.name)] + [path.name]
 
 
 @contextmanager

@@ -155,3 +155,17 @@ def test_captions_of_a_data_set_that_are_not_asked_for_are_named(folder, told, k
     told.clear()
     examples = find_examples(InstanceDataOptions(**given, caption_column="text"))
     assert told.messages == [] and examples.describe() == f"{len(examples)} images, {len(examples)} with captions"
+
+
+def test_images_that_are_not_read_are_named_in_one_line_with_what_looks_like_captions(folder, told):
+    for name in ("b.jxl", "raw.nef", "notes.txt", "a.txt"):
+        (folder / name).write_text("x")
+    (folder / "more").mkdir()
+    (folder / "gone.jpg").symlink_to(folder / "nowhere")
+    find(folder)
+    (line,) = told.messages
+    others, captions_like = line.split("; ")
+    assert others == (
+        f"--instance_data_dir {folder}: not read: b.jxl, gone.jpg (a broken link), more/ (a folder), raw.nef"
+    )
+    assert captions_like.startswith("not read as captions: notes.txt (captions come from NAME.txt")
