@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import math
 import re
 import struct
 import zlib
@@ -33,14 +34,21 @@ BITS_PER_SAMPLE, ORIENTATION = 258, 274  # tags of TIFF and of EXIF data
 TURNED = (5, 6, 7, 8)  # orientations in which a row is a column
 
 HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
-# Pillow knows these by name alone, or has other programs read them.
-NOT_DECODED = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
+# Pillow knows these by name alone, has other programs read them, or takes their bytes in the wrong order (FITS).
+NOT_DECODED = frozenset({"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF"})
 
 PNG_SIGNATURE_BYTES, JPEG_END, JPEG_TAIL_BYTES = 8, b"\xff\xd9", 64
 
 
 # What Pillow's decoders raise on damaged files.
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+def rising(value_range: ValueRange) -> ValueRange:
+    """The range, where it is one. Raises `ValueError` for all but two finite numbers, the first below the second."""
+    if len(value_range) != 2 or not all(map(math.isfinite, value_range)) or value_range[0] >= value_range[1]:
+        raise ValueError(f"value_range={tuple(value_range)}: two finite numbers fit, the first below the second")
+    return value_range
 
 
 def to_rgb(image: Image.Image, value_range: ValueRange | None = None) -> Image.Image:

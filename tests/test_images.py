@@ -132,7 +132,7 @@ def test_an_image_without_a_suffix_is_found_by_what_it_holds(tmp_path):
     assert left_out(tmp_path, [tmp_path / "photo"]) == ["LICENSE"]
 
 
-OTHERS = ["a.jxl", "a.nef", "a.cr2", "a.dng", "a.raw", "a.svg", "a.pdf", "a.mp4", "a.eps", "a.zip", "a.xyz", "noext"]
+OTHERS = ["a.jxl", "a.nef", "a.cr2", "a.dng", "a.raw", "a.svg", "a.pdf", "a.mp4", "a.eps", "a.zip", "a.fits", "noext"]
 
 
 @pytest.mark.parametrize("name", [*OTHERS, "link.jpg", "gone", "folder", "folder.jpg"])

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ether_diffusion.errors import InputError
-from ether_diffusion.images import open_image, read_image
+from ether_diffusion.images import ValueRange, open_image, read_image
 from ether_diffusion.miniature.control_data import HELD_OUT, draw_pair, read_label_image
 from ether_diffusion.miniature.render import SIZE
 
@@ -45,7 +45,13 @@ def held_out(count: int, side: int) -> list[Sample]:
 
 
 def read_samples(
-    folder: Path, side: int, *, most: int | None = None, reduce_labels: bool = False, labels_from_colours: bool = False
+    folder: Path,
+    side: int,
+    *,
+    most: int | None = None,
+    reduce_labels: bool = False,
+    labels_from_colours: bool = False,
+    value_range: ValueRange | None = None,
 ) -> list[Sample]:
     """Read the images that a folder's metadata.jsonl names, cut to a square at their centre and scaled to `side`.
 
@@ -53,6 +59,7 @@ def read_samples(
         folder, side: of --data_dir, and of the pipeline's images in pixels.
         most: read only the first so many lines.
         reduce_labels: grey value 0 is no class and the classes start at 1, as in ADE20K.
+        value_range: of control images, as `images.to_rgb` takes it.
         labels_from_colours: where a line has no labels, read them from the control image: a map of the miniature.
 
     Raises:
@@ -69,7 +76,10 @@ def read_samples(
     for number, line in enumerate(lines, 1):
         where = f"{index}, line {number}"
         row = _read_row(line, where)
-        real, control = (read_image(folder / row[name], row[name]) for name in COLUMNS[:2])
+        ranges = (None, value_range)
+        real, control = (
+            read_image(folder / row[name], row[name], values) for name, values in zip(COLUMNS[:2], ranges, strict=True)
+        )
         labels = read_labels(folder / row["labels"], side, reduce_labels) if row.get("labels") else None
         if labels is None and labels_from_colours:
             try:

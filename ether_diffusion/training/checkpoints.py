@@ -94,7 +94,7 @@ def check_same_run(
         if name in later:
             continue
         then, now = checkpoint.run.get(name, "not there"), run.get(name, "not there")
-        if then == now:
+        if then == now or (name not in checkpoint.run and now == "default"):  # an option that is newer
             continue
         if name in may_differ:
             narrate("--%s: other data than in %s, as --resume_with_changed says", name, checkpoint.path)
