@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from ether_diffusion.errors import InputError
 from ether_diffusion.images import ValueRange, open_image, read_image
 from ether_diffusion.miniature.control_data import HELD_OUT, draw_pair, read_label_image
 from ether_diffusion.miniature.render import SIZE
+from ether_diffusion.training.data.captions import read_metadata
 
 COLUMNS = ("file_name", "conditioning_image", "text")
 IGNORED = 255
@@ -53,7 +55,7 @@ def read_samples(
     labels_from_colours: bool = False,
     value_range: ValueRange | None = None,
 ) -> list[Sample]:
-    """Read the images that a folder's metadata.jsonl names, cut to a square at their centre and scaled to `side`.
+    """Read the images that a folder's metadata file names, cut to a square at their centre and scaled to `side`.
 
     Args:
         folder, side: of --data_dir, and of the pipeline's images in pixels.
@@ -63,19 +65,17 @@ def read_samples(
         labels_from_colours: where a line has no labels, read them from the control image: a map of the miniature.
 
     Raises:
-        InputError: no metadata.jsonl, a line that lacks a column, an image that cannot be read, or labels in some
+        InputError: no metadata file, a line that lacks a column, an image that cannot be read, or labels in some
             lines only.
     """
-    index = folder / "metadata.jsonl"
-    if not index.is_file():
+    index, rows = read_metadata(folder)
+    if index is None:
         raise InputError(f"--data_dir {folder}: has no metadata.jsonl; it names the images, a line for each")
-    lines = [line for line in index.read_text("utf-8").splitlines() if line.strip()][:most]
-    if not lines:
-        raise InputError(f"--data_dir {folder}: its metadata.jsonl has no lines")
+    if not rows:
+        raise InputError(f"--data_dir {folder}: its {index.name} has no lines")
     samples = []
-    for number, line in enumerate(lines, 1):
-        where = f"{index}, line {number}"
-        row = _read_row(line, where)
+    for where, row in rows[:most]:
+        _check_row(row, where)
         ranges = (None, value_range)
         real, control = (
             read_image(folder / row[name], row[name], values) for name, values in zip(COLUMNS[:2], ranges, strict=True)
@@ -94,17 +94,12 @@ def read_samples(
     return samples
 
 
-def _read_row(line: str, where: str) -> dict[str, str]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: {error}; each line is a JSON object") from error
-    missing = [name for name in COLUMNS if not isinstance(row, dict) or not isinstance(row.get(name), str)]
+def _check_row(row: Mapping[str, Any], where: str) -> None:
+    missing = [name for name in COLUMNS if not isinstance(row.get(name), str)]
     if missing:
         raise InputError(f"{where}: has no text under {', '.join(missing)}; needs {', '.join(COLUMNS)}")
     if not isinstance(row.get("labels", ""), str | None):
         raise InputError(f"{where}: got labels={row['labels']!r}, needs the path of an image")
-    return row
 
 
 def read_labels(path: Path, side: int, reduce: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""Control images of more than 8 bits: one scale for each kind, in training and on the pipeline, and no silent damage."""
+"""Control images of more than 8 bits: one scale for each kind, in training and on the pipeline, or a refusal."""
 
 import io
 import struct

@@ -46,8 +46,9 @@ class InstanceDataOptions(OptionGroup):
 
     instance_prompt: str = option('Prompt that names the subject, such as "a photo of sks dog".')
     instance_data_dir: str | None = option(
-        "Folder with the images of the subject, of every format that Pillow reads. An image's caption in metadata.jsonl "
-        "or metadata.csv, or in a .txt or .caption file of its name, takes the place of --instance_prompt for it.",
+        "Folder with the images of the subject, of every format that Pillow reads. An image's caption in "
+        "metadata.jsonl or metadata.csv, or in a .txt or .caption file of its name, takes the place of "
+        "--instance_prompt for it.",
         None,
         free=True,
     )

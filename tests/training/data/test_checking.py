@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from diffusers import StableDiffusionPipeline
 from helpers.control_data import label_map, write
-from helpers.scripts import CONTROLNET, in_process, launch, refusal, reset_accelerate, same
+from helpers.scripts import CONTROLNET, in_process, launch, refusal, same
 from PIL import Image
 
 from ether_diffusion.errors import InputError
@@ -140,8 +140,7 @@ def train(bases, tmp_path):
     """Control training of a data folder: train(folder, *flags, output=…) -> (result, output folder)."""
     usual = {"--pretrained_model_name_or_path": bases["sd"], "--num_validation_images": 0, "--max_train_steps": 5}
     call = in_process(control.main, {**usual, "--train_batch_size": 1, "--control_lr": 0.05}, tmp_path)
-    yield lambda folder, *flags, **more: call("--train_data_dir", folder, *flags, **more)
-    reset_accelerate()
+    return lambda folder, *flags, **more: call("--train_data_dir", folder, *flags, **more)
 
 
 def spoil(path: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers.control import content
 from helpers.control_data import write
-from helpers.scripts import in_process, refusal, reset_accelerate
+from helpers.scripts import in_process, refusal
 from PIL import Image
 
 from ether_diffusion.adapters.schema import WEIGHTS_NAME
@@ -19,8 +19,7 @@ from ether_diffusion.training.options import ControlDataOptions, parse_range
 def train(bases, tmp_path):
     usual = {"--pretrained_model_name_or_path": bases["sd"], "--num_validation_images": 0, "--max_train_steps": 1}
     call = in_process(control.main, {**usual, "--train_data_dir": tmp_path / "data"}, tmp_path)
-    yield call
-    reset_accelerate()
+    return call
 
 
 def deep(folder: Path, dtype, white: float) -> Path:
