@@ -1,14 +1,18 @@
 """Images: every kind that people have is read right or refused by name; grids show them under their titles."""
 
+import io
+import re
+import sys
 import time
 
 import numpy as np
 import pytest
 from helpers.images import gradient
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ether_diffusion.errors import InputError
-from ether_diffusion.images import find_images, image_grid, read_image, to_pixels
+from ether_diffusion.images import check_image, find_images, image_grid, left_out, read_image, some, to_pixels
 
 
 def test_small_images_are_enlarged_pixel_by_pixel_and_large_ones_are_not():
@@ -104,6 +108,122 @@ def test_a_file_that_is_no_image_is_named(tmp_path):
     (tmp_path / "note.png").write_text("not an image")
     with pytest.raises(InputError, match="note.png: is not an image"):
         read_image(tmp_path / "note.png")
+
+
+# Pillow's own suffixes that it also writes, and so many that people have.
+WRITTEN = ["apng", "avif", "bmp", "dib", "gif", "im", "j2k", "jfif", "jp2", "jpe", "jpeg", "jpg", "jpx", "pcx", "pgm"]
+WRITTEN += ["png", "pnm", "ppm", "qoi", "rgb", "sgi", "tga", "tif", "tiff", "webp", "JPG", "Jpe", "JFIF", "TGA"]
+
+
+@pytest.mark.parametrize("suffix", WRITTEN)
+def test_every_format_that_pillow_reads_is_found_and_read(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    gradient().save(path, **({"quality": 95} if suffix.lower() in ("jpg", "jpe", "jpeg", "jfif") else {}))
+    assert find_images(tmp_path) == [path] and left_out(tmp_path, [path]) == []
+    assert read_image(path).size == check_image(path) == (40, 30)
+    error = np.abs(np.asarray(read_image(path)).astype(int) - np.asarray(gradient())).mean()
+    assert error < (12 if suffix == "gif" else 5)
+
+
+def test_an_image_without_a_suffix_is_found_by_what_it_holds(tmp_path):
+    gradient().save(tmp_path / "photo", "JPEG")
+    (tmp_path / "LICENSE").write_text("of no image")
+    assert find_images(tmp_path) == [tmp_path / "photo"]
+    assert left_out(tmp_path, [tmp_path / "photo"]) == ["LICENSE"]
+
+
+OTHERS = ["a.jxl", "a.nef", "a.cr2", "a.dng", "a.raw", "a.svg", "a.pdf", "a.mp4", "a.eps", "a.zip", "a.fits", "noext"]
+
+
+@pytest.mark.parametrize("name", [*OTHERS, "link.jpg", "gone", "folder", "folder.jpg"])
+def test_what_is_no_image_is_left_out_by_name(tmp_path, name):
+    gradient().save(tmp_path / "b.png")
+    (tmp_path / ".hidden.jxl").write_bytes(b"x")
+    words = name
+    if name.startswith("folder"):
+        (tmp_path / name).mkdir()
+        words = f"{name}/ (a folder)"
+    elif name in ("link.jpg", "gone"):
+        (tmp_path / name).symlink_to(tmp_path / "nowhere.jpg")
+        words = f"{name} (a broken link)"
+    else:
+        # A camera's raw files are TIFF with a thumbnail, which is not the image.
+        gradient().save(tmp_path / name, "TIFF") if name.endswith(("nef", "cr2", "dng")) else (
+            tmp_path / name
+        ).write_bytes(b"x")
+    assert find_images(tmp_path) == [tmp_path / "b.png"]
+    assert left_out(tmp_path, [tmp_path / "b.png"]) == [words]
+    (tmp_path / "b.png").unlink()
+    with pytest.raises(InputError, match=re.escape(f"files but no image ({words})")):
+        find_images(tmp_path)
+
+
+def test_of_many_names_the_first_are_told_and_the_others_counted():
+    assert some([f"{k}.jxl" for k in range(50)], 2) == "0.jxl, 1.jxl and 48 more"
+    assert some(["a\x1b[2J\n.jxl"]) == "a\\x1b[2J\\n.jxl"
+
+
+# HEIC
+
+
+HEIC_START = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
+
+
+@pytest.mark.parametrize("name", ["a.heic", "a.HEIF", "a.hif", "a.jpg"])
+@pytest.mark.parametrize("look", [read_image, check_image])
+def test_an_heic_image_without_its_package_says_which_it_is(tmp_path, monkeypatch, name, look):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as where it is not installed
+    (tmp_path / name).write_bytes(HEIC_START)
+    (path,) = find_images(tmp_path)
+    for file in (path, io.BytesIO(HEIC_START)):
+        with pytest.raises(InputError, match=r"a.*: HEIC images need .* pip install \"ether-diffusion\[heif\]\""):
+            look(file, name)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_an_heic_image_is_read_upright_and_pillow_stays_as_it_is(tmp_path, orientation):
+    heif = pytest.importorskip("pillow_heif")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    heif.from_pillow(gradient()).save(tmp_path / "a.heic", quality=95, exif=exif.tobytes())
+    wanted = np.asarray(gradient() if orientation == 1 else gradient().rotate(-90, expand=True)).astype(int)
+    for file in (tmp_path / "a.heic", io.BytesIO((tmp_path / "a.heic").read_bytes())):
+        assert np.abs(np.asarray(read_image(file, "a")) - wanted).mean() < 4
+        assert check_image(file, "a") == wanted.shape[1::-1]
+    assert ".heic" not in Image.registered_extensions()
+    (tmp_path / "a.heic").write_bytes((tmp_path / "a.heic").read_bytes()[:-200])
+    with pytest.raises(InputError, match="a.heic: the image is truncated or damaged"):
+        check_image(tmp_path / "a.heic")
+
+
+# What is wrong with an image is told for what it is.
+
+
+def with_text(path, text: str, compressed: bool) -> None:
+    info = PngInfo()
+    info.add_text("workflow", text, zip=compressed)
+    gradient().save(path, pnginfo=info)
+
+
+@pytest.mark.parametrize("look", [read_image, check_image])
+def test_too_many_pixels_and_too_much_text_are_not_called_no_image(tmp_path, monkeypatch, look):
+    with_text(tmp_path / "text.png", "x" * 2_000_000, True)
+    with pytest.raises(InputError, match="text.png: carries more text than is read .* save it without its metadata"):
+        look(tmp_path / "text.png")
+    with_text(tmp_path / "plain.png", "x" * 2_000_000, False)
+    look(tmp_path / "plain.png")
+    gradient().save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(InputError, match="large.png: is too large .*1200 pixels.*; make it smaller"):
+        look(tmp_path / "large.png")
+
+
+@pytest.mark.parametrize("look", [read_image, check_image])
+def test_a_file_that_is_not_there_or_cannot_be_read_is_told_as_that(tmp_path, look):
+    with pytest.raises(InputError, match="nowhere.png: there is no such file"):
+        look(tmp_path / "nowhere.png")
+    with pytest.raises(InputError, match=r"cannot be read \(Is a directory\)"):
+        look(tmp_path)
 
 
 def test_white_is_one_and_black_is_minus_one():

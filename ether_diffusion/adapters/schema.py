@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 from torch import Tensor
 
 from ether_diffusion.control.encoder import CONTROL, ControlEncoder
 from ether_diffusion.errors import EtherFileError
+from ether_diffusion.images import rising
 from ether_diffusion.tuner.config import EtherConfig
 from ether_diffusion.tuner.layer import EtherLayer
 from ether_diffusion.tuner.transforms import normalize
@@ -136,6 +137,7 @@ class EncoderEntry(_Entry):
     conditioning_channels: Channels
     block_out_channels: Annotated[list[Channels], Field(min_length=1, max_length=MAX_LEVELS)]
     interpolation: Literal["nearest", "lanczos"]
+    value_range: Annotated[list[float], AfterValidator(rising)] | None = None
 
 
 class ControlEntry(_Entry):

@@ -18,7 +18,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
 from torch import Tensor, nn
 
-from ether_diffusion.images import INTERPOLATIONS
+from ether_diffusion.images import INTERPOLATIONS, rising
 
 CONTROL = "control_encoder"
 """What files and `set_adapters` call the encoder, as they call a UNet "unet"."""
@@ -37,9 +37,11 @@ class ControlEncoder(ModelMixin, ConfigMixin):
         block_out_channels: widths on the way down; between two of them the size halves.
         interpolation: how a control image is brought to the size of the image. "nearest" keeps label maps free of
             classes that are not there, "lanczos" keeps photographs and soft edges smooth.
+        value_range: (black, white) in control images of more than 8 bits, as it was stated in training; None goes by
+            the mode of the image.
 
     Raises:
-        ValueError: a width below 1, no widths, or an unknown interpolation.
+        ValueError: a width below 1, no widths, an unknown interpolation, or a range that does not rise.
     """
 
     @register_to_config
@@ -49,6 +51,7 @@ class ControlEncoder(ModelMixin, ConfigMixin):
         conditioning_channels: int = 3,
         block_out_channels: Sequence[int] = WIDTHS,
         interpolation: str = "nearest",
+        value_range: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         widths = (out_channels, conditioning_channels, *block_out_channels)
@@ -59,6 +62,8 @@ class ControlEncoder(ModelMixin, ConfigMixin):
             )
         if interpolation not in INTERPOLATIONS:
             raise ValueError(f"interpolation={interpolation!r}: there are {', '.join(INTERPOLATIONS)}")
+        if value_range is not None:
+            rising(value_range)
         self.embedding = ControlNetConditioningEmbedding(
             out_channels, conditioning_channels=conditioning_channels, block_out_channels=tuple(block_out_channels)
         )
@@ -68,13 +73,19 @@ class ControlEncoder(ModelMixin, ConfigMixin):
             nn.init.zeros_(convolution.bias)
 
     @classmethod
-    def for_unet(cls, unet: nn.Module, factor: int = 8, interpolation: str = "nearest") -> ControlEncoder:
+    def for_unet(
+        cls,
+        unet: nn.Module,
+        factor: int = 8,
+        interpolation: str = "nearest",
+        value_range: Sequence[float] | None = None,
+    ) -> ControlEncoder:
         """A new encoder that fits a UNet.
 
         Args:
             unet: its first convolution gives the number of channels.
             factor: by how much the autoencoder reduces a side (a pipeline's `vae_scale_factor`).
-            interpolation: as for the class.
+            interpolation, value_range: as for the class.
 
         Raises:
             ValueError: a factor that is no power of two, or a model without `conv_in`.
@@ -83,14 +94,21 @@ class ControlEncoder(ModelMixin, ConfigMixin):
             raise ValueError(f"factor={factor}: 1, 2, 4, 8, 16 … fit")
         steps = factor.bit_length() - 1
         widths = (*WIDTHS, *(WIDTHS[-1],) * steps)[: steps + 1]
-        return cls(first_convolution(unet).out_channels, block_out_channels=widths, interpolation=interpolation)
+        return cls(
+            first_convolution(unet).out_channels,
+            block_out_channels=widths,
+            interpolation=interpolation,
+            value_range=value_range,
+        )
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What it was made with, as files hold it."""
+        """What it was made with, as files hold it; a range of values only where one was stated."""
         names = ("out_channels", "conditioning_channels", "block_out_channels", "interpolation")
         values = {name: self.config[name] for name in names}
-        return values | {"block_out_channels": list(values["block_out_channels"])}
+        values["block_out_channels"] = list(values["block_out_channels"])
+        stated = self.config["value_range"]
+        return values if stated is None else {**values, "value_range": list(stated)}
 
     @property
     def factor(self) -> int:

@@ -9,14 +9,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ether_diffusion.images import INTERPOLATIONS, to_rgb
+from ether_diffusion.images import INTERPOLATIONS, ValueRange, to_rgb
 
 ControlImage = Image.Image | np.ndarray | Tensor
 Images = ControlImage | Sequence[ControlImage]
 
 
 def control_tensor(
-    images: Images, *, height: int, width: int, interpolation: str = "nearest", channels: int = 3
+    images: Images,
+    *,
+    height: int,
+    width: int,
+    interpolation: str = "nearest",
+    channels: int = 3,
+    value_range: ValueRange | None = None,
 ) -> Tensor:
     """Control images as an encoder takes them: (b, channels, height, width), float32, in [0, 1].
 
@@ -26,28 +32,33 @@ def control_tensor(
         height, width: in pixels.
         interpolation: what brings other sizes to this one.
         channels: of the encoder; PIL images have 3.
+        value_range: of PIL images of more than 8 bits, as `images.to_rgb` takes it, which reads them for training,
+            too.
 
     Raises:
-        ValueError: another type or shape, values outside [0, 1], or nothing at all.
+        ValueError: another type or shape, values outside the range or not finite, or nothing at all.
     """
     each = list(images) if isinstance(images, list | tuple) else [images]
     if not each:
         raise ValueError("control_image is an empty list: one image, or one for each prompt, fits")
-    arrays = [array for image in each for array in _arrays(image, channels)]
+    arrays = [array for image in each for array in _arrays(image, channels, value_range)]
     sized = [
         np.stack([_resize(array[..., c], height, width, interpolation) for c in range(channels)]) for array in arrays
     ]
     return torch.from_numpy(np.stack(sized))  # (b, c, h, w)
 
 
-def _arrays(image: ControlImage, channels: int) -> list[np.ndarray]:
+def _arrays(image: ControlImage, channels: int, value_range: ValueRange | None) -> list[np.ndarray]:
     """The images in one entry, each (h, w, channels), float32.
 
     Raises:
         ValueError: see `control_tensor`.
     """
     if isinstance(image, Image.Image):
-        values = np.asarray(to_rgb(image), dtype=np.float32) / 255
+        try:
+            values = np.asarray(to_rgb(image, value_range), dtype=np.float32) / 255
+        except ValueError as error:
+            raise ValueError(f"control_image {error}") from error
     elif isinstance(image, np.ndarray):
         values = image[..., None] if image.ndim == 2 else image
     elif isinstance(image, Tensor):

@@ -237,6 +237,7 @@ class ControlMixin:
                 width=width,
                 interpolation=config.interpolation,
                 channels=config.conditioning_channels,
+                value_range=config.value_range,
             )
             if len(hint) not in (1, prompts):
                 raise ValueError(

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from ether_diffusion.errors import InputError
-from ether_diffusion.images import read_image
+from ether_diffusion.images import open_image, read_image
 
 MOST_PIXELS = 50_000_000
 LARGEST_SQUARE = (100, 50, 50)
@@ -21,11 +21,8 @@ def read_photo(path: str | Path, side: int | None = None) -> Image.Image:
         InputError: no image, a damaged one, or one with too many pixels, which is then not decoded.
     """
     name = Path(path).name
-    try:
-        with Image.open(path) as image:
-            pixels = image.width * image.height
-    except Exception as error:  # decoders raise what they like; whatever it is, this is no image
-        raise InputError(f"{name}: is not an image that can be read") from error
+    with open_image(path, name) as image:
+        pixels = image.width * image.height
     if pixels > MOST_PIXELS:
         raise InputError(f"{name}: has {pixels:,} pixels; {MOST_PIXELS:,} at most fit")
     image = read_image(path, name)

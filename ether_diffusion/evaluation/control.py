@@ -27,6 +27,7 @@ from ether_diffusion.miniature.segmenter import MiniatureSegmenter
 from ether_diffusion.training.families.unet import latent_side
 from ether_diffusion.training.methods.saving import load_trained
 from ether_diffusion.training.options.base import POSITIVE, OptionGroup, option
+from ether_diffusion.training.options.control import RANGE, parse_range
 from ether_diffusion.training.seeds import generator
 
 NO_FEATURES = "none"
@@ -58,6 +59,11 @@ class ControlEvaluation(OptionGroup):
     )
     evaluator_dir: Path | None = option(
         "Folder where the miniature's evaluator is kept. Default: in --output_dir.", None
+    )
+    conditioning_range: str | None = option(
+        'What is black and what is white in control images of more than 8 bits, as in training: "0,4095".',
+        None,
+        fits=RANGE,
     )
     reduce_labels: bool = option("Grey value 0 is no class and the classes start at 1, as in ADE20K.", False)
     fid_features: str | None = option(
@@ -131,6 +137,7 @@ def _samples(options: ControlEvaluation, side: int) -> list[Sample]:
         side,
         most=options.max_samples,
         reduce_labels=options.reduce_labels,
+        value_range=parse_range(options.conditioning_range),
         labels_from_colours=options.evaluator == MINIATURE,
     )
 

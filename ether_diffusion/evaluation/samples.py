@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +13,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ether_diffusion.errors import InputError
-from ether_diffusion.images import DAMAGE, read_image
+from ether_diffusion.images import ValueRange, open_image, read_image
 from ether_diffusion.miniature.control_data import HELD_OUT, draw_pair, read_label_image
 from ether_diffusion.miniature.render import SIZE
+from ether_diffusion.training.data.captions import read_metadata
 
 COLUMNS = ("file_name", "conditioning_image", "text")
 IGNORED = 255
@@ -45,31 +47,39 @@ def held_out(count: int, side: int) -> list[Sample]:
 
 
 def read_samples(
-    folder: Path, side: int, *, most: int | None = None, reduce_labels: bool = False, labels_from_colours: bool = False
+    folder: Path,
+    side: int,
+    *,
+    most: int | None = None,
+    reduce_labels: bool = False,
+    labels_from_colours: bool = False,
+    value_range: ValueRange | None = None,
 ) -> list[Sample]:
-    """Read the images that a folder's metadata.jsonl names, cut to a square at their centre and scaled to `side`.
+    """Read the images that a folder's metadata file names, cut to a square at their centre and scaled to `side`.
 
     Args:
         folder, side: of --data_dir, and of the pipeline's images in pixels.
         most: read only the first so many lines.
         reduce_labels: grey value 0 is no class and the classes start at 1, as in ADE20K.
+        value_range: of control images, as `images.to_rgb` takes it.
         labels_from_colours: where a line has no labels, read them from the control image: a map of the miniature.
 
     Raises:
-        InputError: no metadata.jsonl, a line that lacks a column, an image that cannot be read, or labels in some
+        InputError: no metadata file, a line that lacks a column, an image that cannot be read, or labels in some
             lines only.
     """
-    index = folder / "metadata.jsonl"
-    if not index.is_file():
+    index, rows = read_metadata(folder)
+    if index is None:
         raise InputError(f"--data_dir {folder}: has no metadata.jsonl; it names the images, a line for each")
-    lines = [line for line in index.read_text("utf-8").split("\n") if line.strip()][:most]
-    if not lines:
-        raise InputError(f"--data_dir {folder}: its metadata.jsonl has no lines")
+    if not rows:
+        raise InputError(f"--data_dir {folder}: its {index.name} has no lines")
     samples = []
-    for number, line in enumerate(lines, 1):
-        where = f"{index}, line {number}"
-        row = _read_row(line, where)
-        real, control = (read_image(folder / row[name], row[name]) for name in COLUMNS[:2])
+    for where, row in rows[:most]:
+        _check_row(row, where)
+        ranges = (None, value_range)
+        real, control = (
+            read_image(folder / row[name], row[name], values) for name, values in zip(COLUMNS[:2], ranges, strict=True)
+        )
         labels = read_labels(folder / row["labels"], side, reduce_labels) if row.get("labels") else None
         if labels is None and labels_from_colours:
             try:
@@ -84,17 +94,12 @@ def read_samples(
     return samples
 
 
-def _read_row(line: str, where: str) -> dict[str, str]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: {error}; each line is a JSON object") from error
-    missing = [name for name in COLUMNS if not isinstance(row, dict) or not isinstance(row.get(name), str)]
+def _check_row(row: Mapping[str, Any], where: str) -> None:
+    missing = [name for name in COLUMNS if not isinstance(row.get(name), str)]
     if missing:
         raise InputError(f"{where}: has no text under {', '.join(missing)}; needs {', '.join(COLUMNS)}")
     if not isinstance(row.get("labels", ""), str | None):
         raise InputError(f"{where}: got labels={row['labels']!r}, needs the path of an image")
-    return row
 
 
 def read_labels(path: Path, side: int, reduce: bool) -> Tensor:
@@ -103,11 +108,8 @@ def read_labels(path: Path, side: int, reduce: bool) -> Tensor:
     Raises:
         InputError: a damaged image, or one that is not of one value for each pixel.
     """
-    try:
-        with Image.open(path) as image:
-            mode, indices = image.mode, np.asarray(image)  # of a palette the indices are the classes, not its colours
-    except DAMAGE as error:
-        raise InputError(f"{path}: cannot be read as an image ({error})") from error
+    with open_image(path) as image:
+        mode, indices = image.mode, np.asarray(image)  # of a palette the indices are the classes, not its colours
     if mode not in ("L", "P", "I", "I;16"):
         raise InputError(f"{path}: is {mode}, needs one grey value for each pixel: the index of its class")
     labels = _to_labels(_fit(Image.fromarray(indices.astype(np.int32)), side))

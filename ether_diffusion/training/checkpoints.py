@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,9 @@ from ether_diffusion.training.checkpoint_files import (
     write_checkpoint,
 )
 from ether_diffusion.training.dependence import UNSET, dependence
+from ether_diffusion.training.entry import narrate
 from ether_diffusion.training.options import StateOptions
+from ether_diffusion.training.options.run import DATA_FLAGS
 from ether_diffusion.training.state import RunState, random_state, set_random_state
 
 logger = logging.getLogger(__name__)
@@ -72,7 +74,13 @@ def with_fingerprint(name: str, path: str | Path) -> str:
     return f"{name} (sha256:{digest.hexdigest()[:16]})"
 
 
-def check_same_run(checkpoint: TrainingCheckpoint, run: Mapping[str, Any], *, later: Sequence[str] = ()) -> None:
+def check_same_run(
+    checkpoint: TrainingCheckpoint,
+    run: Mapping[str, Any],
+    *,
+    later: Sequence[str] = (),
+    may_differ: Collection[str] = (),
+) -> None:
     """Make sure that going on gives what the first run would have given.
 
     `max_train_steps` may grow where the learning rate does not depend on it.
@@ -80,6 +88,7 @@ def check_same_run(checkpoint: TrainingCheckpoint, run: Mapping[str, Any], *, la
     Args:
         run: name of the option -> value, of the run that wants to go on.
         later: names whose values are not known yet.
+        may_differ: names of flags whose data may be others now; where they are, the log says so.
 
     Raises:
         InputError: an option that has changed; names it, and its value then and now.
@@ -88,12 +97,20 @@ def check_same_run(checkpoint: TrainingCheckpoint, run: Mapping[str, Any], *, la
     for name in dict.fromkeys([*run, *checkpoint.run]):
         if name in later or before.get(name) == after.get(name):
             continue
+        if name in may_differ:
+            narrate("--%s: other data than in %s, as --resume_with_changed says", name, checkpoint.path)
+            continue
         then, now = checkpoint.run.get(name, UNSET), run.get(name, UNSET)
         if name == "max_train_steps" and now > then and run["lr_scheduler"] in STEADY_SCHEDULES:
             continue
         advice = "the result would be another; repeat the first value, or start anew in another --output_dir"
         if name == "max_train_steps":
             advice = f"it may only grow, and only with --lr_scheduler {' or '.join(STEADY_SCHEDULES)}"
+        if name in DATA_FLAGS:
+            advice = (
+                "the result would be another; where repaired or added data are meant, add --resume_with_changed data; "
+                "else take the first data, or start anew in another --output_dir"
+            )
         raise InputError(f"--{name}: was {then!r} in {checkpoint.path} and is {now!r} now; {advice}")
 
 
@@ -138,7 +155,7 @@ class Checkpoints:
                 "--resume_from_checkpoint latest, or give --overwrite_output_dir, or take another folder"
             )
         if start is not None:
-            check_same_run(start, self.run, later=self.later)
+            check_same_run(start, self.run, later=self.later, may_differ=self.options.may_differ)
         return start
 
     def _readable(self) -> Iterator[TrainingCheckpoint]:
@@ -157,7 +174,7 @@ class Checkpoints:
         """
         self.run[name] = value
         if self.start is not None:
-            check_same_run(self.start, {**self.start.run, name: value})
+            check_same_run(self.start, {**self.start.run, name: value}, may_differ=self.options.may_differ)
 
     def check_space(self, parameters: int) -> None:
         """Make sure that the disk has room for the checkpoints still to come and for what the run leaves.

@@ -1,7 +1,8 @@
 """Class images for prior preservation: which are there, and how those that are missing are generated.
 
 Generated images are files `class-<number>.png` beside the user's own; the number fixes the seed. An image is there
-completely or not at all, so a run that was stopped, in whatever way, goes on where it was.
+completely or not at all, so a run that was stopped, in whatever way, goes on where it was. Each says in itself what
+it was generated from, so that those of another prompt, base or seed are not taken for this run's.
 
 Source: DreamBooth, arXiv:2208.12242, section 3.3.
 """
@@ -10,8 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count, islice
 from pathlib import Path
 
@@ -21,29 +23,61 @@ from accelerate import Accelerator
 from accelerate.utils import tqdm
 from accelerate.utils.memory import clear_device_cache
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ether_diffusion.dtypes import PRECISIONS
 from ether_diffusion.errors import InputError, RunError
 from ether_diffusion.files import nearest_existing, replace_file
-from ether_diffusion.images import find_images
+from ether_diffusion.images import check_image, find_images, is_image, left_out, open_image, some
 from ether_diffusion.training.accelerator import on_main_process
+from ether_diffusion.training.checkpoints import with_fingerprint
+from ether_diffusion.training.data.checking import check_all
 from ether_diffusion.training.data.views import Target
+from ether_diffusion.training.entry import narrate
 from ether_diffusion.training.families import Family, ModelSource
 from ether_diffusion.training.options import PriorOptions
 from ether_diffusion.training.seeds import generator
 from ether_diffusion.training.state import random_state, set_random_state
 
 PREFIX = "class-"
+ORIGIN_KEY = "ether_diffusion class image"
+"""Of the text in a generated PNG file that says what it follows from."""
+
+Origin = Mapping[str, str | int]
+"""What a generated image follows from besides its number, by the names of flags."""
 
 
-def find_class_images(options: PriorOptions) -> tuple[list[Path], list[Path]]:
+def origin_of(source: ModelSource, options: PriorOptions, seed: int) -> Origin:
+    """What the images follow from that a run generates; of a local base model what it holds, wherever it lies."""
+    base = with_fingerprint("", source.path).strip() or f"{source.path} {source.revision or ''}".strip()
+    return {"class_prompt": str(options.class_prompt), "pretrained_model_name_or_path": base, "seed": seed}
+
+
+def check_class_images(source: ModelSource, options: PriorOptions, seed: int) -> None:
+    """Make sure that the images that are there can be used, and that those that are missing can be generated.
+
+    Raises:
+        InputError: as `find_class_images`, and for damaged images.
+    """
+    paths, _ = find_class_images(options, origin_of(source, options, seed))
+    check_all(lambda number: check_image(paths[number]), lambda number: paths[number].name, len(paths))
+    folder = Path(str(options.class_data_dir))
+    if folder.is_dir() and (names := left_out(folder, [each for each in folder.iterdir() if is_image(each)])):
+        narrate("--class_data_dir %s: not read: %s", folder, some(names))
+
+
+def find_class_images(options: PriorOptions, origin: Origin | None = None) -> tuple[list[Path], list[Path]]:
     """The images that are there and will be used, in a stable order, and the files to generate.
 
     Together they make `num_class_images`; the new files have the lowest free numbers. The user's own images and images
     generated earlier both count; hidden files and files of other kinds do not. Nothing is created or written.
 
+    origin: of the run's own; images that say that they were generated from something else are refused. None takes
+        them all.
+
     Raises:
-        InputError: `class_data_dir` is a file, cannot be read, or lacks images and cannot be written.
+        InputError: images of another origin, or `class_data_dir` is a file, cannot be read, or lacks images and cannot
+            be written.
     """
     folder = Path(str(options.class_data_dir))
     if folder.exists() and not folder.is_dir():
@@ -56,6 +90,8 @@ def find_class_images(options: PriorOptions) -> tuple[list[Path], list[Path]]:
         taken = set(os.listdir(folder)) if folder.is_dir() else set()
     except OSError as error:
         raise InputError(f"--class_data_dir {folder}: cannot be read ({error})") from error
+    if origin is not None:
+        _check_origin(paths, origin, folder)
     free = (name for name in map(f"{PREFIX}{{:05d}}.png".format, count()) if name not in taken)
     missing = [folder / name for name in islice(free, options.num_class_images - len(paths))]
     if missing:
@@ -97,7 +133,8 @@ def generate_class_images(
             What is generated stays, and the message says how much there is.
     """
     # One process looks: another would count the images that the fast ones have generated by then.
-    paths, missing = on_main_process(accelerator, lambda: _prepare(options))
+    origin = origin_of(source, options, seed)
+    paths, missing = on_main_process(accelerator, lambda: _prepare(options, origin))
     share = missing[accelerator.process_index :: accelerator.num_processes]
     if share:
         dtype = (PRECISIONS | {"fp32": torch.float32})[options.prior_generation_precision or precision]
@@ -109,7 +146,7 @@ def generate_class_images(
                     share,
                     options,
                     accelerator,
-                    seed=seed,
+                    origin=origin,
                     target=target,
                     steps=num_inference_steps,
                 )
@@ -119,10 +156,34 @@ def generate_class_images(
     accelerator.wait_for_everyone()
     if missing:
         # Looked at anew for the order: it is to be that of the runs to come.
-        paths, missing = on_main_process(accelerator, lambda: find_class_images(options))
+        paths, missing = on_main_process(accelerator, lambda: find_class_images(options, origin))
     if missing:
         raise RunError(f"images were removed while others were generated: {_progress(options)}")
     return paths
+
+
+def _check_origin(paths: Sequence[Path], origin: Origin, folder: Path) -> None:
+    """Refuse images that say that they were generated from something else than this run would."""
+    silent = []
+    for path in paths:
+        with open_image(path) as image:
+            text = image.info.get(ORIGIN_KEY)
+        if text is None:
+            silent += [path.name] if path.name.startswith(PREFIX) else []
+            continue
+        try:
+            other = json.loads(text)
+            different = [name for name in origin if other[name] != origin[name]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: does not say what it was generated from ({error}); remove it") from error
+        if different:
+            then, now = (", ".join(f"--{name} {each[name]!r}" for name in different) for each in (other, origin))
+            raise InputError(
+                f"--class_data_dir {folder}: {path.name} was generated with {then}, and this run has {now}; take "
+                f"another folder, or remove the images that were generated ({PREFIX}*.png)"
+            )
+    if silent:
+        narrate("--class_data_dir %s: taken as your own, as nothing says what made them: %s", folder, some(silent))
 
 
 def _check_writable(folder: Path, missing: int) -> None:
@@ -136,9 +197,9 @@ def _check_writable(folder: Path, missing: int) -> None:
         )
 
 
-def _prepare(options: PriorOptions) -> tuple[list[Path], list[Path]]:
+def _prepare(options: PriorOptions, origin: Origin) -> tuple[list[Path], list[Path]]:
     """Look, and make the folder if there is something to generate."""
-    paths, missing = find_class_images(options)
+    paths, missing = find_class_images(options, origin)
     if missing:
         folder = missing[0].parent
         try:
@@ -191,7 +252,7 @@ def _generate(
     options: PriorOptions,
     accelerator: Accelerator,
     *,
-    seed: int,
+    origin: Origin,
     target: Target,
     steps: int,
 ) -> None:
@@ -199,6 +260,8 @@ def _generate(
     family.freeze(accelerator.device)
     family.pipe.set_progress_bar_config(disable=True)
     size = options.sample_batch_size
+    said = PngInfo()
+    said.add_text(ORIGIN_KEY, json.dumps(dict(origin)))
     with tqdm(total=len(paths), desc="class images") as bar:
         for start in range(0, len(paths), size):
             batch = paths[start : start + size]
@@ -206,7 +269,7 @@ def _generate(
             # images an earlier run has generated.
             filled = [*batch, *batch[-1:] * (size - len(batch))]
             numbers = [int(path.stem.removeprefix(PREFIX)) for path in filled]
-            generators = [generator(seed, "class picture", number) for number in numbers]
+            generators = [generator(int(origin["seed"]), "class picture", number) for number in numbers]
             prompts = [str(options.class_prompt)] * size
             output = family.generate(
                 prompts,
@@ -225,6 +288,6 @@ def _generate(
                 )
             for path, image in zip(batch, (values * 255).round().astype(np.uint8), strict=False):  # not what fills up
                 buffer = io.BytesIO()
-                Image.fromarray(image).save(buffer, "PNG")
+                Image.fromarray(image).save(buffer, "PNG", pnginfo=said)
                 replace_file(path, buffer.getvalue())
                 bar.update()

@@ -26,6 +26,7 @@ from ether_diffusion.training.dry_run import describe_run
 from ether_diffusion.training.entry import run_script
 from ether_diffusion.training.loop import TrainingResult
 from ether_diffusion.training.options import ControlTrainingOptions as Options
+from ether_diffusion.training.options import parse_range
 from ether_diffusion.training.run import CheckedRun, TrainingRun
 
 
@@ -38,7 +39,7 @@ def run(options: Options, command: str) -> TrainingResult | None:
     kind = LightControl if options.control.control_type == "light" else ControlNetAdaptation
     planned = TrainingRun(options, command, kind)
     images = TrainingImages(
-        find_pairs(options.data, seed=options.run.seed),
+        find_pairs(options.data, seed=options.run.seed, value_range=parse_range(options.control.conditioning_range)),
         interpolation=options.control.conditioning_interpolation,
         proportion_empty_prompts=options.data.proportion_empty_prompts,
         **planned.view_options,
@@ -85,7 +86,8 @@ def validation_pairs(
     first = images.view(0)
     images.pixels(first)
     values = images.control(first).mul(255).round().byte().permute(1, 2, 0)
-    pairs = [(read_image(path), prompt) for path, prompt in options.validation.pairs]
+    value_range = parse_range(options.control.conditioning_range)
+    pairs = [(read_image(path, value_range=value_range), prompt) for path, prompt in options.validation.pairs]
     pairs = pairs or [(Image.fromarray(values.numpy()), images.prompt(first, 0))]
     resample = INTERPOLATIONS[options.control.conditioning_interpolation]
     return [center_cut(image, target, resample) for image, _ in pairs], [prompt for _, prompt in pairs]

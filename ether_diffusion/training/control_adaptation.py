@@ -25,7 +25,7 @@ from ether_diffusion.training.checkpoints import with_fingerprint
 from ether_diffusion.training.families import Blueprint, Family, ModelSource
 from ether_diffusion.training.methods.configs import Method, configs_of
 from ether_diffusion.training.methods.injection import ADAPTER_NAME, Configs, add_adapters, dry_run
-from ether_diffusion.training.options import CONTROL_LEARNING_RATE, NO_METHOD, ControlTrainingOptions
+from ether_diffusion.training.options import CONTROL_LEARNING_RATE, NO_METHOD, ControlTrainingOptions, parse_range
 
 STEM_AND_ZEROS = ("controlnet_down_blocks", "controlnet_mid_block", "controlnet_cond_embedding")
 """Parts of a ControlNet that begin at zero or at random, so they are trained as they are."""
@@ -60,6 +60,7 @@ class ControlAdaptation(Adaptation[ControlTrainingOptions]):
             )
         self.factor = blueprint.resolution_multiple
         self.interpolation = options.control.conditioning_interpolation
+        self.value_range = parse_range(options.control.conditioning_range)
         self.path = options.control.controlnet_model_name_or_path
         self.given = f"--controlnet_model_name_or_path {self.path}"
         with torch.device("meta"):
@@ -112,9 +113,23 @@ class ControlAdaptation(Adaptation[ControlTrainingOptions]):
                 groups.append({**group, "params": [each for each in group["params"] if id(each) not in taken]})
         return [*groups, {"params": own, "lr": rate, "name": "control"}]
 
+    def showing(self, note: str = "") -> list[str]:
+        """Lines of the card's code that read a control image; the note says more of it."""
+        if self.value_range is not None:  # diffusers' own reader would clip the values at 255
+            return [
+                "from ether_diffusion.images import read_image",
+                f'control = read_image("map.png", value_range={self.value_range})  # the control image{note}',
+            ]
+        return [
+            "from diffusers.utils import load_image",
+            f'control = load_image("map.png")  # the control image{note}',
+        ]
+
     def make_encoder(self, unet: nn.Module) -> ControlEncoder:
         """An encoder for this UNet, its weights drawn from the global random numbers."""
-        return ControlEncoder.for_unet(unet, factor=self.factor, interpolation=self.interpolation)
+        return ControlEncoder.for_unet(
+            unet, factor=self.factor, interpolation=self.interpolation, value_range=self.value_range
+        )
 
 
 class LightControl(ControlAdaptation):
@@ -149,7 +164,7 @@ class LightControl(ControlAdaptation):
     def loading_code(self, attached: Attached, source: ModelSource) -> str:
         kind = type(attached.pipe)
         if self.one_file:
-            return "\n".join([*showing(""), opening(source, kind), "pipe.load_ether_weights({where})"])
+            return "\n".join([*self.showing(), opening(source, kind), "pipe.load_ether_weights({where})"])
         if self.method.layout == "full":
             opened = [f"from ether_diffusion import {kind.__name__}"]
             opened += [f"pipe = {kind.__name__}.from_pretrained({{where}})"]
@@ -160,7 +175,7 @@ class LightControl(ControlAdaptation):
             f'encoder = ControlEncoder.from_pretrained({{where}}, subfolder="{self.control}")',
             'pipe.add_control("control", encoder)',
         ]
-        return "\n".join([*showing(""), *opened, *lines])
+        return "\n".join([*self.showing(), *opened, *lines])
 
 
 class ControlNetAdaptation(ControlAdaptation):
@@ -246,7 +261,7 @@ class ControlNetAdaptation(ControlAdaptation):
     def loading_code(self, attached: Attached, source: ModelSource) -> str:
         stock = ", at the size of the result: stock pipelines smooth what they resize (Lanczos)"
         lines = [
-            *showing(stock if self.interpolation == "nearest" else ""),
+            *self.showing(stock if self.interpolation == "nearest" else ""),
             "from diffusers import ControlNetModel",
             f'controlnet = ControlNetModel.from_pretrained({{where}}, subfolder="{self.control}")',
             opening(source, type(attached.pipe), "controlnet=controlnet"),
@@ -288,14 +303,6 @@ class ControlNetAdaptation(ControlAdaptation):
             yield
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{self.given}: cannot be read as a ControlNet: {error}") from error
-
-
-def showing(note: str) -> list[str]:
-    """Lines of the card's code that read a control image; the note says more of it."""
-    return [
-        "from diffusers.utils import load_image",
-        f'control = load_image("map.png")  # the control image{note}',
-    ]
 
 
 @contextmanager

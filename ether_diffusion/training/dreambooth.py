@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ether_diffusion.errors import InputError
-from ether_diffusion.training.class_images import find_class_images, generate_class_images
+from ether_diffusion.training.class_images import check_class_images, generate_class_images
 from ether_diffusion.training.data import TrainingImages, examples_of, find_examples
 from ether_diffusion.training.dry_run import describe_run
 from ether_diffusion.training.entry import run_script
@@ -53,7 +53,7 @@ def run(options: Options, command: str) -> TrainingResult | None:
     planned = TrainingRun(options, command, flow=options.flow)
     examples = find_examples(data)
     if prior.with_prior_preservation:
-        find_class_images(prior)
+        check_class_images(planned.source, prior, options.run.seed)
     images = TrainingImages(
         examples,
         repeats=data.repeats,

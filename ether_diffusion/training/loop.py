@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import tqdm
+from accelerate.utils import gather_object, tqdm
 from torch import Tensor, nn
 
+from ether_diffusion.errors import InputError
 from ether_diffusion.training.checkpoints import Checkpoints
 from ether_diffusion.training.distributed import LAYOUTS, Layout
 from ether_diffusion.training.ema import RunningAverage
@@ -54,6 +55,7 @@ class Trainer:
         layout: of the processes; "sharded" needs a denoiser that is.
         checkpoints: where to start and what to save; without them the run starts at the beginning, saves nothing and
             leaves signals alone.
+        load: called with global sample indices before they come, to read their files.
         validate: called with the number of steps done, on every process, with everything in evaluation mode, the
             running average in place of the last values, and the random generators set back afterwards.
         validate_after: whether to do so after this number of steps.
@@ -71,11 +73,12 @@ class Trainer:
         *,
         layout: Layout = "replicated",
         checkpoints: Checkpoints | None = None,
+        load: Callable[[Sequence[int]], None] = lambda samples: None,
         validate: Callable[[int], None] = lambda step: None,
         validate_after: Callable[[int], bool] = lambda step: False,
     ):
         self.accelerator, self.options, self.checkpoints = accelerator, options, checkpoints
-        self.validate, self.validate_after = validate, validate_after
+        self.load, self.validate, self.validate_after = load, validate, validate_after
         self.rate_names = [_rate_name(group.get("name", "denoiser")) for group in groups]
         parameters = [parameter for group in groups for parameter in group["params"]]
         names = {parameter: name for name, parameter in objective.named_parameters()}
@@ -104,6 +107,7 @@ class Trainer:
         Raises:
             FloatingPointError: a loss that is not finite; names the step and the last checkpoint. Nothing is saved
                 then.
+            InputError: data that cannot be read; the steps before were saved, and the message says where.
             Interrupted: SIGINT or SIGTERM came; the step was finished and a checkpoint saved.
             OSError: a checkpoint could not be written.
         """
@@ -117,7 +121,9 @@ class Trainer:
             stopped = 0
             while state.step < self.options.steps and not stopped:
                 begun = time.perf_counter()
-                loss, stopped = self._agree(self._accumulate(), signals)
+                with self._saving_before_data_end_it():
+                    total = self._accumulate()
+                loss, stopped = self._agree(total, signals)
                 self._check_finite(loss)
                 rates = self._step()
                 state.losses.append(loss)
@@ -144,8 +150,40 @@ class Trainer:
         parts = self.options.gradient_accumulation_steps
         total = torch.zeros((), device=self.accelerator.device)
         for part in range(parts):
-            total += self.layout.accumulate(self._samples(part))
+            samples = self._samples(part)
+            self._load(samples)
+            total += self.layout.accumulate(samples)
         return total / parts
+
+    def _load(self, samples: Sequence[int]) -> None:
+        """Read the files of samples; where one process cannot, all raise, so that none waits for another."""
+        problem = ""
+        try:
+            self.load(samples)
+        except InputError as error:
+            problem = str(error)
+        if self.accelerator.num_processes > 1:
+            failed = torch.tensor([bool(problem)], device=self.accelerator.device)
+            if self.accelerator.gather(failed).any():
+                problem = next(filter(None, gather_object([problem])))
+        if problem:
+            raise InputError(problem)
+
+    @contextmanager
+    def _saving_before_data_end_it(self) -> Iterator[None]:
+        """A context of one step that saves the steps before it where its data cannot be read."""
+        found = random_state()
+        try:
+            yield
+        except InputError as error:
+            if self.checkpoints is None or not self.state.step:
+                raise
+            set_random_state(found)  # parts of the step may have drawn from them
+            path = self.checkpoints.save(self.state, self.accelerator)
+            raise InputError(
+                f"{error}; stopped after step {self.state.step} of {self.options.steps}, saved as {path}; repair the "
+                "data, then repeat the command with --resume_from_checkpoint latest --resume_with_changed data"
+            ) from error
 
     def _samples(self, part: int) -> list[int]:
         """Global indices of the samples that this process handles in one forward pass of the step."""

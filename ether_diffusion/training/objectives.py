@@ -65,6 +65,11 @@ class ImageSet:
         self._statistics: dict[View, Tensor] = {}
         self._kept_views = _KEPT_VIEWS
 
+    def load(self, index: int) -> None:
+        """Read the files of sample number `index`. Raises `InputError` where they are damaged."""
+        view = self.images.view(index)
+        self.images.load(view, encoded=view in self._statistics)
+
     def draw(self, index: int) -> Sample:
         """Sample number `index`, on the device."""
         view, device = self.images.view(index), self.family.device
@@ -149,6 +154,12 @@ class DenoisingObjective(nn.Module):
         drawn = [each.draw(sample) for each in self.images for sample in samples]
         own, *prior = self._losses(drawn).chunk(len(self.images))
         return own + self.prior_loss_weight * prior[0] if prior else own
+
+    def load(self, samples: Sequence[int]) -> None:
+        """Read the files of these samples, before anything is computed. Raises `InputError` where they are damaged."""
+        for each in self.images:
+            for sample in samples:
+                each.load(sample)
 
     def _losses(self, drawn: Sequence[Sample]) -> Tensor:
         """The loss of each of these samples: (b,); one prediction for all that have one shape."""

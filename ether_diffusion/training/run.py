@@ -257,7 +257,8 @@ class LoadedRun:
         """Minimise an objective, with all that the options say.
 
         Args:
-            objective: maps global sample indices to a loss for each; what needs a gradient in it is trained.
+            objective: maps global sample indices to a loss for each; what needs a gradient in it is trained. Its
+                `load` reads the files of samples.
             what: the data, in words, for the log.
         """
         run, options = self.run, self.checked.options
@@ -271,6 +272,7 @@ class LoadedRun:
             self.parameter_groups(),
             optimization,
             layout=run.layout,
+            load=objective.load,
             checkpoints=self.checked.checkpoints,
             validate=lambda step: self._report(run.output_dir / VALIDATION_FOLDER / f"step-{step:06}.png", step),
             validate_after=is_due(

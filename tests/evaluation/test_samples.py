@@ -23,7 +23,7 @@ def test_damaged_labels_are_told_in_one_sentence_whatever_the_damage(tmp_path):
             read_labels(path, 64, False)
         except InputError as error:
             told.add(str(error).splitlines()[0].partition(" (")[0])
-    assert told == {f"{path}: cannot be read as an image"}
+    assert told == {f"{path}: is not an image that can be read", f"{path}: the image is truncated or damaged"}
 
 
 def test_labels_are_indices_and_not_colours(tmp_path):

@@ -5,9 +5,14 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
+from helpers.class_images import SEED, STEPS, Watched, prior
 from helpers.scripts import reset_accelerate
 from helpers.zoo import sdxl
+
+from ether_diffusion.training.class_images import generate_class_images
+from ether_diffusion.training.families import ModelSource
 
 
 @pytest.fixture(autouse=True)
@@ -34,3 +39,28 @@ def bases(tmp_path_factory, tiny_pipeline_folder) -> dict[str, Path]:
     pipe.scheduler.register_to_config(prediction_type="v_prediction")
     pipe.save_pretrained(folder / "sd-v")
     return {"sd": tiny_pipeline_folder, "sdxl": folder / "sdxl", "sd v": folder / "sd-v"}
+
+
+@pytest.fixture
+def watched():
+    """A family of its own for every test."""
+    return type("Watched", (Watched,), {"loaded": []})
+
+
+@pytest.fixture
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture
+def generate(tiny_pipeline_folder, accelerator, watched):
+    """Generate what is missing in a folder, with options; two denoising steps."""
+
+    def call(folder, *, model=tiny_pipeline_folder, precision="no", seed=SEED, **options):
+        source = ModelSource(str(model))
+        return generate_class_images(
+            source, watched, prior(folder, **options), accelerator, precision=precision, seed=seed,
+            num_inference_steps=STEPS,
+        )  # fmt: skip
+
+    return call

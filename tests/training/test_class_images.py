@@ -6,15 +6,13 @@ import os
 import random
 import signal
 import time
-import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
+from helpers.class_images import PROMPT, SEED, STEPS, Watched, contents, names, pixels, prior, put
 from helpers.processes import in_processes
-from PIL import Image
 from torch.multiprocessing import ProcessExitedException
 
 from ether_diffusion import miniature
@@ -22,82 +20,7 @@ from ether_diffusion.errors import InputError
 from ether_diffusion.images import find_images
 from ether_diffusion.training.class_images import find_class_images, generate_class_images
 from ether_diffusion.training.families import ModelSource, StableDiffusion
-from ether_diffusion.training.options import PriorOptions
 from ether_diffusion.training.seeds import derive
-
-PROMPT, SEED, STEPS = "a photo of a dog", 3, 2
-
-
-class Watched(StableDiffusion):
-    """The real family, which notes what it has loaded; `prepare` may change the pipeline first."""
-
-    prepare = staticmethod(lambda pipe: None)
-
-    @classmethod
-    def load(cls, source, dtype):
-        family = super().load(source, dtype)
-        cls.prepare(family.pipe)
-        unet, parameter = family.pipe.unet, next(family.pipe.unet.parameters())
-        cls.loaded.append(
-            (dtype, {each.dtype for each in unet.parameters()}, weakref.ref(unet), weakref.ref(parameter))
-        )
-        return family
-
-
-@pytest.fixture
-def watched():
-    """A family of its own for every test."""
-    return type("Watched", (Watched,), {"loaded": []})
-
-
-@pytest.fixture
-def accelerator():
-    return Accelerator(cpu=True)
-
-
-@pytest.fixture
-def generate(tiny_pipeline_folder, accelerator, watched):
-    """Generate what is missing in a folder, with options; two denoising steps."""
-
-    def call(folder, *, model=tiny_pipeline_folder, precision="no", seed=SEED, **options):
-        source = ModelSource(str(model))
-        return generate_class_images(
-            source, watched, prior(folder, **options), accelerator, precision=precision, seed=seed,
-            num_inference_steps=STEPS,
-        )  # fmt: skip
-
-    return call
-
-
-def prior(folder, number=5, **options) -> PriorOptions:
-    return PriorOptions(
-        with_prior_preservation=True,
-        class_data_dir=str(folder),
-        class_prompt=PROMPT,
-        num_class_images=number,
-        **options,
-    )
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def pixels(path: Path) -> np.ndarray:
-    """Grey levels, signed."""
-    return np.asarray(Image.open(path), dtype=np.int16)
-
-
-def put(folder: Path, *files: str) -> dict[str, bytes]:
-    """Images of the user's own."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for k, name in enumerate(files):
-        Image.new("RGB", (20, 12), (40 * k, 80, 120)).save(folder / name)
-    return {name: (folder / name).read_bytes() for name in files}
 
 
 def look(folder: Path, number: int) -> tuple[list[str], list[str]]:

@@ -405,7 +405,7 @@ BAD = [
     ("--validation_prompt dog", "--validation_prompt: has no effect without --validation_image; add it"),
     ("--validation_image {map}", "--validation_image: needs a --validation_prompt for each image"),
     ("--validation_image {map} {map} {map} --validation_prompt a b", "got 3 images for 2 prompts"),
-    ("--validation_image {new} --validation_prompt a", "new: is not an image that can be read"),
+    ("--validation_image {new} --validation_prompt a", "new: there is no such file"),
     (
         "--control_type controlnet --mixed_precision fp16",
         "--mixed_precision fp16: --control_type controlnet needs a GPU",

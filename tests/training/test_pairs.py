@@ -149,12 +149,15 @@ def test_a_column_that_is_missing_is_named_with_those_that_exist(tmp_path, given
 def test_a_control_image_of_another_shape_or_damaged_is_named(tmp_path):
     folder = write(tmp_path / "data")
     label_map(64, 20).save(folder / "maps" / "0.png")
-    shown = images(folder)
-    with pytest.raises(InputError, match="row 0: the control image has 64x20 pixels and the image 40x30; the two"):
+    shape = r"row \d: the control image has 64x20 pixels and the image 40x30; the two"
+    with pytest.raises(InputError, match=shape):
+        images(folder)
+    shown = images(folder, streaming=True)
+    with pytest.raises(InputError, match=shape):
         [shown.control(shown.view(sample)) for sample in range(4)]
     (folder / "maps" / "0.png").write_bytes(b"no image")
-    with pytest.raises(InputError, match="row 0, conditioning_image: is not an image"):
-        [images(folder).view(sample) for sample in range(4)]
+    with pytest.raises(InputError, match="row 0, conditioning_image maps/0.png: is not an image"):
+        images(folder)
 
 
 def test_a_caption_that_is_no_text_is_named(tmp_path):

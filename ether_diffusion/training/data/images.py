@@ -9,7 +9,6 @@ from functools import lru_cache
 import torch
 from PIL import Image
 
-from ether_diffusion.errors import InputError
 from ether_diffusion.images import INTERPOLATIONS, to_pixels
 from ether_diffusion.training.data import views
 from ether_diffusion.training.data.examples import Examples
@@ -104,10 +103,21 @@ class TrainingImages:
 
     def control(self, view: View) -> torch.Tensor | None:
         """The control image's view as (3, height, width), float32, from 0 to 1; None where there is none."""
-        if self._example(view.image).read_control is None:  # so that no image is read whose latents are kept
+        if self._example(view.image).control is None:  # so that no image is read whose latents are kept
             return None
         _, control, _ = self._images(view.image)
         return to_pixels(cut(control, view, self.target(view.image), self.resample)).add(1).div(2)
+
+    def load(self, view: View, *, encoded: bool = False) -> None:
+        """Read the files that a view needs; what was read last is kept.
+
+        encoded: whether its latents are there already, so that it needs no image but a control image.
+
+        Raises:
+            InputError: files that are gone or damaged.
+        """
+        if not encoded or self._example(view.image).control is not None:
+            self._images(view.image)
 
     def framing(self, view: View) -> Framing:
         """Size and crop of the view."""
@@ -132,14 +142,9 @@ class TrainingImages:
         example = self._example(number)
         image, control = example.read(), None
         shrunk = views.shrink(image, views.nearest_target(image.size, self.targets))
-        if example.read_control is not None:
-            control = example.read_control()
-            # One pixel of difference in the longer side comes from rounding alone.
-            if abs(image.width * control.height - image.height * control.width) > max(image.size) + max(control.size):
-                raise InputError(
-                    f"{example.name}: the control image has {control.width}x{control.height} pixels and the image "
-                    f"{image.width}x{image.height}; the two need one shape"
-                )
+        if example.control is not None:
+            control = example.control.read()
+            example.check_shape(image.size, control.size)
             if control.size != shrunk.size:
                 control = control.resize(shrunk.size, self.resample)
         return shrunk, control, image.size

@@ -11,6 +11,7 @@ from ether_diffusion.training.options.control import (
     ControlDataOptions,
     ControlTrainingOptions,
     ControlValidationOptions,
+    parse_range,
 )
 from ether_diffusion.training.options.data import InstanceDataOptions, PriorOptions, ViewOptions, parse_buckets
 from ether_diffusion.training.options.model import (

@@ -4,11 +4,23 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ether_diffusion.errors import InputError
-from ether_diffusion.images import INTERPOLATIONS
-from ether_diffusion.training.options.base import ABOVE_ZERO, PART, POSITIVE, OptionGroup, option
+from ether_diffusion.images import INTERPOLATIONS, rising
+from ether_diffusion.training.options.base import ABOVE_ZERO, PART, POSITIVE, Fits, OptionGroup, option
 from ether_diffusion.training.options.model import METHODS, AdapterOptions
 from ether_diffusion.training.options.optimization import OptimizationOptions
 from ether_diffusion.training.options.run import RunOptions, TrainingOptions, ValidationOptions
+
+RANGE = Fits("two finite numbers as low,high", lambda text: parse_range(text) is not None)
+
+
+def parse_range(text: str | None) -> tuple[float, float] | None:
+    """Text that fits `RANGE` as (low, high); None without one."""
+    try:
+        low, high = rising([float(number) for number in (text or "").split(",")])
+    except ValueError:
+        return None
+    return low, high
+
 
 CONTROL_TYPES = ("light", "controlnet")
 NO_METHOD = "none"
@@ -36,6 +48,13 @@ class ControlOptions(OptionGroup):
         "nearest",
         choices=tuple(INTERPOLATIONS),
     )
+    conditioning_range: str | None = option(
+        'What is black and what is white in control images of more than 8 bits, as "0,4095"; values beyond count as '
+        "these. Default: 0,1 for floats, 0,65535 for integers, 0,4095 for TIFF files of 12 bits; values beyond are "
+        "then refused.",
+        None,
+        fits=RANGE,
+    )
     controlnet_model_name_or_path: str | None = option(
         "A ControlNet to start from, a folder or an id on the Hub; needs --control_type controlnet. Default: a copy "
         "of the UNet.",
@@ -49,8 +68,8 @@ class ControlDataOptions(OptionGroup):
     """images and control images"""
 
     train_data_dir: str | None = option(
-        "Folder with images, control images and a metadata.jsonl: for each image a line with file_name, the "
-        "path of its control image and its caption.",
+        "Folder with images, control images and a metadata.jsonl or metadata.csv: for each image a line with "
+        "file_name, the path of its control image and its caption.",
         None,
         free=True,
     )

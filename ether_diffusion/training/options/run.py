@@ -15,6 +15,8 @@ SEEDS = 2**64
 SEED = Fits(f"a whole number from 0 to {SEEDS - 1}", lambda value: 0 <= value < SEEDS)
 VALIDATION_FOLDER = "validation"
 """Where the images that are made during the training lie in the output folder."""
+ALL_DATA, DATA_FLAGS = "data", ("instance_data_dir", "train_data_dir", "dataset_name", "class_data_dir")
+"""What --resume_with_changed takes: all data, or that of single flags."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,22 @@ class StateOptions(OptionGroup):
         False,
         free=True,
     )
+    resume_with_changed: tuple[str, ...] | None = option(
+        "What of the data may differ from the checkpoint's, where images were repaired or added: data for all of it, "
+        f"or flags by their names ({', '.join(DATA_FLAGS)}).",
+        None,
+        fits=Fits(
+            f"data, or names of flags: {', '.join(DATA_FLAGS)}", lambda names: {*names} <= {ALL_DATA, *DATA_FLAGS}
+        ),
+        needs="resume_from_checkpoint",
+        free=True,
+    )
+
+    @property
+    def may_differ(self) -> frozenset[str]:
+        """The flags whose data may be others than the checkpoint's."""
+        names = self.resume_with_changed or ()
+        return frozenset(DATA_FLAGS if ALL_DATA in names else names)
 
 
 @dataclass(frozen=True, kw_only=True)
