@@ -33,7 +33,7 @@ from ether_diffusion.training.methods.configs import read_method
 from ether_diffusion.training.optimizers import check_optimizer, check_schedule
 from ether_diffusion.training.options import VALIDATION_FOLDER, TrainingOptions, binding, flatten
 from ether_diffusion.training.output_folder import OutputFolder, check_output_dir
-from ether_diffusion.training.preview import Preview, is_due
+from ether_diffusion.training.preview import Preview, check_sampling, is_due
 
 
 class TrainingRun:
@@ -68,6 +68,7 @@ class TrainingRun:
         if self.adaptation.default_learning_rate is None and options.optimization.learning_rate is None:
             raise InputError(f"--learning_rate: is missing; there is no default for {self.method.title}")
         self.targets = blueprint.targets(options.views)
+        check_sampling(self.source, options.validation)
         self.output_dir = check_output_dir(options.run.output_dir)
         if self.output_dir.resolve() == Path(self.source.path).resolve():
             raise InputError(f"--output_dir {self.output_dir}: is the folder of the base model; take another")
@@ -114,6 +115,8 @@ class TrainingRun:
         given = {**binding(options), **depends_on, **self.adaptation.depends_on(), "method": self.method.name}
         base = "pretrained_model_name_or_path"
         given[base] = with_fingerprint(given[base], self.source.path)
+        if self.source.vae is not None:
+            given["pretrained_vae_model_name_or_path"] = with_fingerprint(self.source.vae, self.source.vae)
         given |= {"mixed_precision": self.precision, "num_processes": self.accelerator.num_processes}
         if options.adapter.adapter_config is not None:
             content = Path(options.adapter.adapter_config).read_bytes()

@@ -100,7 +100,9 @@ class UNetFamily(Family):
             for name, kind in cls.text_encoders.items():
                 config = CLIPTextConfig.from_pretrained(source.path, subfolder=name, revision=source.revision)
                 models[name] = kind(config)
-            vae = AutoencoderKL.from_config(source.config("vae", AutoencoderKL))
+        with source.reading_vae() if source.vae else source.reading(), torch.device("meta"):
+            vae = AutoencoderKL.from_config(source.vae_config())
+        source.check_variant({*models, *(() if source.vae else ("vae",))})
         if models["unet"].config.in_channels != vae.config.latent_channels:
             raise InputError(
                 f"{source.given}: the UNet takes {models['unet'].config.in_channels} channels and the autoencoder "
@@ -116,7 +118,12 @@ class UNetFamily(Family):
         """The pipeline with its weights, all of one dtype. Raises `InputError` where it cannot be read."""
         with source.reading():
             pipe = cls.pipeline_class.from_pretrained(
-                source.path, dtype=dtype, revision=source.revision, variant=source.variant, **cls.loading
+                source.path,
+                dtype=dtype,
+                revision=source.revision,
+                variant=source.variant,
+                **source.own_parts(dtype),
+                **cls.loading,
             )
         return cls(pipe)
 

@@ -5,6 +5,7 @@ A group of fields is a dataclass, a script's options are a dataclass of groups.
 
 import dataclasses
 import math
+import os
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -43,6 +44,7 @@ def option(
     needs: str | None = None,
     without: str | Sequence[str] = (),
     free: bool = False,
+    path: bool = False,
 ) -> Any:
     """A dataclass field that is also a command-line flag. Without a default the flag is required.
 
@@ -53,10 +55,11 @@ def option(
         needs: another flag of the group without which this one has no effect, or "flag value", if it needs that value.
         without: likewise flags with which this one has no effect.
         free: the adapter does not depend on it, so a run that goes on from a checkpoint may give another value.
+        path: it may name a file or folder, so a leading ~ is the user's home.
     """
     without = (without,) if isinstance(without, str) else without
-    metadata = {"help": help, "choices": choices, "fits": fits, "needs": needs, "without": without, "free": free}
-    return field(default=default, metadata=metadata)
+    metadata = {"help": help, "choices": choices, "fits": fits, "needs": needs, "without": without}
+    return field(default=default, metadata={**metadata, "free": free, "path": path})
 
 
 class OptionGroup:
@@ -74,8 +77,14 @@ class OptionGroup:
             choices, fits = metadata["choices"], metadata["fits"] or _USUAL.get(type(value))
             if value is None:
                 continue
-            if choices and value not in choices:
-                raise InputError(f"--{each.name}: got {value!r}, needs one of {', '.join(choices)}")
+            if metadata["path"]:  # shells leave it as it is after a =, and nobody expands it in a config file
+                paths = (
+                    tuple(map(os.path.expanduser, value)) if isinstance(value, tuple) else os.path.expanduser(value)
+                )
+                object.__setattr__(self, each.name, paths)
+            for one in value if isinstance(value, tuple) else (value,):
+                if choices and one not in choices:
+                    raise InputError(f"--{each.name}: got {one!r}, needs one of {', '.join(choices)}")
             if fits and not fits.test(value):
                 raise InputError(f"--{each.name}: got {value!r}, needs {fits.words}")
             if value == each.default:
