@@ -15,6 +15,7 @@ from PIL import Image
 
 from ether_diffusion.errors import InputError
 from ether_diffusion.training.data.views import Size
+from ether_diffusion.training.options.base import is_unicode
 from ether_diffusion.training.seeds import derive
 
 SHUFFLE_BUFFER = 1000
@@ -71,6 +72,8 @@ class ListedExamples(Examples):
         digest = hashlib.sha256()
         for example in self.examples:
             image, prompt = example.read(), example.captions[0]
+            if not is_unicode(prompt):
+                raise InputError(f"{example.name}: its caption {prompt!r} is no valid Unicode")
             self.sizes.append(image.size)
             digest.update(hashlib.sha256(f"{image.size} {prompt}".encode() + image.tobytes()).digest())
         self.fingerprint = _named(digest)
@@ -166,6 +169,6 @@ def _content(cell: Cell) -> bytes:
     """The file of an image; nothing where it cannot be read, which is told when its sample comes."""
     if not cell or cell.get("bytes") is not None or not cell.get("path"):
         return (cell or {}).get("bytes") or b""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):  # a zero byte is in no path
         return Path(cell["path"]).read_bytes()
     return b""
