@@ -89,7 +89,7 @@ def check_same_run(checkpoint: TrainingCheckpoint, run: Mapping[str, Any], *, la
         if name in later or before.get(name) == after.get(name):
             continue
         then, now = checkpoint.run.get(name, UNSET), run.get(name, UNSET)
-        if name == "max_train_steps" and now > then and run["lr_scheduler"] in STEADY_SCHEDULES:
+        if name == "max_train_steps" and type(then) is int and now > then and run["lr_scheduler"] in STEADY_SCHEDULES:
             continue
         advice = "the result would be another; repeat the first value, or start anew in another --output_dir"
         if name == "max_train_steps":

@@ -72,6 +72,19 @@ def test_a_value_may_look_like_much(tmp_path):
         assert options.data.instance_prompt == value
 
 
+@pytest.mark.parametrize("words", ["--validation_epochs=--", "--learning_rate=--", "--target_modules=--"])
+def test_a_value_that_argparse_drops_is_missed(capsys, words):
+    with pytest.raises(SystemExit) as stop:
+        parse_options(dreambooth.Options, [*NEEDED[dreambooth.Options], words])
+    assert stop.value.code == 2 and "expected a value" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--instance_prompt", "--validation_prompt", "--class_prompt"])
+def test_a_prompt_that_is_no_text_is_one_sentence(train, capsys, tmp_path, flag):
+    words = MORE["class_data_dir"] + ["--class_data_dir", tmp_path] if flag == "--class_prompt" else []
+    assert f"{flag}: got " in refusal(capsys, train, *words, flag, "a toy\udcff")
+
+
 TAKEN = ["--set_grads_to_none", "--dataloader_num_workers 4", "--local_rank 0", "--local-rank=0", "--local_rank=-1"]
 
 

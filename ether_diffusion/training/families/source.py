@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline
 from torch import nn
 
@@ -125,7 +126,10 @@ def _reading(flag: str, path: str, what: str) -> Iterator[None]:
         yield
     except (InputError, MemoryError):
         raise
-    except Exception as error:  # whatever the libraries raise on configs and weights that are not in order
+    except Exception as error:
+        if should_reduce_batch_size(error):
+            raise
+        # Whatever the libraries raise on configs and weights that are not in order
         told = str(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
         raise InputError(f"{flag} {path}: cannot be read as {what}: {told}") from error
 

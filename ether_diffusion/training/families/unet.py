@@ -47,19 +47,32 @@ def latent_side(unet: nn.Module, where: str) -> int:
     )
 
 
-def _check_tokenizer(source: ModelSource, name: str, vocabulary: int) -> None:
+def scaled(latents: Tensor, vae: AutoencoderKL) -> Tensor:
+    """Latents of an autoencoder as its UNet knows them."""
+    return (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+
+
+def _check_tokenizer(source: ModelSource, name: str, encoder: CLIPTextConfig) -> None:
     """Make sure that a tokenizer is there and that a text encoder knows all of its tokens."""
     where = f"{source.given}: its {name}"
     if not (source.config().get(name) or [None])[-1]:
         raise InputError(f"{where} is missing, and without it prompts cannot be read")
     try:
         tokenizer = CLIPTokenizer.from_pretrained(source.path, subfolder=name, revision=source.revision)
+        ids = tokenizer("a photo", padding="max_length", max_length=encoder.max_position_embeddings).input_ids
+        if max(ids) >= encoder.vocab_size or not isinstance(tokenizer.model_max_length, int):
+            raise ValueError(f"it makes token {max(ids)} and texts of up to {tokenizer.model_max_length} tokens")
     except Exception as error:  # of many kinds
         raise InputError(f"{where} is damaged ({type(error).__name__}: {error})") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without its files
         raise InputError(f"{where} is missing or has no vocabulary, and without it prompts cannot be read")
-    if len(tokenizer) > vocabulary:
-        raise InputError(f"{where} has {len(tokenizer)} tokens, and its text encoder knows {vocabulary}")
+    if len(tokenizer) > encoder.vocab_size:
+        raise InputError(f"{where} has {len(tokenizer)} tokens, and its text encoder knows {encoder.vocab_size}")
+    if not 0 < tokenizer.model_max_length <= encoder.max_position_embeddings:
+        raise InputError(
+            f"{where} makes up to {tokenizer.model_max_length} tokens, and its text encoder takes "
+            f"{encoder.max_position_embeddings}"
+        )
 
 
 class UNetFamily(Family):
@@ -94,7 +107,8 @@ class UNetFamily(Family):
             arrived = (index.get(component) or [None, None])[1]
             if arrived != kind.__name__:
                 raise InputError(f"{source.given}: its {component} is a {arrived}, needs a {kind.__name__}")
-        training_schedule(source.config("scheduler", DDPMScheduler), source.given)
+        with source.reading():
+            schedule = training_schedule(source.config("scheduler", DDPMScheduler), source.given)
         with source.reading(), torch.device("meta"):
             models = {"unet": UNet2DConditionModel.from_config(source.config("unet", UNet2DConditionModel))}
             for name, kind in cls.text_encoders.items():
@@ -109,9 +123,45 @@ class UNetFamily(Family):
                 f"makes {vae.config.latent_channels}; training needs the two to agree"
             )
         for name in cls.text_encoders:
-            _check_tokenizer(source, name.replace("text_encoder", "tokenizer"), models[name].config.vocab_size)
+            _check_tokenizer(source, name.replace("text_encoder", "tokenizer"), models[name].config)
+        with source.reading():
+            cls.try_out(models, vae, schedule, source.given)
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         return Blueprint(models, latent_side(models["unet"], source.given) * factor, factor)
+
+    @classmethod
+    def added_conditions(cls, models: Mapping[str, nn.Module], where: str) -> dict[str, Any]:
+        """What else the UNet takes, without data, as keyword arguments; nothing unless the family says so.
+
+        Raises:
+            InputError: the models do not go together; begins with `where`.
+        """
+        return {}
+
+    @classmethod
+    @torch.no_grad()
+    def try_out(cls, models: Mapping[str, nn.Module], vae: AutoencoderKL, schedule: DDPMScheduler, where: str) -> None:
+        """Pass an image without data through the models without weights: configs can say what no check foresees.
+
+        Raises:
+            Exception: whatever the libraries raise where a part fails, or two do not go together.
+        """
+        side = 8 * 2 ** (len(vae.config.block_out_channels) - 1)
+        with torch.device("meta"):
+            latents = vae.encode(torch.empty(1, 3, side, side)).latent_dist.mode()
+            latents = scaled(latents, vae)
+            width = sum(models[name].config.hidden_size for name in cls.text_encoders)
+            for name in cls.text_encoders:
+                models[name](torch.zeros(1, 2, dtype=torch.long))
+            conditions = {"encoder_hidden_states": torch.empty(1, 2, width), **cls.added_conditions(models, where)}
+            answer = models["unet"](latents, torch.zeros(1), **conditions).sample
+            vae.decode(answer / vae.config.scaling_factor)
+        if answer.shape != latents.shape:
+            raise ValueError(f"its UNet answers {tuple(answer.shape)} to latents of {tuple(latents.shape)}")
+        one = torch.ones(1)
+        noisy = schedule.add_noise(one, one, torch.tensor([schedule.config.num_train_timesteps - 1]))
+        if not torch.isfinite(noisy).all():
+            raise ValueError("its scheduler's noise is not finite")
 
     @classmethod
     def load(cls, source: ModelSource, dtype: torch.dtype) -> "UNetFamily":
@@ -125,6 +175,9 @@ class UNetFamily(Family):
                 **source.own_parts(dtype),
                 **cls.loading,
             )
+            for name, component in pipe.components.items():
+                if isinstance(component, nn.Module) and any(each.is_meta for each in component.parameters()):
+                    raise ValueError(f"its {name} lacks weights that its config asks for")
         return cls(pipe)
 
     @property
@@ -147,8 +200,7 @@ class UNetFamily(Family):
         """Scaled latents (c, h', w'), float32, drawn from one distribution, or its mean where generator is None."""
         distribution = DiagonalGaussianDistribution(moments[None])
         latents = distribution.mode() if generator is None else distribution.sample(generator)
-        shift = getattr(self.pipe.vae.config, "shift_factor", None) or 0.0
-        return (latents[0] - shift) * self.pipe.vae.config.scaling_factor
+        return scaled(latents[0], self.pipe.vae)
 
     def draw_timestep(self, generator: torch.Generator) -> int:
         """A timestep for training, all alike."""

@@ -28,6 +28,15 @@ ABOVE_ZERO = Fits("a finite number above 0", lambda value: math.isfinite(value) 
 FROM_ZERO = Fits("a finite number from 0", lambda value: math.isfinite(value) and value >= 0)
 BELOW_ONE = Fits("a number from 0 and below 1", lambda value: 0 <= value < 1)
 
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written down; bytes on a command line and escapes in JSON may be none."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+PROMPT = Fits("a text that is not blank, in valid Unicode", lambda text: bool(text.strip()) and is_unicode(text))
+PROMPTS = Fits(f"{PROMPT.words}, or several", lambda texts: bool(texts) and all(map(PROMPT.test, texts)))
+
 _USUAL = {
     str: Fits("a text that is not blank", lambda value: bool(value.strip())),
     tuple: Fits("one text or more, none blank", lambda values: bool(values) and all(map(str.strip, values))),

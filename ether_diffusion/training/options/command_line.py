@@ -21,7 +21,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from transformers import HfArgumentParser
 
-from ether_diffusion.errors import InputError
+from ether_diffusion.errors import InputError, printable
 from ether_diffusion.training.options.base import OptionGroup, groups_of
 
 Options = TypeVar("Options")
@@ -97,7 +97,7 @@ class OptionParser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         # One line: the usage of so many flags would hide it.
-        self.exit(2, f"error: {message}; --help lists the flags\n")
+        self.exit(2, f"error: {printable(message)}; --help lists the flags\n")
 
     @staticmethod
     def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
@@ -183,5 +183,7 @@ def parse_options(
         parser.read_config(os.path.expanduser(arguments.pop(0)))
     values = vars(parser.parse_args(arguments))
     values = {name: value for name, value in values.items() if name not in WITHOUT_EFFECT}
+    if empty := next((name for name, value in values.items() if value == []), None):  # argparse drops a lone --
+        parser.error(f"argument --{empty}: expected a value")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return options(**dict(zip(groups_of(options), parser.parse_dict(values), strict=True)))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from ether_diffusion.errors import InputError
-from ether_diffusion.training.options.base import FROM_ZERO, POSITIVE, Fits, OptionGroup, option
+from ether_diffusion.training.options.base import FROM_ZERO, POSITIVE, PROMPT, Fits, OptionGroup, option
 
 _BUCKET = r"\s*0*[1-9]\d*\s*,\s*0*[1-9]\d*\s*"
 BUCKETS = Fits(
@@ -44,7 +44,7 @@ class ViewOptions(OptionGroup):
 class InstanceDataOptions(OptionGroup):
     """instance images"""
 
-    instance_prompt: str = option('Prompt that names the subject, such as "a photo of sks dog".')
+    instance_prompt: str = option('Prompt that names the subject, such as "a photo of sks dog".', fits=PROMPT)
     instance_data_dir: str | None = option(
         "Folder with the images of the subject: JPEG, PNG, WebP, BMP. An image's caption in metadata.jsonl, or in "
         "a .txt file of its name, takes the place of --instance_prompt for it.",
@@ -90,7 +90,9 @@ class PriorOptions(OptionGroup):
         free=True,
         path=True,
     )
-    class_prompt: str | None = _prior_option('Prompt of the class images, such as "a photo of a dog".', None)
+    class_prompt: str | None = _prior_option(
+        'Prompt of the class images, such as "a photo of a dog".', None, fits=PROMPT
+    )
     num_class_images: int = _prior_option("Images of the class to train on.", 100, fits=POSITIVE)
     prior_loss_weight: float = _prior_option("Weight of the class images' loss.", 1.0, fits=FROM_ZERO)
     sample_batch_size: int = _prior_option(

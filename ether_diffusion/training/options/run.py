@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ether_diffusion.errors import InputError
-from ether_diffusion.training.options.base import FROM_ZERO, NOT_NEGATIVE, POSITIVE, Fits, OptionGroup, option
+from ether_diffusion.training.options.base import FROM_ZERO, NOT_NEGATIVE, POSITIVE, PROMPTS, Fits, OptionGroup, option
 from ether_diffusion.training.options.data import ViewOptions
 from ether_diffusion.training.options.model import AdapterOptions, ModelOptions
 from ether_diffusion.training.options.optimization import OptimizationOptions
@@ -34,7 +34,7 @@ class ValidationOptions(OptionGroup):
     """sample images"""
 
     validation_prompt: tuple[str, ...] | None = option(
-        "Prompts to generate with base and tuned model. Default: the instance prompt.", None, free=True
+        "Prompts to generate with base and tuned model. Default: the instance prompt.", None, fits=PROMPTS, free=True
     )
     num_validation_images: int = option("Images per prompt; 0 generates none.", 4, fits=NOT_NEGATIVE, free=True)
     validation_steps: int | None = option(
