@@ -11,7 +11,12 @@ from ether_diffusion.training.options.data import BUCKETS, parse_buckets
 
 MEMORY_ALONE = ("gradient_checkpointing", "pre_compute_text_embeddings")
 """Options that change no result, but are in checkpoints of earlier releases."""
-MODELS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "controlnet_model_name_or_path")
+MODELS = (
+    "pretrained_model_name_or_path",
+    "pretrained_vae_model_name_or_path",
+    "config_name_or_path",
+    "controlnet_model_name_or_path",
+)
 UNSET = "default"
 """How checkpoints hold an option that was not given."""
 

@@ -115,8 +115,8 @@ class TrainingRun:
         given = {**binding(options), **depends_on, **self.adaptation.depends_on(), "method": self.method.name}
         base = "pretrained_model_name_or_path"
         given[base] = with_fingerprint(given[base], self.source.path)
-        if self.source.vae is not None:
-            given["pretrained_vae_model_name_or_path"] = with_fingerprint(self.source.vae, self.source.vae)
+        beside = {"pretrained_vae_model_name_or_path": self.source.vae, "config_name_or_path": self.source.configs}
+        given |= {flag: with_fingerprint(path, path) for flag, path in beside.items() if path is not None}
         given |= {"mixed_precision": self.precision, "num_processes": self.accelerator.num_processes}
         if options.adapter.adapter_config is not None:
             content = Path(options.adapter.adapter_config).read_bytes()

@@ -104,11 +104,13 @@ def test_a_run_with_them_is_the_run_without_them(train):
 # Paths ----------------------------------------------------------------------------------------------------------
 
 PATHS = {
-    "--pretrained_model_name_or_path", "--pretrained_vae_model_name_or_path", "--instance_data_dir",
+    "--pretrained_model_name_or_path", "--config_name_or_path", "--pretrained_vae_model_name_or_path",
+    "--instance_data_dir",
     "--class_data_dir", "--output_dir", "--logging_dir", "--resume_from_checkpoint", "--adapter_config",
     "--dataset_name", "--train_data_dir", "--controlnet_model_name_or_path", "--validation_image",
 }  # fmt: skip
 MORE = {
+    "config_name_or_path": ["--pretrained_model_name_or_path", "x.safetensors"],
     "class_data_dir": ["--with_prior_preservation", "--class_prompt", "toys"],
     "controlnet_model_name_or_path": ["--control_type", "controlnet"],
     "validation_image": ["--validation_prompt", "a house"],

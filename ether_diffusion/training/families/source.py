@@ -17,6 +17,7 @@ from ether_diffusion import miniature
 from ether_diffusion.errors import InputError
 from ether_diffusion.files import MINIATURE_NAME, is_miniature
 from ether_diffusion.training.data.views import Target
+from ether_diffusion.training.families.single_file import configs_of, is_single_file
 from ether_diffusion.training.options import ModelOptions, ViewOptions, parse_buckets
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
@@ -24,25 +25,32 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a pipeline comes from: a folder or an id on the Hub, and which revision and variant of it.
+    """Where a pipeline comes from: a folder, an id on the Hub, or one file, and which revision and variant of it.
 
     vae: where its autoencoder comes from, if from elsewhere.
+    configs: the folder with its configs and tokenizers, where `path` is one file.
     """
 
     path: str
     revision: str | None = None
     variant: str | None = None
     vae: str | None = None
+    configs: str | None = None
 
     @classmethod
     def from_options(cls, options: ModelOptions) -> ModelSource:
-        path = options.pretrained_model_name_or_path
-        return cls(
-            str(miniature.FOLDER) if path is None else path,
-            options.revision,
-            options.variant,
-            options.pretrained_vae_model_name_or_path,
-        )
+        """As the flags say. Raises `InputError` where a file of weights cannot be used."""
+        path, configs = options.pretrained_model_name_or_path or str(miniature.FOLDER), options.config_name_or_path
+        if is_single_file(path):
+            configs = configs_of(path, configs)
+        elif configs is not None:
+            raise InputError(f"--config_name_or_path {configs}: has no effect, {path} is no file; drop it")
+        return cls(path, options.revision, options.variant, options.pretrained_vae_model_name_or_path, configs)
+
+    @property
+    def config_place(self) -> dict[str, Any]:
+        """Where configs and tokenizers lie, as the libraries' loading functions take it."""
+        return {"pretrained_model_name_or_path": self.configs or self.path, "revision": self.revision}
 
     @property
     def is_miniature(self) -> bool:
@@ -72,7 +80,7 @@ class ModelSource:
         """
         where = {} if component is None else {"subfolder": component}
         with self.reading():
-            return dict(kind.load_config(self.path, revision=self.revision, **where))
+            return dict(kind.load_config(**self.config_place, **where))
 
     def vae_config(self) -> dict[str, Any]:
         """The JSON config of the autoencoder, wherever it comes from. Raises `InputError` where it cannot be read."""
@@ -120,7 +128,7 @@ class ModelSource:
 @contextmanager
 def _reading(flag: str, path: str, what: str) -> Iterator[None]:
     looks_local = path.startswith(("/", ".", "~", "\\")) or path.count("/") > 1
-    if looks_local and not Path(path).is_dir():
+    if looks_local and not Path(path).exists():
         raise InputError(f"{flag} {path}: there is no such folder")
     try:
         yield

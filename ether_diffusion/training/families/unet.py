@@ -58,7 +58,7 @@ def _check_tokenizer(source: ModelSource, name: str, encoder: CLIPTextConfig) ->
     if not (source.config().get(name) or [None])[-1]:
         raise InputError(f"{where} is missing, and without it prompts cannot be read")
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(source.path, subfolder=name, revision=source.revision)
+        tokenizer = CLIPTokenizer.from_pretrained(**source.config_place, subfolder=name)
         ids = tokenizer("a photo", padding="max_length", max_length=encoder.max_position_embeddings).input_ids
         if max(ids) >= encoder.vocab_size or not isinstance(tokenizer.model_max_length, int):
             raise ValueError(f"it makes token {max(ids)} and texts of up to {tokenizer.model_max_length} tokens")
@@ -112,7 +112,7 @@ class UNetFamily(Family):
         with source.reading(), torch.device("meta"):
             models = {"unet": UNet2DConditionModel.from_config(source.config("unet", UNet2DConditionModel))}
             for name, kind in cls.text_encoders.items():
-                config = CLIPTextConfig.from_pretrained(source.path, subfolder=name, revision=source.revision)
+                config = CLIPTextConfig.from_pretrained(**source.config_place, subfolder=name)
                 models[name] = kind(config)
         with source.reading_vae() if source.vae else source.reading(), torch.device("meta"):
             vae = AutoencoderKL.from_config(source.vae_config())
@@ -167,14 +167,13 @@ class UNetFamily(Family):
     def load(cls, source: ModelSource, dtype: torch.dtype) -> "UNetFamily":
         """The pipeline with its weights, all of one dtype. Raises `InputError` where it cannot be read."""
         with source.reading():
-            pipe = cls.pipeline_class.from_pretrained(
-                source.path,
-                dtype=dtype,
-                revision=source.revision,
-                variant=source.variant,
-                **source.own_parts(dtype),
-                **cls.loading,
-            )
+            more = {**source.own_parts(dtype), **cls.loading}
+            if source.configs is not None:
+                place = {"config": source.configs, "local_files_only": True}
+                pipe = cls.pipeline_class.from_single_file(source.path, torch_dtype=dtype, **place, **more)
+            else:
+                place = {"revision": source.revision, "variant": source.variant}
+                pipe = cls.pipeline_class.from_pretrained(source.path, dtype=dtype, **place, **more)
             for name, component in pipe.components.items():
                 if isinstance(component, nn.Module) and any(each.is_meta for each in component.parameters()):
                     raise ValueError(f"its {name} lacks weights that its config asks for")

@@ -28,8 +28,16 @@ class ModelOptions(OptionGroup):
     """base model"""
 
     pretrained_model_name_or_path: str | None = option(
-        "A diffusers pipeline, as a folder or an id on the Hub. Default: the miniature that comes with the package.",
+        "A diffusers pipeline, as a folder or an id on the Hub, or all its weights as one .safetensors file. Default: "
+        "the miniature that comes with the package.",
         None,
+        path=True,
+    )
+    config_name_or_path: str | None = option(
+        "For weights in one file: a pipeline with the same configs and tokenizers, a folder or an id on the Hub. "
+        "Default: the one on the Hub that diffusers knows for files of this kind.",
+        None,
+        needs="pretrained_model_name_or_path",
         path=True,
     )
     revision: str | None = option("Branch, tag or commit of the model on the Hub.", None)
