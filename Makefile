@@ -14,10 +14,10 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 quickstart: $(READY)
-	$(BIN)/ether-diffusion quickstart --output_dir out/quickstart
+	$(BIN)/ether-diffusion quickstart --output_dir out/quickstart --overwrite_output_dir
 
 control: $(READY)
-	$(BIN)/ether-diffusion quickstart --control --output_dir out/control
+	$(BIN)/ether-diffusion quickstart --control --output_dir out/control --overwrite_output_dir
 
 test: $(READY) lint
 	$(PYTEST)

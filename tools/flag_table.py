@@ -84,7 +84,7 @@ def _split_default(each: dataclasses.Field) -> tuple[str, str]:
         if words:
             return text.strip(), words.strip(": ").removesuffix(".")
         return text, "off" if each.default is False else "–"
-    return text, f"`{each.default}`"
+    return text, f"`{' '.join(each.default) if isinstance(each.default, tuple) else each.default}`"
 
 
 def _takes_several(annotation: Any) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -140,13 +141,16 @@ def opening(source: ModelSource, kind: type[DiffusionPipeline] = DiffusionPipeli
     """
     if source.is_miniature and kind is DiffusionPipeline:
         return "from ether_diffusion import miniature\npipe = miniature.load_pipeline()"
+    if source.configs is not None and kind is DiffusionPipeline:  # which cannot tell what a file holds
+        kind = getattr(diffusers, source.config()["_class_name"])
     imports = [f"from {kind.__module__.partition('.')[0]} import {kind.__name__}"]
     options = {"revision": source.revision, "variant": source.variant}
     given = [repr(source.name), *(f"{name}={value!r}" for name, value in options.items() if value is not None)]
     if source.is_miniature:
         imports, given = [*imports, "from ether_diffusion import miniature"], ["miniature.FOLDER"]
     given += [inputs] if inputs else []
-    return "\n".join([*imports, f"pipe = {kind.__name__}.from_pretrained({', '.join(given)})"])
+    reader = "from_pretrained" if source.configs is None else "from_single_file"
+    return "\n".join([*imports, f"pipe = {kind.__name__}.{reader}({', '.join(given)})"])
 
 
 def _usage(content: CardContent, where: str) -> str:

@@ -112,6 +112,8 @@ def read_checkpoint(path: Path) -> TrainingCheckpoint:
     try:
         manifest = json.loads((path / MANIFEST_NAME).read_bytes())
         version, step, run, digests = (manifest[name] for name in ("format_version", "step", "run", "sha256"))
+        if not (isinstance(run, dict) and isinstance(digests, dict) and type(step) is int):
+            raise ValueError(f"{MANIFEST_NAME} is none of a checkpoint's")
         contents = {name: (path / name).read_bytes() for name in (VECTORS_NAME, STATE_NAME)}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{where}: is no complete training checkpoint ({error})") from error

@@ -51,19 +51,20 @@ BLOCK_BYTES, BLOCKS = 4096, 64
 
 
 def with_fingerprint(name: str, path: str | Path) -> str:
-    """The name of a model with a fingerprint of what lies at the path; the name alone where that is no local folder.
+    """The name of a model with a fingerprint of what lies at the path; the name alone where there is nothing local.
 
     Configs and weights count with their sizes and, of large ones, blocks evenly spread: a model that was replaced
     shows, and gigabytes need not be read. Folders that are none of a pipeline's components do not count: they may be
     where the run itself writes.
     """
     folder = Path(path)
-    if not folder.is_dir():
+    if not folder.exists():
         return name
     digest = hashlib.sha256()
     index = folder / DiffusionPipeline.config_name
     components = json.loads(index.read_bytes()) if index.is_file() else {}
-    files = [*folder.iterdir(), *(file for component in components for file in (folder / component).rglob("*"))]
+    files = [folder] if folder.is_file() else list(folder.iterdir())
+    files += [file for component in components for file in (folder / component).rglob("*")]
     for file in sorted(each for each in files if each.suffix in FINGERPRINTED_SUFFIXES and each.is_file()):
         size = file.stat().st_size
         digest.update(f"{file.relative_to(folder).as_posix()} {size}\n".encode())
@@ -101,7 +102,7 @@ def check_same_run(
             narrate("--%s: other data than in %s, as --resume_with_changed says", name, checkpoint.path)
             continue
         then, now = checkpoint.run.get(name, UNSET), run.get(name, UNSET)
-        if name == "max_train_steps" and now > then and run["lr_scheduler"] in STEADY_SCHEDULES:
+        if name == "max_train_steps" and type(then) is int and now > then and run["lr_scheduler"] in STEADY_SCHEDULES:
             continue
         advice = "the result would be another; repeat the first value, or start anew in another --output_dir"
         if name == "max_train_steps":

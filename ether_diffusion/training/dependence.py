@@ -7,11 +7,16 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ether_diffusion.training.options import parse_buckets
+from ether_diffusion.training.options.data import BUCKETS, parse_buckets
 
 MEMORY_ALONE = ("gradient_checkpointing", "pre_compute_text_embeddings")
 """Options that change no result, but are in checkpoints of earlier releases."""
-MODELS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "controlnet_model_name_or_path")
+MODELS = (
+    "pretrained_model_name_or_path",
+    "pretrained_vae_model_name_or_path",
+    "config_name_or_path",
+    "controlnet_model_name_or_path",
+)
 UNSET = "default"
 """How checkpoints hold an option that was not given."""
 
@@ -36,7 +41,7 @@ def dependence(run: Mapping[str, Any]) -> dict[str, Any]:
         values["attention_backend"] = "xformers"
     if values.get("center_crop"):
         values.pop("cache_latents", None)  # it fixes the places of crops, and these are all one
-    if (buckets := values.get("aspect_ratio_buckets", UNSET)) != UNSET:
+    if BUCKETS.test(buckets := str(values.get("aspect_ratio_buckets", UNSET))):
         values["aspect_ratio_buckets"] = parse_buckets(buckets)
     for name, value in values.items():
         if isinstance(value, str) and value.startswith(_STREAM):

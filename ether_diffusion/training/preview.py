@@ -8,15 +8,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from PIL import Image
 
+from ether_diffusion.errors import InputError
 from ether_diffusion.images import image_grid
 from ether_diffusion.training.data.views import Target
-from ether_diffusion.training.families import Family
+from ether_diffusion.training.families import Family, ModelSource
 from ether_diffusion.training.options import SEEDS, ValidationOptions
 from ether_diffusion.training.trackers import log_images
 
@@ -35,6 +37,39 @@ def without_memory_a_warning() -> Iterator[None]:
             error,
         )
         clear_device_cache(garbage_collection=True)
+
+
+def sampling_scheduler(own: SchedulerMixin, options: ValidationOptions) -> SchedulerMixin:
+    """The scheduler that images are generated with: the one asked for, with the noise schedule of the pipeline's own.
+
+    Raises:
+        InputError: it does not take so many steps.
+    """
+    if options.num_validation_images == 0:
+        return own
+    name = options.validation_scheduler or type(own).__name__
+    scheduler = getattr(diffusers, name, type(own)).from_config(own.config)
+    try:
+        shift = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}  # of any size of image
+        scheduler.set_timesteps(options.num_inference_steps, **shift)
+    except (ValueError, IndexError, RuntimeError) as error:
+        raise InputError(
+            f"--num_inference_steps {options.num_inference_steps}: the {name} does not take so many ({error}); try "
+            "from 4 to 1000, or another --validation_scheduler"
+        ) from error
+    return scheduler
+
+
+def check_sampling(source: ModelSource, options: ValidationOptions) -> None:
+    """Make sure, before weights are read, that the pipeline's scheduler can do what is asked of it.
+
+    Raises:
+        InputError: it cannot, or its config cannot be read.
+    """
+    with source.reading():
+        kind = getattr(diffusers, source.config()["scheduler"][1])
+        own = kind.from_config(source.config("scheduler", kind))
+    sampling_scheduler(own, options)
 
 
 class Preview:
@@ -90,14 +125,16 @@ class Preview:
     @torch.no_grad()
     def _generate(self, pipe: DiffusionPipeline) -> list[list[Image.Image]]:
         """The images of every prompt, by the model as it is."""
-        quiet = dict(getattr(pipe, "_progress_bar_config", {}))
+        quiet, scheduler = dict(getattr(pipe, "_progress_bar_config", {})), pipe.scheduler
         pipe.set_progress_bar_config(disable=True)
+        pipe.scheduler = sampling_scheduler(scheduler, self.options)
         numbers = range(self.options.num_validation_images)
         try:
             # One at a time: large images side by side need more memory than the training did.
             with self.family.on_device(*self.family.modules()):
                 return [[self._image(pipe, row, number) for number in numbers] for row in range(len(self.prompts))]
         finally:
+            pipe.scheduler = scheduler
             pipe.set_progress_bar_config(**{"disable": False, **quiet})
 
     def _image(self, pipe: DiffusionPipeline, row: int, number: int) -> Image.Image:

@@ -36,7 +36,7 @@ from ether_diffusion.training.objectives import ImageSet
 from ether_diffusion.training.optimizers import check_optimizer, check_schedule
 from ether_diffusion.training.options import VALIDATION_FOLDER, FlowOptions, TrainingOptions, binding, flatten
 from ether_diffusion.training.output_folder import OutputFolder, check_output_dir
-from ether_diffusion.training.preview import Preview, is_due, without_memory_a_warning
+from ether_diffusion.training.preview import Preview, check_sampling, is_due, without_memory_a_warning
 
 
 class TrainingRun:
@@ -75,11 +75,16 @@ class TrainingRun:
             self.family_class = family_at(self.source)
             self.blueprint = blueprint = self.family_class.read_blueprint(self.source)
         family = self.family_class
-        self.flow.check_meaning(family.is_flow, options.optimization.snr_gamma, family.pipeline_class)
+        for_steps = {
+            "snr_gamma": options.optimization.snr_gamma,
+            "validation_scheduler": options.validation.validation_scheduler,
+        }
+        self.flow.check_meaning(family.is_flow, for_steps, family.pipeline_class)
         self.adaptation = adaptation(options, self.method, self.family_class, blueprint)
         if self.adaptation.default_learning_rate is None and options.optimization.learning_rate is None:
             raise InputError(f"--learning_rate: is missing; there is no default for {self.method.title}")
         self.targets = blueprint.targets(options.views)
+        check_sampling(self.source, options.validation)
         self.output_dir = check_output_dir(options.run.output_dir)
         if self.output_dir.resolve() == Path(self.source.path).resolve():
             raise InputError(f"--output_dir {self.output_dir}: is the folder of the base model; take another")
@@ -130,6 +135,8 @@ class TrainingRun:
         given = {**binding(options), **depends_on, **self.adaptation.depends_on(), "method": self.method.name}
         base = "pretrained_model_name_or_path"
         given[base] = with_fingerprint(given[base], self.source.path)
+        beside = {"pretrained_vae_model_name_or_path": self.source.vae, "config_name_or_path": self.source.configs}
+        given |= {flag: with_fingerprint(path, path) for flag, path in beside.items() if path is not None}
         given |= {"mixed_precision": self.precision, "num_processes": self.accelerator.num_processes}
         if options.adapter.adapter_config is not None:
             content = Path(options.adapter.adapter_config).read_bytes()

@@ -20,30 +20,30 @@ TRACKERS = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available
 """Values of `--report_to` that name a tracker, each the name of its package as well, and whether it is installed."""
 
 
-def tracker_names(report_to: str) -> list[str]:
-    """The trackers that `--report_to` stands for, as `Accelerator(log_with=… or None)` takes them.
+def tracker_names(report_to: str | Sequence[str]) -> list[str]:
+    """The trackers that `--report_to` stands for, as `Accelerator(log_with=… or None)` takes them; each once.
 
-    report_to: one of `TRACKERS`, "all" for those that are installed, or "none".
+    report_to: one or more of `TRACKERS`, "all" for those that are installed, or "none".
     """
-    if report_to == "all":
-        return [name for name, is_installed in TRACKERS.items() if is_installed()]
-    return [] if report_to == "none" else [report_to]
+    given = [report_to] if isinstance(report_to, str) else report_to
+    installed = [name for name, is_installed in TRACKERS.items() if is_installed()] if "all" in given else []
+    return list(dict.fromkeys([*installed, *(name for name in given if name not in ("all", "none"))]))
 
 
-def check_trackers(report_to: str) -> None:
+def check_trackers(report_to: str | Sequence[str]) -> None:
     """Make sure that what `--report_to` names is installed, and that W&B knows the user where it works online.
 
     Raises:
         InputError: a package is missing, or nobody is logged in.
     """
-    names = tracker_names(report_to)
-    if report_to == "all" and not names:
+    names, given = tracker_names(report_to), report_to if isinstance(report_to, str) else " ".join(report_to)
+    if "all" in given and not names:
         raise InputError(f"--report_to all: none is installed; pip install {' or '.join(TRACKERS)}")
     for name in names:
         if not TRACKERS[name]():
             raise InputError(f"--report_to {name}: the package is missing; pip install {name}")
     if "wandb" in names:
-        _check_login(report_to)
+        _check_login(given)
 
 
 def _check_login(report_to: str) -> None:

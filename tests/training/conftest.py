@@ -59,7 +59,7 @@ def generate(tiny_pipeline_folder, accelerator, watched):
     def call(folder, *, model=tiny_pipeline_folder, precision="no", seed=SEED, **options):
         source = ModelSource(str(model))
         return generate_class_images(
-            source, watched, prior(folder, **options), accelerator, precision=precision, seed=seed,
+            source, watched, prior(folder, **options), accelerator, precision=precision, seed=seed, target=(16, 16),
             num_inference_steps=STEPS,
         )  # fmt: skip
 

@@ -252,7 +252,9 @@ def test_half_written_files_are_no_images_and_go_when_they_are_old(generate, tmp
 def test_a_model_that_cannot_be_read_is_named(accelerator, tmp_path):
     source = ModelSource(str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match="--pretrained_model_name_or_path .*nowhere: there is no such folder"):
-        generate_class_images(source, StableDiffusion, prior(tmp_path / "dogs"), accelerator, precision="no", seed=0)
+        generate_class_images(
+            source, StableDiffusion, prior(tmp_path / "dogs"), accelerator, precision="no", seed=0, target=(16, 16)
+        )
 
 
 # Processes ------------------------------------------------------------------------------------------------------
@@ -269,7 +271,9 @@ def _generate_and_die(accelerator, folder, arguments, syncs):
             os.kill(os.getpid(), signal.SIGKILL)
 
     os.fsync = fsync
-    generate_class_images(*arguments, accelerator, precision="no", seed=SEED, num_inference_steps=STEPS)
+    generate_class_images(
+        *arguments, accelerator, precision="no", seed=SEED, target=(16, 16), num_inference_steps=STEPS
+    )
 
 
 def test_a_run_that_was_killed_goes_on_and_generates_the_same_bit_for_bit(generate, tiny_pipeline_folder, tmp_path):
@@ -288,7 +292,9 @@ def test_a_run_that_was_killed_goes_on_and_generates_the_same_bit_for_bit(genera
 
 
 def _generate_and_report(accelerator, folder, arguments):
-    paths = generate_class_images(*arguments, accelerator, precision="no", seed=SEED, num_inference_steps=STEPS)
+    paths = generate_class_images(
+        *arguments, accelerator, precision="no", seed=SEED, target=(16, 16), num_inference_steps=STEPS
+    )
     assert all(path.exists() for path in paths)
     folder.with_suffix(f".{accelerator.process_index}").write_text(" ".join(path.name for path in paths))
 

@@ -6,7 +6,7 @@ import os
 import random
 import shutil
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 
@@ -143,6 +143,17 @@ class Feeder:
         return dreambooth.main, [*flags, "--max_train_steps=2", "--resume_from_checkpoint=latest"]
 
 
+FOUND = {
+    "words": [67, 85, 126, 237],
+    "pairs": [182, 225],
+    "captions": [32, 44, 53],
+    "checkpoints": [18, 26, 42, 80, 165, 174, 186],
+    "bases": [72, 73, 84, 94, 157, 206],
+    "adapters": [212],
+}
+"""Inputs that once left a traceback."""
+
+
 def _names() -> list[str]:
     names = [each.name for group in groups_of(dreambooth.Options).values() for each in fields(group)]
     return [name for name in names if name not in NOT_FUZZED]
@@ -151,10 +162,10 @@ def _names() -> list[str]:
 KINDS = [name for name in vars(Feeder) if not name.startswith("_") and name != "flags"]
 
 
-def feed(kind: str, count: int, folder: Path, base: Path, photographs: Path, capsys) -> list[str]:
-    """What went wrong with so many inputs of a kind."""
+def feed(kind: str, numbers: Iterable[int], folder: Path, base: Path, photographs: Path, capsys) -> list[str]:
+    """What went wrong with the inputs of a kind that have these numbers."""
     faults, here, feeder = [], os.getcwd(), Feeder(folder, base, photographs)
-    for number in range(count):
+    for number in numbers:
         place = folder / str(number)
         place.mkdir()
         os.chdir(place)  # for what an odd value lets a run write beside its folder
@@ -182,6 +193,12 @@ def feed(kind: str, count: int, folder: Path, base: Path, photographs: Path, cap
 @pytest.mark.parametrize("kind", KINDS)
 def test_odd_inputs_train_or_are_one_line(kind, count, tmp_path, tiny_pipeline_folder, photographs, capsys):
     precision = torch.backends.cuda.matmul.fp32_precision
-    faults = feed(kind, count, tmp_path, tiny_pipeline_folder, photographs, capsys)
+    faults = feed(kind, range(count), tmp_path, tiny_pipeline_folder, photographs, capsys)
     torch.backends.cuda.matmul.fp32_precision = precision
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize("kind", FOUND)
+def test_inputs_that_once_left_a_traceback_leave_none(kind, tmp_path, tiny_pipeline_folder, photographs, capsys):
+    faults = feed(kind, FOUND[kind], tmp_path, tiny_pipeline_folder, photographs, capsys)
     assert not faults, "\n".join(faults)

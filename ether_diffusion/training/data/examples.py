@@ -236,7 +236,7 @@ def _bytes_of(image: ImageSource) -> bytes:
     content = image.content()
     if isinstance(content, bytes):
         return content
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         return Path(content or "").read_bytes()
     return b""
 

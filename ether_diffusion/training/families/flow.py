@@ -74,9 +74,12 @@ class FlowFamily(Family):
     def read_blueprint(cls, source: ModelSource) -> Blueprint:
         """The pipeline without weights. Raises `InputError` where training does not cover this pipeline."""
         index = source.config()
+        if source.configs is not None:
+            raise InputError(f"{source.given}: is one file; a {cls.pipeline_class} is read from a folder or the Hub")
         present = [name for name in cls.text_encoders if is_model(index, name)]
         models = read_models(source, [*present, "vae", cls.denoiser])
         counts, multiple = parameter_counts(models), side_factor(models["vae"]) * cls.patch
+        source.check_variant({*models} - ({"vae"} if source.vae else set()))
         adaptable = {name: models[name] for name in (cls.denoiser, *cls.trained_text_encoders)}
         return Blueprint(adaptable, cls.native_resolution, multiple, counts)
 
@@ -94,6 +97,9 @@ class FlowFamily(Family):
             )
 
         def load(name: str) -> nn.Module:
+            if name == "vae" and source.vae is not None:
+                with source.reading_vae():
+                    return type(skeletons[name]).from_pretrained(source.vae, dtype=dtype)
             kind = quantize if name == cls.denoiser else None
             config = loading_config(kind, dtype)
             with source.reading():
@@ -246,11 +252,15 @@ def read_models(source: ModelSource, names: Sequence[str]) -> dict[str, nn.Modul
         kind = _class_of(index, name)
         if kind is None:
             raise InputError(f"{source.given}: has no {name}")
+        if name == "vae" and source.vae is not None:
+            with source.reading_vae(), torch.device("meta"):
+                models[name] = kind.from_config(kind.load_config(source.vae))
+            continue
         with source.reading(), torch.device("meta"):
             if hasattr(kind, "load_config"):
                 models[name] = kind.from_config(source.config(name, kind))
             else:
-                config = kind.config_class.from_pretrained(source.path, subfolder=name, revision=source.revision)
+                config = kind.config_class.from_pretrained(**source.config_place, subfolder=name)
                 models[name] = kind(config)
     return models
 

@@ -1,17 +1,17 @@
 """Stable Diffusion XL: two CLIP text encoders, and a UNet that is also told the size and the crop of the image."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLControlNetPipeline
+from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from ether_diffusion.control.pipelines import EtherControlXLPipeline
 from ether_diffusion.errors import InputError
 from ether_diffusion.training.data.views import Framing
 from ether_diffusion.training.families.base import Conditioning, rows, stacked
-from ether_diffusion.training.families.source import Blueprint, ModelSource
 from ether_diffusion.training.families.unet import UNetFamily
 
 SIZE_COUNT = 6  # two numbers each of original size, crop and target size
@@ -33,20 +33,20 @@ class StableDiffusionXL(UNetFamily):
     encoder_classes = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 
     @classmethod
-    def read_blueprint(cls, source: ModelSource) -> Blueprint:
-        blueprint = super().read_blueprint(source)
-        unet, encoder = (blueprint.models[name].config for name in ("unet", "text_encoder_2"))
+    def added_conditions(cls, models: Mapping[str, nn.Module], where: str) -> dict[str, Any]:
+        unet, encoder = (models[name].config for name in ("unet", "text_encoder_2"))
         if unet.addition_embed_type != "text_time":
             raise InputError(
-                f"{source.given}: its UNet has addition_embed_type {unet.addition_embed_type!r}, needs 'text_time'"
+                f"{where}: its UNet has addition_embed_type {unet.addition_embed_type!r}, needs 'text_time'"
             )
         given = encoder.projection_dim + SIZE_COUNT * unet.addition_time_embed_dim
         if unet.projection_class_embeddings_input_dim != given:
             raise InputError(
-                f"{source.given}: its UNet takes {unet.projection_class_embeddings_input_dim} numbers for pooled text "
-                f"and sizes; text_encoder_2 and {SIZE_COUNT} sizes make {given}"
+                f"{where}: its UNet takes {unet.projection_class_embeddings_input_dim} numbers for pooled text and "
+                f"sizes; text_encoder_2 and {SIZE_COUNT} sizes make {given}"
             )
-        return blueprint
+        pooled = torch.empty(1, encoder.projection_dim)
+        return {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": torch.empty(1, SIZE_COUNT)}}
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
         """What the UNet is told of each prompt. Gradients flow to the text encoders."""

@@ -2,34 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers import ConfigMixin, DiffusionPipeline
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline
 from torch import nn
 
 from ether_diffusion import miniature
 from ether_diffusion.errors import InputError
 from ether_diffusion.files import MINIATURE_NAME, is_miniature
 from ether_diffusion.training.data.views import Target
+from ether_diffusion.training.families.single_file import configs_of, is_single_file
 from ether_diffusion.training.options import ModelOptions, ViewOptions, parse_buckets
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a pipeline comes from: a folder or an id on the Hub, and which revision and variant of it."""
+    """Where a pipeline comes from: a folder, an id on the Hub, or one file, and which revision and variant of it.
+
+    vae: where its autoencoder comes from, if from elsewhere.
+    configs: the folder with its configs and tokenizers, where `path` is one file.
+    """
 
     path: str
     revision: str | None = None
     variant: str | None = None
+    vae: str | None = None
+    configs: str | None = None
 
     @classmethod
     def from_options(cls, options: ModelOptions) -> ModelSource:
-        path = options.pretrained_model_name_or_path
-        return cls(str(miniature.FOLDER) if path is None else path, options.revision, options.variant)
+        """As the flags say. Raises `InputError` where a file of weights cannot be used."""
+        path, configs = options.pretrained_model_name_or_path or str(miniature.FOLDER), options.config_name_or_path
+        if is_single_file(path):
+            configs = configs_of(path, configs)
+        elif configs is not None:
+            raise InputError(f"--config_name_or_path {configs}: has no effect, {path} is no file; drop it")
+        return cls(path, options.revision, options.variant, options.pretrained_vae_model_name_or_path, configs)
+
+    @property
+    def config_place(self) -> dict[str, Any]:
+        """Where configs and tokenizers lie, as the libraries' loading functions take it."""
+        return {"pretrained_model_name_or_path": self.configs or self.path, "revision": self.revision}
 
     @property
     def is_miniature(self) -> bool:
@@ -59,23 +80,66 @@ class ModelSource:
         """
         where = {} if component is None else {"subfolder": component}
         with self.reading():
-            return dict(kind.load_config(self.path, revision=self.revision, **where))
+            return dict(kind.load_config(**self.config_place, **where))
 
-    @contextmanager
-    def reading(self) -> Iterator[None]:
+    def vae_config(self) -> dict[str, Any]:
+        """The JSON config of the autoencoder, wherever it comes from. Raises `InputError` where it cannot be read."""
+        if self.vae is None:
+            return self.config("vae", AutoencoderKL)
+        with self.reading_vae():
+            config = dict(AutoencoderKL.load_config(self.vae))
+            if config.get("_class_name") != AutoencoderKL.__name__:
+                raise ValueError(f"it is a {config.get('_class_name')}, needs an {AutoencoderKL.__name__}")
+            return config
+
+    def own_parts(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The components that come from elsewhere, loaded, as `from_pretrained` of the pipeline takes them."""
+        if self.vae is None:
+            return {}
+        with self.reading_vae():
+            return {"vae": AutoencoderKL.from_pretrained(self.vae, dtype=dtype)}
+
+    def check_variant(self, components: Iterable[str]) -> None:
+        """Make sure that a local folder has weights without a variant, where none is asked for.
+
+        Raises:
+            InputError: a component has weights of some variant alone; names it.
+        """
+        for component in components if self.variant is None else ():
+            # diffusion_pytorch_model.fp16.safetensors, model.fp16-00001-of-00002.safetensors
+            files = [each for each in Path(self.path, component).glob("*.*") if each.suffix in WEIGHT_SUFFIXES]
+            variants = {each.name.split(".")[1].split("-")[0] if each.name.count(".") > 1 else "" for each in files}
+            if variants and "" not in variants:
+                flag = f"--variant {' or '.join(sorted(variants))}"
+                raise InputError(
+                    f"{self.given}: cannot be read as a diffusers pipeline: its {component} has weights of a variant "
+                    f"alone; add {flag}"
+                )
+
+    def reading(self) -> AbstractContextManager[None]:
         """Turns the errors of a folder or a Hub id that is no usable pipeline into one `InputError`."""
-        looks_local = self.path.startswith(("/", ".", "~", "\\")) or self.path.count("/") > 1
-        if looks_local and not Path(self.path).is_dir():
-            raise InputError(f"{self.given}: there is no such folder")
-        try:
-            yield
-        except InputError:
+        return _reading("--pretrained_model_name_or_path", self.path, "a diffusers pipeline")
+
+    def reading_vae(self) -> AbstractContextManager[None]:
+        """The same for the autoencoder that comes from elsewhere."""
+        return _reading("--pretrained_vae_model_name_or_path", str(self.vae), "an autoencoder")
+
+
+@contextmanager
+def _reading(flag: str, path: str, what: str) -> Iterator[None]:
+    looks_local = path.startswith(("/", ".", "~", "\\")) or path.count("/") > 1
+    if looks_local and not Path(path).exists():
+        raise InputError(f"{flag} {path}: there is no such folder")
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:
+        if should_reduce_batch_size(error):
             raise
-        except MemoryError:
-            raise
-        except Exception as error:  # whatever the libraries raise on configs and weights that are not in order
-            told = str(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
-            raise InputError(f"{self.given}: cannot be read as a diffusers pipeline: {told}") from error
+        # Whatever the libraries raise on configs and weights that are not in order
+        told = str(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
+        raise InputError(f"{flag} {path}: cannot be read as {what}: {told}") from error
 
 
 def parameter_counts(models: Mapping[str, nn.Module]) -> dict[str, int]:

@@ -43,19 +43,32 @@ def latent_side(unet: nn.Module, where: str) -> int:
     )
 
 
-def _check_tokenizer(source: ModelSource, name: str, vocabulary: int) -> None:
+def scaled(latents: Tensor, vae: AutoencoderKL) -> Tensor:
+    """Latents of an autoencoder as its UNet knows them."""
+    return (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+
+
+def _check_tokenizer(source: ModelSource, name: str, encoder: CLIPTextConfig) -> None:
     """Make sure that a tokenizer is there and that a text encoder knows all of its tokens."""
     where = f"{source.given}: its {name}"
     if not (source.config().get(name) or [None])[-1]:
         raise InputError(f"{where} is missing, and without it prompts cannot be read")
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(source.path, subfolder=name, revision=source.revision)
+        tokenizer = CLIPTokenizer.from_pretrained(**source.config_place, subfolder=name)
+        ids = tokenizer("a photo", padding="max_length", max_length=encoder.max_position_embeddings).input_ids
+        if max(ids) >= encoder.vocab_size or not isinstance(tokenizer.model_max_length, int):
+            raise ValueError(f"it makes token {max(ids)} and texts of up to {tokenizer.model_max_length} tokens")
     except Exception as error:  # of many kinds
         raise InputError(f"{where} is damaged ({type(error).__name__}: {error})") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without its files
         raise InputError(f"{where} is missing or has no vocabulary, and without it prompts cannot be read")
-    if len(tokenizer) > vocabulary:
-        raise InputError(f"{where} has {len(tokenizer)} tokens, and its text encoder knows {vocabulary}")
+    if len(tokenizer) > encoder.vocab_size:
+        raise InputError(f"{where} has {len(tokenizer)} tokens, and its text encoder knows {encoder.vocab_size}")
+    if not 0 < tokenizer.model_max_length <= encoder.max_position_embeddings:
+        raise InputError(
+            f"{where} makes up to {tokenizer.model_max_length} tokens, and its text encoder takes "
+            f"{encoder.max_position_embeddings}"
+        )
 
 
 class UNetFamily(Family):
@@ -97,39 +110,78 @@ class UNetFamily(Family):
             arrived = (index.get(component) or [None, None])[1]
             if arrived != kind.__name__:
                 raise InputError(f"{source.given}: its {component} is a {arrived}, needs a {kind.__name__}")
-        DiscreteNoise(source.config("scheduler", DDPMScheduler), source.given)
+        with source.reading():
+            noise = DiscreteNoise(source.config("scheduler", DDPMScheduler), source.given)
         with source.reading(), torch.device("meta"):
             models = {"unet": UNet2DConditionModel.from_config(source.config("unet", UNet2DConditionModel))}
             for name, kind in cls.encoder_classes.items():
-                config = CLIPTextConfig.from_pretrained(source.path, subfolder=name, revision=source.revision)
+                config = CLIPTextConfig.from_pretrained(**source.config_place, subfolder=name)
                 models[name] = kind(config)
-            vae = AutoencoderKL.from_config(source.config("vae", AutoencoderKL))
+        with source.reading_vae() if source.vae else source.reading(), torch.device("meta"):
+            vae = AutoencoderKL.from_config(source.vae_config())
+        source.check_variant({*models, *(() if source.vae else ("vae",))})
         if models["unet"].config.in_channels != vae.config.latent_channels:
             raise InputError(
                 f"{source.given}: the UNet takes {models['unet'].config.in_channels} channels and the autoencoder "
                 f"makes {vae.config.latent_channels}; training needs the two to agree"
             )
         for name in cls.text_encoders:
-            _check_tokenizer(source, name.replace("text_encoder", "tokenizer"), models[name].config.vocab_size)
-        factor = side_factor(vae)
-        counts = parameter_counts({**models, "vae": vae})
+            _check_tokenizer(source, name.replace("text_encoder", "tokenizer"), models[name].config)
+        with source.reading():
+            cls.try_out(models, vae, noise, source.given)
+        factor, counts = side_factor(vae), parameter_counts({**models, "vae": vae})
         return Blueprint(models, latent_side(models["unet"], source.given) * factor, factor, counts)
+
+    @classmethod
+    def added_conditions(cls, models: Mapping[str, nn.Module], where: str) -> dict[str, Any]:
+        """What else the UNet takes, without data, as keyword arguments; nothing unless the family says so.
+
+        Raises:
+            InputError: the models do not go together; begins with `where`.
+        """
+        return {}
+
+    @classmethod
+    @torch.no_grad()
+    def try_out(cls, models: Mapping[str, nn.Module], vae: AutoencoderKL, noise: DiscreteNoise, where: str) -> None:
+        """Pass an image without data through the models without weights: configs can say what no check foresees.
+
+        Raises:
+            Exception: whatever the libraries raise where a part fails, or two do not go together.
+        """
+        side, space = 8 * side_factor(vae), LatentSpace(lambda: vae)
+        with torch.device("meta"):
+            latents = space.draw(space.encode(torch.empty(3, side, side)), None)[None]
+            width = sum(models[name].config.hidden_size for name in cls.text_encoders)
+            for name in cls.text_encoders:
+                models[name](torch.zeros(1, 2, dtype=torch.long))
+            conditions = {"encoder_hidden_states": torch.empty(1, 2, width), **cls.added_conditions(models, where)}
+            answer = models["unet"](latents, torch.zeros(1), **conditions).sample
+            space.decode(answer)
+        if answer.shape != latents.shape:
+            raise ValueError(f"its UNet answers {tuple(answer.shape)} to latents of {tuple(latents.shape)}")
+        one = torch.ones(1)
+        noisy = noise.add(one, one, torch.tensor([noise.count - 1]))
+        if not torch.isfinite(noisy).all():
+            raise ValueError("its scheduler's noise is not finite")
 
     @classmethod
     def load(cls, source: ModelSource, dtype: torch.dtype, quantize: str | None = None) -> "UNetFamily":
         """The pipeline, of one dtype, the UNet quantised if asked. Raises `InputError` where it cannot be read."""
-        config = loading_config(quantize, dtype)
+        kind, config = getattr(diffusers, cls.pipeline_class), loading_config(quantize, dtype)
         with source.reading():
-            pipe = getattr(diffusers, cls.pipeline_class).from_pretrained(
-                source.path,
-                dtype=dtype,
-                revision=source.revision,
-                variant=source.variant,
-                quantization_config=None
-                if config is None
-                else PipelineQuantizationConfig(quant_mapping={"unet": config}),
-                **cls.loading,
-            )
+            more = {**source.own_parts(dtype), **cls.loading}
+            if config is not None:
+                more["quantization_config"] = PipelineQuantizationConfig(quant_mapping={"unet": config})
+            if source.configs is not None:
+                place = {"config": source.configs, "local_files_only": True}
+                pipe = kind.from_single_file(source.path, torch_dtype=dtype, **place, **more)
+            else:
+                place = {"revision": source.revision, "variant": source.variant}
+                pipe = kind.from_pretrained(source.path, dtype=dtype, **place, **more)
+            for name, component in pipe.components.items():
+                if isinstance(component, nn.Module) and any(each.is_meta for each in component.parameters()):
+                    raise ValueError(f"its {name} lacks weights that its config asks for")
         quantize_loaded(pipe.unet, quantize, dtype)
         return cls(pipe)
 

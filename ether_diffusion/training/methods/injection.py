@@ -132,6 +132,9 @@ def add_adapters(models: Mapping[str, nn.Module], configs: Configs, *, seed: int
                 _inject(model, _fitted(model, config))
             except (ValueError, TypeError, NotImplementedError) as error:
                 raise InputError(f"{component}: {error}") from error
+            except (KeyError, AttributeError, IndexError, ArithmeticError, RuntimeError) as error:
+                # Of PEFT's own making, where a config lacks what its method looks for; the text alone says little.
+                raise InputError(f"{component}: PEFT cannot adapt it so ({type(error).__name__}: {error})") from error
         _to_float32(model)
 
 

@@ -5,6 +5,7 @@ A group of fields is a dataclass, a script's options are a dataclass of groups.
 
 import dataclasses
 import math
+import os
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -28,6 +29,15 @@ FROM_ZERO = Fits("a finite number from 0", lambda value: math.isfinite(value) an
 PART = Fits("a number from 0 to 1", lambda value: 0 <= value <= 1)
 BELOW_ONE = Fits("a number from 0 and below 1", lambda value: 0 <= value < 1)
 
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written down; bytes on a command line and escapes in JSON may be none."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+PROMPT = Fits("a text that is not blank, in valid Unicode", lambda text: bool(text.strip()) and is_unicode(text))
+PROMPTS = Fits(f"{PROMPT.words}, or several", lambda texts: bool(texts) and all(map(PROMPT.test, texts)))
+
 _USUAL = {
     str: Fits("a text that is not blank", lambda value: bool(value.strip())),
     tuple: Fits("one text or more, none blank", lambda values: bool(values) and all(map(str.strip, values))),
@@ -44,6 +54,7 @@ def option(
     needs: str | None = None,
     without: str | Sequence[str] = (),
     free: bool = False,
+    path: bool = False,
 ) -> Any:
     """A dataclass field that is also a command-line flag. Without a default the flag is required.
 
@@ -54,10 +65,11 @@ def option(
         needs: another flag of the group without which this one has no effect, or "flag value", if it needs that value.
         without: likewise flags with which this one has no effect.
         free: the adapter does not depend on it, so a run that goes on from a checkpoint may give another value.
+        path: it may name a file or folder, so a leading ~ is the user's home.
     """
     without = (without,) if isinstance(without, str) else without
-    metadata = {"help": help, "choices": choices, "fits": fits, "needs": needs, "without": without, "free": free}
-    return field(default=default, metadata=metadata)
+    metadata = {"help": help, "choices": choices, "fits": fits, "needs": needs, "without": without}
+    return field(default=default, metadata={**metadata, "free": free, "path": path})
 
 
 class OptionGroup:
@@ -75,8 +87,14 @@ class OptionGroup:
             choices, fits = metadata["choices"], metadata["fits"] or _USUAL.get(type(value))
             if value is None:
                 continue
-            if choices and value not in choices:
-                raise InputError(f"--{each.name}: got {value!r}, needs one of {', '.join(choices)}")
+            if metadata["path"]:  # shells leave it as it is after a =, and nobody expands it in a config file
+                paths = (
+                    tuple(map(os.path.expanduser, value)) if isinstance(value, tuple) else os.path.expanduser(value)
+                )
+                object.__setattr__(self, each.name, paths)
+            for one in value if isinstance(value, tuple) else (value,):
+                if choices and one not in choices:
+                    raise InputError(f"--{each.name}: got {one!r}, needs one of {', '.join(choices)}")
             if fits and not fits.test(value):
                 raise InputError(f"--{each.name}: got {value!r}, needs {fits.words}")
             if value == each.default:

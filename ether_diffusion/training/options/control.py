@@ -60,6 +60,7 @@ class ControlOptions(OptionGroup):
         "of the UNet.",
         None,
         needs="control_type controlnet",
+        path=True,
     )
 
 
@@ -72,11 +73,13 @@ class ControlDataOptions(OptionGroup):
         "file_name, the path of its control image and its caption.",
         None,
         free=True,
+        path=True,
     )
     dataset_name: str | None = option(
         "In place of --train_data_dir: a data set on the Hub or a local folder; its split train is used.",
         None,
         free=True,
+        path=True,
     )
     dataset_config_name: str | None = option("Configuration of the data set.", None, needs="dataset_name", free=True)
     image_column: str = option("Column with the images.", "image")
@@ -128,7 +131,12 @@ class ControlOptimizationOptions(OptimizationOptions):
 class ControlRunOptions(RunOptions):
     """run"""
 
-    output_dir: str = option("Folder for what is trained, the model card and the images.", "ether-control", free=True)
+    output_dir: str = option(
+        "Folder for what is trained, the model card and the images.",
+        "ether-control",
+        free=True,
+        path=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +148,7 @@ class ControlValidationOptions(ValidationOptions):
         "of the training data.",
         None,
         free=True,
+        path=True,
     )
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from ether_diffusion.errors import InputError
-from ether_diffusion.training.options.base import FROM_ZERO, PART, POSITIVE, Fits, OptionGroup, option
+from ether_diffusion.training.options.base import FROM_ZERO, PART, POSITIVE, PROMPT, Fits, OptionGroup, option
 
 _BUCKET = r"\s*0*[1-9]\d*\s*,\s*0*[1-9]\d*\s*"
 BUCKETS = Fits(
@@ -44,19 +44,21 @@ class ViewOptions(OptionGroup):
 class InstanceDataOptions(OptionGroup):
     """instance images"""
 
-    instance_prompt: str = option('Prompt that names the subject, such as "a photo of sks dog".')
+    instance_prompt: str = option('Prompt that names the subject, such as "a photo of sks dog".', fits=PROMPT)
     instance_data_dir: str | None = option(
         "Folder with the images of the subject, of every format that Pillow reads. An image's caption in "
         "metadata.jsonl or metadata.csv, or in a .txt or .caption file of its name, takes the place of "
         "--instance_prompt for it.",
         None,
         free=True,
+        path=True,
     )
     dataset_name: str | None = option(
         "In place of --instance_data_dir: a data set on the Hub or a local folder, as `datasets.load_dataset` takes "
         "it; its split train is used, and of a folder of images, what its metadata or the folder lists.",
         None,
         free=True,
+        path=True,
     )
     dataset_config_name: str | None = option("Configuration of the data set.", None, needs="dataset_name", free=True)
     image_column: str = option("Column of the data set with the images.", "image", needs="dataset_name", free=True)
@@ -93,8 +95,11 @@ class PriorOptions(OptionGroup):
         "Generated images of another prompt, base model or seed are refused.",
         None,
         free=True,
+        path=True,
     )
-    class_prompt: str | None = _prior_option('Prompt of the class images, such as "a photo of a dog".', None)
+    class_prompt: str | None = _prior_option(
+        'Prompt of the class images, such as "a photo of a dog".', None, fits=PROMPT
+    )
     num_class_images: int = _prior_option("Images of the class to train on.", 100, fits=POSITIVE)
     prior_loss_weight: float = _prior_option("Weight of the class images' loss.", 1.0, fits=FROM_ZERO)
     sample_batch_size: int = _prior_option(

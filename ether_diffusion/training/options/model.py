@@ -28,10 +28,22 @@ class ModelOptions(OptionGroup):
     """base model"""
 
     pretrained_model_name_or_path: str | None = option(
-        "A diffusers pipeline, as a folder or an id on the Hub. Default: the miniature that comes with the package.",
+        "A diffusers pipeline, as a folder or an id on the Hub, or all its weights as one .safetensors file. Default: "
+        "the miniature that comes with the package.",
         None,
+        path=True,
+    )
+    config_name_or_path: str | None = option(
+        "For weights in one file: a pipeline with the same configs and tokenizers, a folder or an id on the Hub. "
+        "Default: the one on the Hub that diffusers knows for files of this kind.",
+        None,
+        needs="pretrained_model_name_or_path",
+        path=True,
     )
     revision: str | None = option("Branch, tag or commit of the model on the Hub.", None)
+    pretrained_vae_model_name_or_path: str | None = option(
+        "An autoencoder to use in place of the model's own, a folder or an id on the Hub.", None, path=True
+    )
     variant: str | None = option('Variant of the weight files, such as "fp16".', None)
 
 
@@ -51,6 +63,7 @@ class AdapterOptions(OptionGroup):
         "In place of --method: a JSON file with a PEFT config, as adapter_config.json in a folder that PEFT saved.",
         None,
         free=True,
+        path=True,
     )
     num_blocks: int = option(
         "Blocks per layer of ether and ether_plus; must divide the width of every adapted layer.",

@@ -1,6 +1,8 @@
 """How noisy what is trained on is: for models of flow matching."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from ether_diffusion.errors import InputError
 from ether_diffusion.training.noise import SAMPLINGS
@@ -50,17 +52,19 @@ class FlowOptions(OptionGroup):
     def guidance(self) -> float:
         return GUIDANCE if self.guidance_embedding is None else self.guidance_embedding
 
-    def check_meaning(self, is_flow: bool, snr_gamma: float | None, pipeline: str) -> None:
+    def check_meaning(self, is_flow: bool, for_steps: Mapping[str, Any], pipeline: str) -> None:
         """Make sure that no option is given which has no meaning for a pipeline.
+
+        for_steps: flag -> value, of those that have one for noise in discrete timesteps alone.
 
         Raises:
             InputError: one is.
         """
-        if is_flow and snr_gamma is not None:
-            raise InputError(
-                f"--snr_gamma: got {snr_gamma:g}, has no meaning for {pipeline}, which is trained by flow matching; "
-                "drop it"
-            )
+        for flag, value in for_steps.items():
+            if is_flow and value is not None:
+                raise InputError(
+                    f"--{flag}: got {value}, has no meaning for {pipeline}, which is trained by flow matching; drop it"
+                )
         for each in fields(self):
             if not is_flow and getattr(self, each.name) is not None:
                 raise InputError(f"--{each.name}: has no effect on {pipeline}, which is no flow matching; drop it")

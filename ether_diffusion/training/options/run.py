@@ -4,12 +4,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ether_diffusion.errors import InputError
-from ether_diffusion.training.options.base import FROM_ZERO, NOT_NEGATIVE, POSITIVE, Fits, OptionGroup, option
+from ether_diffusion.training.options.base import FROM_ZERO, NOT_NEGATIVE, POSITIVE, PROMPTS, Fits, OptionGroup, option
 from ether_diffusion.training.options.data import ViewOptions
 from ether_diffusion.training.options.model import AdapterOptions, ModelOptions
 from ether_diffusion.training.options.optimization import OptimizationOptions
 from ether_diffusion.training.options.performance import PerformanceOptions
 
+SCHEDULERS = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+)
+"""Sampling schedulers of diffusers that take the noise schedules which training covers."""
 SEEDS = 2**64
 """How many there are: those that PyTorch takes."""
 SEED = Fits(f"a whole number from 0 to {SEEDS - 1}", lambda value: 0 <= value < SEEDS)
@@ -24,7 +36,7 @@ class ValidationOptions(OptionGroup):
     """sample images"""
 
     validation_prompt: tuple[str, ...] | None = option(
-        "Prompts to generate with base and tuned model. Default: the instance prompt.", None, free=True
+        "Prompts to generate with base and tuned model. Default: the instance prompt.", None, fits=PROMPTS, free=True
     )
     num_validation_images: int = option("Images per prompt; 0 generates none.", 4, fits=NOT_NEGATIVE, free=True)
     validation_steps: int | None = option(
@@ -46,6 +58,13 @@ class ValidationOptions(OptionGroup):
         "Guidance of the images. Default: 7.5 for Stable Diffusion 1, 2 and XL; of other pipelines their own.",
         None,
         fits=FROM_ZERO,
+        free=True,
+    )
+    validation_scheduler: str | None = option(
+        "Sampling scheduler of the images, by its name in diffusers. Default: the model's own.",
+        None,
+        choices=SCHEDULERS,
+        without="num_validation_images 0",
         free=True,
     )
 
@@ -72,6 +91,7 @@ class StateOptions(OptionGroup):
         "is none, the run starts at the beginning). The result is that of a run that never stopped.",
         None,
         free=True,
+        path=True,
     )
     overwrite_output_dir: bool = option(
         "Replace what an earlier run left in --output_dir, its checkpoints included; without this flag a run does not "
@@ -101,20 +121,30 @@ class StateOptions(OptionGroup):
 class RunOptions(OptionGroup):
     """run"""
 
-    output_dir: str = option("Folder for the adapter, the model card and the images.", "ether-dreambooth", free=True)
+    output_dir: str = option(
+        "Folder for the adapter, the model card and the images.",
+        "ether-dreambooth",
+        free=True,
+        path=True,
+    )
     seed: int = option("Every random number follows from it; two runs with one seed agree.", 0, fits=SEED)
     dry_run: bool = option(
         "Check everything, tell what would be trained, written and needed, and end without reading weights.",
         False,
         free=True,
     )
-    report_to: str = option(
+    report_to: tuple[str, ...] = option(
         "Where to log loss, learning rate, options and sample images.",
-        "none",
+        ("none",),
         choices=("tensorboard", "wandb", "all", "none"),
         free=True,
     )
-    logging_dir: str = option("Folder of the logs, inside --output_dir unless absolute.", "logs", free=True)
+    logging_dir: str = option(
+        "Folder of the logs, inside --output_dir unless absolute.",
+        "logs",
+        free=True,
+        path=True,
+    )
     push_to_hub: bool = option("Upload what the run leaves to the Hub when it is done.", False, free=True)
     hub_model_id: str | None = option(
         "Repository on the Hub. Default: the name of --output_dir, under the user's own name.",
@@ -122,6 +152,13 @@ class RunOptions(OptionGroup):
         needs="push_to_hub",
         free=True,
     )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.report_to, str):  # from Python
+            object.__setattr__(self, "report_to", (self.report_to,))
+        super().__post_init__()
+        if "none" in self.report_to and len(self.report_to) > 1:
+            raise InputError(f"--report_to {' '.join(self.report_to)}: none contradicts the others; drop one")
 
     def check_apart(self, flag: str, folder: str | None, *, with_folders: bool = False) -> None:
         """Make sure that the images which the run makes are not among those that it reads.
