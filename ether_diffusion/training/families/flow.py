@@ -19,6 +19,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ether_diffusion.errors import InputError
+from ether_diffusion.images import to_pixels, to_rgb
 from ether_diffusion.training.families.base import Conditioning, Family
 from ether_diffusion.training.families.source import Blueprint, ModelSource
 from ether_diffusion.training.latents import LatentSpace
@@ -31,13 +32,16 @@ class FlowFamily(Family):
     """A transformer that predicts the velocity ε − x of flow matching.
 
     A family of this kind adds `encode_prompts`, whose names are those under which the pipeline takes encoded prompts,
-    and `predict`.
+    and `predict`. Both take reference images where the pipeline is an editor: `encode_prompts` those of each prompt as
+    pixels, if the text encoder sees them, and `predict` batches of their latents.
 
     Class attributes:
         patch: latents beside each other, in a row or a column, that make one token.
         native_resolution: side in pixels of the images that the transformer was made for.
         negative_prompt: that the pipeline's guidance steers away from; None where it has no such guidance.
         guidance_argument: of the pipeline.
+        reads_references: whether the text encoders see the reference images, too.
+        distilled_classes: pipelines of distilled models of this architecture, which training does not cover.
         unread: the last block's layers on which the answer does not depend, a pattern of their names in the block.
 
     Attributes:
@@ -52,6 +56,8 @@ class FlowFamily(Family):
     native_resolution: int = 1024
     negative_prompt: ClassVar[str | None] = ""
     guidance_argument: ClassVar[str] = "guidance_scale"
+    reads_references: ClassVar[bool] = False
+    distilled_classes: ClassVar[Sequence[str]] = ()
     unread: ClassVar[str | None] = None
 
     def __init__(self, pipe: DiffusionPipeline, load: Callable[[str], nn.Module] | None = None):
@@ -86,6 +92,19 @@ class FlowFamily(Family):
                 )
 
         return cls(pipe, load)
+
+    @classmethod
+    def distilled(cls, source: ModelSource) -> str | None:
+        """One sentence that names the model to train on instead, where this one is distilled; None where it is not."""
+        base = cls.base_of(source)
+        if base is None:
+            return None
+        return f"{source.given}: is distilled to generate in few steps, which training takes from it; train on {base}"
+
+    @classmethod
+    def base_of(cls, source: ModelSource) -> str | None:
+        """Hub id of the model that a distilled one was made from; None where this one is not distilled."""
+        return None
 
     @property
     def latents(self) -> LatentSpace:
@@ -125,10 +144,21 @@ class FlowFamily(Family):
         with super().on_device(*names):
             yield
 
-    def keep_prompts(self, prompts: Sequence[str]) -> None:
+    def encode_negative(self, references: Sequence[Tensor] = ()) -> Conditioning:
+        """The prompt that guidance steers away from; for pipelines that encode it otherwise than the others."""
+        return super()._encode(self.negative_prompt, references)
+
+    def _encode(self, prompt: str | None, references: Sequence[Tensor]) -> Conditioning:
+        return self.encode_negative(references) if prompt is None else super()._encode(prompt, references)
+
+    def keep_prompts(
+        self, prompts: Sequence[str | None], references: Sequence[Sequence[Tensor]] | None = None
+    ) -> None:
         """Encode these prompts and the negative one now, and let the text encoders go."""
-        negative = [] if self.negative_prompt is None else [self.negative_prompt]
-        super().keep_prompts([*prompts, *negative])
+        negative = [] if self.negative_prompt is None else [None] * (1 if references is None else len(references))
+        if references is not None:  # the negative prompt is another one beside each of them
+            references = [*references, *references[: len(negative)]]
+        super().keep_prompts([*prompts, *negative], references)
 
     def freeze_unused(self) -> None:
         if self.unread is None:
@@ -145,12 +175,13 @@ class FlowFamily(Family):
         guidance = inputs.pop("guidance_scale", None)
         if guidance is not None:
             inputs[self.guidance_argument] = guidance
-        positive = self.conditioning(prompts)
-        inputs |= self.prompt_inputs(positive)
+        seen = [self._references_in(inputs)] * len(prompts) if self.reads_references else None
+        inputs |= self.prompt_inputs(self.conditioning(prompts, seen))
         if self.negative_prompt is not None:
-            negative = self.conditioning([self.negative_prompt] * len(prompts))
+            negative = self.conditioning([None] * len(prompts), seen)
             taken = inspect.signature(pipe.__call__).parameters
             given = {f"{NEGATIVE}{name}": value for name, value in self.prompt_inputs(negative).items()}
+            given["negative_prompt"] = None  # not all pipelines leave it away by default
             inputs |= {name: value for name, value in given.items() if name in taken}
         self.component(self.denoiser), self.component("vae")
         resting = {name: each for name, each in pipe.components.items() if each is self._skeletons.get(name, self)}
@@ -161,6 +192,11 @@ class FlowFamily(Family):
         finally:
             for name, skeleton in resting.items():
                 setattr(pipe, name, skeleton)
+
+    @staticmethod
+    def _references_in(inputs: Mapping[str, Any]) -> list[Tensor]:
+        images = inputs["image"]
+        return [to_pixels(to_rgb(image)) for image in (images if isinstance(images, (list, tuple)) else [images])]
 
     def prompt_inputs(self, conditioning: Sequence[Conditioning]) -> dict[str, Any]:
         """Encoded prompts as the pipeline takes them."""
