@@ -10,6 +10,7 @@ from diffusers import (
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -21,10 +22,12 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from helpers.flow_parts import (
+    MISTRAL_CHAT,
     autoencoder,
     clip_model,
     flux2_autoencoder,
     flux2_transformer,
+    mistral_model,
     qwen3_model,
     qwen_autoencoder,
     qwen_tokenizer,
@@ -77,6 +80,16 @@ def klein(folder) -> DiffusionPipeline:
         text_encoder=qwen3_model(Qwen3ForCausalLM, layers=28),  # the pipeline reads the states of 9, 18 and 27
         tokenizer=qwen_tokenizer(),
         transformer=flux2_transformer(guidance=False),
+    )
+
+
+def flux2(folder) -> DiffusionPipeline:
+    return Flux2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=flux2_autoencoder(),
+        text_encoder=mistral_model(layers=31),  # the pipeline reads the states of 10, 20 and 30
+        tokenizer=qwen_tokenizer(MISTRAL_CHAT),
+        transformer=flux2_transformer(guidance=True),
     )
 
 
@@ -160,6 +173,7 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "flux": flux,
     "kontext": kontext,
     "klein": klein,
+    "flux2": flux2,
     "sd3": sd3,
     "qwen": qwen,
     "z_image": z_image,

@@ -35,6 +35,7 @@ WITHOUT_GUIDANCE = {
 EDITORS = {
     "kontext": {"_auto_resize": False},
     "klein": {},
+    "flux2": {},
 }
 """Pipelines that take a reference image, and what keeps its size."""
 SIZED = {}
@@ -43,8 +44,8 @@ READS_REFERENCES = tuple(WITH_PROCESSORS)
 """Editors whose text encoders see the reference image, without which they do nothing."""
 TAKEN_AT = {(64, 64): (1024, 1024), (64, 256): (512, 2048)}
 """Size at which these editors encode a reference image, by its own."""
-PATCHES_ARE_CHANNELS = ["klein"]
-DETERMINISTIC = ["klein"]
+PATCHES_ARE_CHANNELS = ["klein", "flux2"]
+DETERMINISTIC = ["klein", "flux2"]
 """Pipelines whose autoencoders give no distribution, or of which only the mean is taken."""
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 
