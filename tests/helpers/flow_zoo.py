@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 from diffusers import (
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
@@ -169,6 +171,29 @@ def z_image(folder) -> DiffusionPipeline:
     )
 
 
+def chroma(folder) -> DiffusionPipeline:
+    transformer = ChromaTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 4, 8),
+        approximator_num_channels=16,
+        approximator_hidden_dim=32,
+        approximator_layers=1,
+    )
+    return ChromaPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=autoencoder(),
+        text_encoder=t5_model(),
+        tokenizer=t5_tokenizer(),
+        transformer=transformer,
+    )
+
+
 PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "flux": flux,
     "kontext": kontext,
@@ -177,6 +202,7 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "sd3": sd3,
     "qwen": qwen,
     "z_image": z_image,
+    "chroma": chroma,
 }
 WITH_PROCESSORS: dict[str, Callable[..., DiffusionPipeline]] = {}
 """Pipelines whose text encoders see images, which transformers prepares by means of torchvision."""
