@@ -16,6 +16,8 @@ from diffusers import (
     FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
+    Krea2Pipeline,
+    Krea2Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -31,6 +33,7 @@ from helpers.flow_parts import (
     flux2_transformer,
     mistral_model,
     qwen3_model,
+    qwen3_vl_model,
     qwen_autoencoder,
     qwen_tokenizer,
     qwen_vl_model,
@@ -194,6 +197,34 @@ def chroma(folder) -> DiffusionPipeline:
     )
 
 
+def krea2(folder) -> DiffusionPipeline:
+    transformer = Krea2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        timestep_embed_dim=16,
+        text_hidden_dim=16,
+        num_text_layers=2,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=1,
+        text_intermediate_size=32,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(8, 4, 4),
+    )
+    return Krea2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=6400),
+        vae=qwen_autoencoder(),
+        text_encoder=qwen3_vl_model(),
+        tokenizer=qwen_tokenizer(),
+        transformer=transformer,
+        text_encoder_select_layers=(1, 2),
+    )
+
+
 PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "flux": flux,
     "kontext": kontext,
@@ -203,6 +234,7 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "qwen": qwen,
     "z_image": z_image,
     "chroma": chroma,
+    "krea2": krea2,
 }
 WITH_PROCESSORS: dict[str, Callable[..., DiffusionPipeline]] = {}
 """Pipelines whose text encoders see images, which transformers prepares by means of torchvision."""

@@ -32,6 +32,7 @@ def saved(folder: Path, pipeline: str, config: dict[str, Any], transformer: dict
         ("Flux2KleinPipeline", "any", {"is_distilled": True}, {"joint_attention_dim": WIDTHS["9B"]}, f"{FLUX2}-9B"),
         ("StableDiffusion3Pipeline", "stable-diffusion-3.5-large-turbo", {}, {}, f"{SD35}-large"),
         ("ZImagePipeline", "Z-Image-Turbo", {}, {}, "Tongyi-MAI/Z-Image"),
+        ("Krea2Pipeline", "any", {"is_distilled": True}, {}, "krea/Krea-2-Raw"),
     ],
 )
 def test_a_distilled_model_is_told_by_its_config_or_name(tmp_path, pipeline, name, config, transformer, base):
@@ -52,6 +53,7 @@ def test_a_distilled_model_is_told_by_its_config_or_name(tmp_path, pipeline, nam
         ("StableDiffusion3Pipeline", "stable-diffusion-3.5-large", {}, {}),
         ("ZImagePipeline", "Z-Image", {}, {}),
         ("QwenImagePipeline", "Qwen-Image", {}, {}),
+        ("Krea2Pipeline", "Krea-2-Raw", {"is_distilled": False}, {}),
     ],
 )
 def test_nothing_is_said_of_a_base(tmp_path, pipeline, name, config, transformer):

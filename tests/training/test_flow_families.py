@@ -29,6 +29,7 @@ SIDES = {}
 PROMPTS = ["a red dog on a mat", "", "hut"]
 WITHOUT_GUIDANCE = {
     "z_image": {"guidance_scale": 0.0},
+    "krea2": {"guidance_scale": 0.0},
     "qwen": {},
 }
 """What turns guidance off; a guidance of 1 where nothing is said, which is also what transformers are told of it."""
