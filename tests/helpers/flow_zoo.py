@@ -10,6 +10,7 @@ from diffusers import (
     ChromaPipeline,
     ChromaTransformer2DModel,
     DiffusionPipeline,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Pipeline,
@@ -20,6 +21,8 @@ from diffusers import (
     Krea2Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     ZImagePipeline,
@@ -29,8 +32,11 @@ from helpers.flow_parts import (
     MISTRAL_CHAT,
     autoencoder,
     clip_model,
+    deep_compression_autoencoder,
     flux2_autoencoder,
     flux2_transformer,
+    gemma2_model,
+    gemma_tokenizer,
     mistral_model,
     qwen3_model,
     qwen3_vl_model,
@@ -197,6 +203,31 @@ def chroma(folder) -> DiffusionPipeline:
     )
 
 
+def sana(folder) -> DiffusionPipeline:
+    transformer = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=4,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=4,
+        cross_attention_dim=8,
+        caption_channels=16,
+        sample_size=16,
+        timestep_scale=0.5,
+    )
+    return SanaPipeline(
+        tokenizer=gemma_tokenizer(),
+        text_encoder=gemma2_model(),
+        vae=deep_compression_autoencoder(),
+        transformer=transformer,
+        scheduler=DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, algorithm_type="dpmsolver++"
+        ),
+    )
+
+
 def krea2(folder) -> DiffusionPipeline:
     transformer = Krea2Transformer2DModel(
         in_channels=16,
@@ -234,6 +265,7 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "qwen": qwen,
     "z_image": z_image,
     "chroma": chroma,
+    "sana": sana,
     "krea2": krea2,
 }
 WITH_PROCESSORS: dict[str, Callable[..., DiffusionPipeline]] = {}

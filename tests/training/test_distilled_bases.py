@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from ether_diffusion.errors import InputError
 from ether_diffusion.training.families import ModelSource, family_at
 
 FLUX, FLUX2, SD35 = (
@@ -13,6 +14,7 @@ FLUX, FLUX2, SD35 = (
     "black-forest-labs/FLUX.2-klein-base",
     "stabilityai/stable-diffusion-3.5",
 )
+SANA = "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers"
 WIDTHS = {"4B": 3 * 2560, "9B": 3 * 4096}
 
 
@@ -33,6 +35,7 @@ def saved(folder: Path, pipeline: str, config: dict[str, Any], transformer: dict
         ("StableDiffusion3Pipeline", "stable-diffusion-3.5-large-turbo", {}, {}, f"{SD35}-large"),
         ("ZImagePipeline", "Z-Image-Turbo", {}, {}, "Tongyi-MAI/Z-Image"),
         ("Krea2Pipeline", "any", {"is_distilled": True}, {}, "krea/Krea-2-Raw"),
+        ("SanaPipeline", "Sana_Sprint_1.6B_1024px_diffusers", {}, {}, SANA),
     ],
 )
 def test_a_distilled_model_is_told_by_its_config_or_name(tmp_path, pipeline, name, config, transformer, base):
@@ -54,8 +57,15 @@ def test_a_distilled_model_is_told_by_its_config_or_name(tmp_path, pipeline, nam
         ("ZImagePipeline", "Z-Image", {}, {}),
         ("QwenImagePipeline", "Qwen-Image", {}, {}),
         ("Krea2Pipeline", "Krea-2-Raw", {"is_distilled": False}, {}),
+        ("SanaPipeline", "Sana_1600M_1024px_BF16_diffusers", {}, {}),
     ],
 )
 def test_nothing_is_said_of_a_base(tmp_path, pipeline, name, config, transformer):
     source = saved(tmp_path / name, pipeline, config, transformer)
     assert family_at(source).distilled(source) is None
+
+
+def test_a_pipeline_that_only_distilled_models_have_is_refused_with_the_same_sentence(tmp_path):
+    source = saved(tmp_path / "any", "SanaSprintPipeline", {}, {})
+    with pytest.raises(InputError, match=f"distilled .*; train on {SANA}$"):
+        family_at(source)

@@ -24,7 +24,9 @@ from ether_diffusion.training.tokens import from_tokens, join_patches
 
 SHAPES = [(1, 1), (1, 2), (2, 1)]
 """Sizes of images, in sides of the smallest square."""
-SIDES = {}
+SIDES = {
+    "sana": 32,
+}
 """Side of the smallest square in pixels, where it is not 16."""
 PROMPTS = ["a red dog on a mat", "", "hut"]
 WITHOUT_GUIDANCE = {
@@ -39,14 +41,16 @@ EDITORS = {
     "flux2": {},
 }
 """Pipelines that take a reference image, and what keeps its size."""
-SIZED = {}
+SIZED = {
+    "sana": {"use_resolution_binning": False},
+}
 """What makes a pipeline generate the size that it is asked for."""
 READS_REFERENCES = tuple(WITH_PROCESSORS)
 """Editors whose text encoders see the reference image, without which they do nothing."""
 TAKEN_AT = {(64, 64): (1024, 1024), (64, 256): (512, 2048)}
 """Size at which these editors encode a reference image, by its own."""
 PATCHES_ARE_CHANNELS = ["klein", "flux2"]
-DETERMINISTIC = ["klein", "flux2"]
+DETERMINISTIC = ["klein", "flux2", "sana"]
 """Pipelines whose autoencoders give no distribution, or of which only the mean is taken."""
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 
