@@ -19,6 +19,8 @@ from diffusers import (
     FluxTransformer2DModel,
     Krea2Pipeline,
     Krea2Transformer2DModel,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SanaPipeline,
@@ -41,6 +43,7 @@ from helpers.flow_parts import (
     qwen3_model,
     qwen3_vl_model,
     qwen_autoencoder,
+    qwen_processor,
     qwen_tokenizer,
     qwen_vl_model,
     t5_model,
@@ -152,6 +155,15 @@ def qwen(folder, kind: type[DiffusionPipeline] = QwenImagePipeline, levels: int 
         ),
         **parts,
     )
+
+
+def qwen_edit(folder, kind: type[DiffusionPipeline] = QwenImageEditPipeline) -> DiffusionPipeline:
+    # A factor of 32: the pipeline enlarges a reference image to 1024 × 1024 pixels.
+    return qwen(folder, kind, levels=6, processor=qwen_processor())
+
+
+def qwen_edit_plus(folder) -> DiffusionPipeline:
+    return qwen_edit(folder, QwenImageEditPlusPipeline)
 
 
 def z_image(folder) -> DiffusionPipeline:
@@ -268,7 +280,10 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "sana": sana,
     "krea2": krea2,
 }
-WITH_PROCESSORS: dict[str, Callable[..., DiffusionPipeline]] = {}
+WITH_PROCESSORS: dict[str, Callable[..., DiffusionPipeline]] = {
+    "qwen_edit": qwen_edit,
+    "qwen_edit_plus": qwen_edit_plus,
+}
 """Pipelines whose text encoders see images, which transformers prepares by means of torchvision."""
 
 

@@ -25,6 +25,8 @@ from ether_diffusion.training.tokens import from_tokens, join_patches
 SHAPES = [(1, 1), (1, 2), (2, 1)]
 """Sizes of images, in sides of the smallest square."""
 SIDES = {
+    "qwen_edit": 64,
+    "qwen_edit_plus": 64,
     "sana": 32,
 }
 """Side of the smallest square in pixels, where it is not 16."""
@@ -33,12 +35,16 @@ WITHOUT_GUIDANCE = {
     "z_image": {"guidance_scale": 0.0},
     "krea2": {"guidance_scale": 0.0},
     "qwen": {},
+    "qwen_edit": {},
+    "qwen_edit_plus": {},
 }
 """What turns guidance off; a guidance of 1 where nothing is said, which is also what transformers are told of it."""
 EDITORS = {
     "kontext": {"_auto_resize": False},
     "klein": {},
     "flux2": {},
+    "qwen_edit": {},
+    "qwen_edit_plus": {},
 }
 """Pipelines that take a reference image, and what keeps its size."""
 SIZED = {
