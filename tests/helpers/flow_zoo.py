@@ -19,6 +19,8 @@ from diffusers import (
     FluxTransformer2DModel,
     Krea2Pipeline,
     Krea2Transformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
     QwenImagePipeline,
@@ -240,6 +242,30 @@ def sana(folder) -> DiffusionPipeline:
     )
 
 
+def lumina2(folder) -> DiffusionPipeline:
+    transformer = Lumina2Transformer2DModel(
+        sample_size=4,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=16,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=16,
+        axes_dim_rope=(4, 2, 2),
+        axes_lens=(300, 64, 64),
+        cap_feat_dim=16,
+    )
+    return Lumina2Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=autoencoder(levels=4),  # the pipeline takes a factor of 8 for granted
+        text_encoder=gemma2_model(),
+        tokenizer=gemma_tokenizer(),
+    )
+
+
 def krea2(folder) -> DiffusionPipeline:
     transformer = Krea2Transformer2DModel(
         in_channels=16,
@@ -278,6 +304,7 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "z_image": z_image,
     "chroma": chroma,
     "sana": sana,
+    "lumina2": lumina2,
     "krea2": krea2,
 }
 WITH_PROCESSORS: dict[str, Callable[..., DiffusionPipeline]] = {

@@ -28,6 +28,7 @@ SIDES = {
     "qwen_edit": 64,
     "qwen_edit_plus": 64,
     "sana": 32,
+    "lumina2": 32,
 }
 """Side of the smallest square in pixels, where it is not 16."""
 PROMPTS = ["a red dog on a mat", "", "hut"]
