@@ -1,5 +1,6 @@
 """Every transformer family says and hears what its stock pipeline does: the conformance test."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from transformers.utils import is_torchvision_available
 from ether_diffusion import EtherConfig
 from ether_diffusion.errors import InputError
 from ether_diffusion.images import to_pixels
-from ether_diffusion.training.families import Family, ModelSource, families, family_at, family_of
+from ether_diffusion.training.families import Family, ModelSource, families, family_at, family_of, flow
+from ether_diffusion.training.families.qwen_edit import QwenImageEdit, QwenImageEditPlus
 from ether_diffusion.training.families.unet import UNetFamily
 from ether_diffusion.training.methods.injection import add_adapters, trained_parameters
 from ether_diffusion.training.tokens import from_tokens, join_patches
@@ -321,6 +323,45 @@ def test_generates_what_the_stock_pipeline_does_without_text_encoders_in_memory(
     if name.startswith("qwen"):
         stock["negative_prompt"] = " "
     np.testing.assert_allclose(image, opened(folder)(**stock).images[0], atol=1e-5)
+
+
+def test_the_blueprint_asks_for_sizes_that_the_pipeline_takes(name, folder, pipe):
+    source = ModelSource(str(folder))
+    blueprint = family_at(source).read_blueprint(source)
+    assert blueprint.resolution_multiple == family_of(pipe).pixel_multiple
+    assert {parameter.device.type for model in blueprint.models.values() for parameter in model.parameters()} == {
+        "meta"
+    }
+
+
+@pytest.mark.parametrize("kind", [QwenImageEdit, QwenImageEditPlus])
+@pytest.mark.parametrize("references", [None, [[]]], ids=["not given", "none"])
+def test_an_editor_that_reads_images_refuses_prompts_without_one(tmp_path, kind, references):
+    family = kind(make("qwen", tmp_path))
+    with pytest.raises(
+        InputError, match=f"a {kind.pipeline_class} reads prompts together with reference images; give"
+    ):
+        family.conditioning(PROMPTS[:1], references)
+    with pytest.raises(InputError, match="reference images"):
+        family.generate(PROMPTS[:1])
+
+
+@pytest.mark.parametrize(
+    "pipeline, component, kind",
+    [
+        ("Flux2Pipeline", "tokenizer", "PixtralProcessor"),
+        ("QwenImageEditPipeline", "processor", "Qwen2VLProcessor"),
+        ("QwenImageEditPlusPipeline", "processor", "Qwen2VLProcessor"),
+    ],
+)
+def test_a_pipeline_that_needs_torchvision_says_so_before_it_is_read(tmp_path, monkeypatch, pipeline, component, kind):
+    monkeypatch.setattr(flow, "is_torchvision_available", lambda: False)
+    (tmp_path / "model_index.json").write_text(
+        json.dumps({"_class_name": pipeline, component: ["transformers", kind]})
+    )
+    source = ModelSource(str(tmp_path))
+    with pytest.raises(InputError, match=f"its {kind} needs torchvision: pip install torchvision"):
+        family_at(source).read_blueprint(source)
 
 
 def test_a_pipeline_that_no_family_covers_names_those_there_are(tmp_path):

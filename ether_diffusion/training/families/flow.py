@@ -17,6 +17,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from transformers.utils import is_torchvision_available
 
 from ether_diffusion.errors import InputError
 from ether_diffusion.images import to_pixels, to_rgb
@@ -195,7 +196,7 @@ class FlowFamily(Family):
 
     @staticmethod
     def _references_in(inputs: Mapping[str, Any]) -> list[Tensor]:
-        images = inputs["image"]
+        images = inputs.get("image", ())
         return [to_pixels(to_rgb(image)) for image in (images if isinstance(images, (list, tuple)) else [images])]
 
     def prompt_inputs(self, conditioning: Sequence[Conditioning]) -> dict[str, Any]:
@@ -219,9 +220,10 @@ def read_models(source: ModelSource, names: Sequence[str]) -> dict[str, nn.Modul
     """Components of a pipeline on the meta device, by the classes that its `model_index.json` names.
 
     Raises:
-        InputError: one that is not there or cannot be read.
+        InputError: one that is not there or cannot be read, or the pipeline has parts that need torchvision.
     """
     index, models = source.config(), {}
+    _check_processors(source, index)
     for name in names:
         kind = _class_of(index, name)
         if kind is None:
@@ -233,6 +235,14 @@ def read_models(source: ModelSource, names: Sequence[str]) -> dict[str, nn.Modul
                 config = kind.config_class.from_pretrained(source.path, subfolder=name, revision=source.revision)
                 models[name] = kind(config)
     return models
+
+
+def _check_processors(source: ModelSource, index: Mapping[str, Any]) -> None:
+    """Make sure that what prepares images for text encoders can be read: only the encoders of editors have it."""
+    kinds = [entry[1] for entry in index.values() if isinstance(entry, (list, tuple)) and len(entry) == 2]
+    for kind in kinds:
+        if str(kind).endswith("Processor") and not kind.endswith("ImageProcessor") and not is_torchvision_available():
+            raise InputError(f"{source.given}: its {kind} needs torchvision: pip install torchvision")
 
 
 def _class_of(index: Mapping[str, Any], name: str) -> type | None:
