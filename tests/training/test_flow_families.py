@@ -333,6 +333,16 @@ def test_the_blueprint_asks_for_sizes_that_the_pipeline_takes(name, folder, pipe
     assert {parameter.device.type for parameter in parameters} == {"meta"}
 
 
+@pytest.mark.parametrize("name", list(SIZED))
+def test_a_pipeline_with_sizes_of_its_own_generates_the_one_that_is_asked_for(name, tmp_path):
+    pipe = make(name, tmp_path)
+    height, width = scaled(name, 1, 2)
+    inputs = family_of(pipe).size_inputs((height, width))
+    image = pipe("a dog", num_inference_steps=1, output_type="latent", **inputs).images[0]
+    factor = family_of(pipe).pixel_multiple // family_of(pipe).patch
+    assert image.shape[-2:] == (height // factor, width // factor)
+
+
 @pytest.mark.parametrize("kind", [QwenImageEdit, QwenImageEditPlus])
 @pytest.mark.parametrize("references", [None, [[]]], ids=["not given", "none"])
 def test_an_editor_that_reads_images_refuses_prompts_without_one(tmp_path, kind, references):

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ether_diffusion.training.data.views import Target
 from ether_diffusion.training.families.base import Conditioning
 from ether_diffusion.training.families.flow import FlowFamily
 from ether_diffusion.training.families.source import ModelSource
@@ -49,6 +50,11 @@ class Sana(FlowFamily):
     def prompt_inputs(self, conditioning: Sequence[Conditioning]) -> dict[str, Any]:
         states, mask = pad_rows([row["prompt_embeds"] for row in conditioning], LENGTH)
         return {"prompt_embeds": states, "prompt_attention_mask": mask.long()}
+
+    def size_inputs(self, target: Target) -> dict[str, Any]:
+        """What the pipeline is told to generate images of this (height, width)."""
+        # It would generate the nearest of its own sizes, and resize the image.
+        return {**dict(zip(("height", "width"), target, strict=True)), "use_resolution_binning": False}
 
     def predict(self, noisy: Tensor, levels: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
         """The velocity, in the shape of the latents."""
