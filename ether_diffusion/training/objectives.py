@@ -193,7 +193,7 @@ class DenoisingObjective(nn.Module):
         """The encoded prompts; kept where no text encoder is trained."""
         family = self.family
         if not any(name in self.components for name in family.text_encoders):
-            return family.conditioning(prompts)
+            return family.conditioning(family.as_trained(prompts))
         with family.on_device(*family.text_encoders):
             return family.encode_prompts(prompts)
 

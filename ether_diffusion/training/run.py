@@ -8,6 +8,7 @@ is made of the one before and changes nothing in it.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ from ether_diffusion.training.optimizers import check_optimizer, check_schedule
 from ether_diffusion.training.options import VALIDATION_FOLDER, FlowOptions, TrainingOptions, binding, flatten
 from ether_diffusion.training.output_folder import OutputFolder, check_output_dir
 from ether_diffusion.training.preview import Preview, check_sampling, is_due, without_memory_a_warning
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingRun:
@@ -79,6 +82,8 @@ class TrainingRun:
             "snr_gamma": options.optimization.snr_gamma,
             "validation_scheduler": options.validation.validation_scheduler,
         }
+        if hint := family.distilled(self.source):
+            logger.warning("%s", hint)
         self.flow.check_meaning(family.is_flow, for_steps, family.pipeline_class)
         self.adaptation = adaptation(options, self.method, self.family_class, blueprint)
         if self.adaptation.default_learning_rate is None and options.optimization.learning_rate is None:
@@ -229,7 +234,8 @@ class CheckedRun:
         trains_text = any(name in self.run.adaptation.configs for name in family.text_encoders)
         if options.pre_compute_text_embeddings or (family.is_flow and not trains_text):
             learned = [prompt for each in sets for prompt in each.images.prompts]
-            family.keep_prompts([*dict.fromkeys(learned), *(prompts if family.is_flow else ())])
+            learned = family.as_trained(dict.fromkeys(learned))
+            family.keep_prompts([*learned, *(prompts if family.is_flow else ())])
         if options.cache_latents:
             for each in sets:
                 each.encode_all()

@@ -38,15 +38,18 @@ def grid_ids(height: int, width: int, *, axes: int, first: int = 0) -> Tensor:
     return ids.flatten(0, 1)
 
 
-def pad_rows(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Rows (length, d) of several lengths as one tensor (b, longest, d), and which tokens are none of the padding.
+def pad_rows(rows: Sequence[Tensor], length: int | None = None) -> tuple[Tensor, Tensor | None]:
+    """Rows (length, …) of several lengths as one tensor (b, longest, …), and which tokens are none of the padding.
 
-    The mask (b, longest) is None where all lengths are equal.
+    The mask (b, longest) is None where all lengths are equal. With a length, all rows are padded to it, and there is
+    always a mask.
     """
-    lengths = {len(row) for row in rows}
-    if len(lengths) == 1:
+    longest = max(len(row) for row in rows) if length is None else length
+    if length is None and all(len(row) == longest for row in rows):
         return torch.stack(list(rows)), None
-    mask = torch.zeros(len(rows), max(lengths), dtype=torch.bool, device=rows[0].device)
+    mask = torch.zeros(len(rows), longest, dtype=torch.bool, device=rows[0].device)
+    padded = rows[0].new_zeros(len(rows), longest, *rows[0].shape[1:])
     for k, row in enumerate(rows):
         mask[k, : len(row)] = True
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True), mask
+        padded[k, : len(row)] = row
+    return padded, mask

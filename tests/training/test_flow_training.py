@@ -192,8 +192,8 @@ def test_every_flag_of_flow_matching_does_something(flags, differs, bases, train
 
 def test_dropped_captions_are_those_of_a_run_on_the_empty_prompt(bases, train):
     base = ("--pretrained_model_name_or_path", bases("qwen"), *QUICK)
-    flags = ("--instance_prompt", "x", "--caption_dropout", 1)
-    assert same(train(*base, *flags, output="x")[1], train(*base, *flags[2:], output="y")[1])
+    folders = [train(*base, "--instance_prompt", x, "--caption_dropout", 1, output=x)[1] for x in ("x", "y")]
+    assert same(*folders) and not same(folders[0], train(*base, "--instance_prompt", "x", output="z")[1])
 
 
 def test_class_images_are_generated_at_the_size_of_the_training(bases, train, tmp_path):

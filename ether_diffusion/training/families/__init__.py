@@ -42,7 +42,11 @@ def family_at(source: ModelSource) -> type[Family]:
     Raises:
         InputError: no pipeline there, or one that no family covers.
     """
-    return _named(str(source.config().get("_class_name")), source.given)
+    pipeline_class = str(source.config().get("_class_name"))
+    for kind in families().values():
+        if pipeline_class in getattr(kind, "distilled_classes", ()):
+            raise InputError(kind.distilled(source))
+    return _named(pipeline_class, source.given)
 
 
 def family_of(pipe: DiffusionPipeline) -> Family:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from ether_diffusion.training.data.views import Framing, Target
+from ether_diffusion.training.families.source import ModelSource
 from ether_diffusion.training.latents import LatentSpace
 from ether_diffusion.training.noise import DiscreteNoise, FlowNoise
 from ether_diffusion.training.options import FlowOptions, PerformanceOptions
@@ -60,31 +62,60 @@ class Family:
         self.device = self.component(self.denoiser).device
         self.vae_tiling = False
         self._offloaded: set[str] = set()
-        self._kept_prompts: dict[str, Conditioning] = {}
+        self._kept_prompts: dict[tuple[str | None, ...], Conditioning] = {}
         self._kept_count = _KEPT_PROMPTS
+
+    @classmethod
+    def distilled(cls, source: ModelSource) -> str | None:
+        """One sentence that names the model to train on instead, where this one is distilled; None where it is not."""
+        return None
 
     def encode_framings(self, framings: Sequence[Framing]) -> list[Conditioning]:
         """What the denoiser is told of size and crop of each view; nothing unless the family says otherwise."""
         return [{} for _ in framings]
 
-    def conditioning(self, prompts: Sequence[str]) -> list[Conditioning]:
-        """The encoded prompts, kept: for text encoders that are not trained."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._kept_prompts]
+    def conditioning(
+        self, prompts: Sequence[str | None], references: Sequence[Sequence[Tensor]] | None = None
+    ) -> list[Conditioning]:
+        """The encoded prompts, kept: for text encoders that are not trained.
+
+        Args:
+            prompts: None among them is the one that guidance steers away from.
+            references: for text encoders that see reference images, those of each prompt, as pixels.
+        """
+        images = [()] * len(prompts) if references is None else references
+        keys = self._keys(prompts, references)
+        new = {key: seen for key, seen in zip(keys, images, strict=True) if key not in self._kept_prompts}
         if new:
             with torch.no_grad(), self.on_device(*self.text_encoders):
                 # One by one, so that the result does not depend on what else is encoded.
-                self._kept_prompts |= {prompt: self.encode_prompts([prompt])[0] for prompt in new}
-        rows = [self._kept_prompts[prompt] for prompt in prompts]
+                self._kept_prompts |= {key: self._encode(key[0], seen) for key, seen in new.items()}
+        rows = [self._kept_prompts[key] for key in keys]
         while len(self._kept_prompts) > self._kept_count:
             del self._kept_prompts[next(iter(self._kept_prompts))]
         return [{name: value.to(self.device) for name, value in row.items()} for row in rows]
 
-    def keep_prompts(self, prompts: Sequence[str]) -> None:
-        """Encode these prompts now, keep them on the CPU, and release the text encoders."""
+    def as_trained(self, prompts: Sequence[str]) -> list[str | None]:
+        """Prompts as the training asks for them: an empty one as the pipeline's guidance has it."""
+        return list(prompts)
+
+    @staticmethod
+    def _keys(prompts: Sequence[str | None], references: Sequence[Sequence[Tensor]] | None) -> list[tuple]:
+        """Under what each prompt is kept: the prompt, and digests of the reference images that are read with it."""
+        images = [()] * len(prompts) if references is None else references
+        return [(prompt, *map(_digest, seen)) for prompt, seen in zip(prompts, images, strict=True)]
+
+    def _encode(self, prompt: str | None, references: Sequence[Tensor]) -> Conditioning:
+        return self.encode_prompts([prompt], *([[references]] if references else []))[0]
+
+    def keep_prompts(
+        self, prompts: Sequence[str | None], references: Sequence[Sequence[Tensor]] | None = None
+    ) -> None:
+        """Encode these prompts now, as `conditioning` does, keep them on the CPU, and release the text encoders."""
         self._kept_count = max(self._kept_count, len(self._kept_prompts) + len(prompts))
-        self.conditioning(prompts)
-        for prompt, row in self._kept_prompts.items():
-            self._kept_prompts[prompt] = {name: value.cpu() for name, value in row.items()}
+        self.conditioning(prompts, references)
+        for key, row in self._kept_prompts.items():
+            self._kept_prompts[key] = {name: value.cpu() for name, value in row.items()}
         self.release(*self.text_encoders)
 
     def generate(self, prompts: Sequence[str], *, pipe: DiffusionPipeline | None = None, **inputs: Any) -> Any:
@@ -195,6 +226,10 @@ class Family:
     def set_attention(self, backend: str) -> None:
         """Let this backend compute the denoiser's attention."""
         enable_ether_attention(self.component(self.denoiser), backend)
+
+
+def _digest(pixels: Tensor) -> str:
+    return hashlib.sha256(pixels.cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def stacked(conditioning: Sequence[Conditioning], name: str) -> Tensor:

@@ -19,8 +19,10 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from transformers.utils import is_torchvision_available
 
 from ether_diffusion.errors import InputError
+from ether_diffusion.images import to_pixels, to_rgb
 from ether_diffusion.training.data.views import Target
 from ether_diffusion.training.families.base import Conditioning, Family
 from ether_diffusion.training.families.quantization import loading_config, quantize_loaded
@@ -38,13 +40,16 @@ class FlowFamily(Family):
     """A transformer that predicts the velocity ε − x of flow matching.
 
     A family of this kind adds `encode_prompts`, whose names are those under which the pipeline takes encoded prompts,
-    and `predict`.
+    and `predict`. Both take reference images where the pipeline is an editor: `encode_prompts` those of each prompt as
+    pixels, if the text encoder sees them, and `predict` batches of their latents.
 
     Class attributes:
         patch: latents beside each other, in a row or a column, that make one token.
         native_resolution: side in pixels of the images that the transformer was made for.
         negative_prompt: that the pipeline's guidance steers away from; None where it has no such guidance.
         guidance_argument: of the pipeline.
+        reads_references: whether the text encoders see the reference images, too.
+        distilled_classes: pipelines of distilled models of this architecture, which training does not cover.
         unread: the last block's layers on which the answer does not depend, a pattern of their names in the block.
 
     Attributes:
@@ -60,6 +65,8 @@ class FlowFamily(Family):
     native_resolution: int = 1024
     negative_prompt: ClassVar[str | None] = ""
     guidance_argument: ClassVar[str] = "guidance_scale"
+    reads_references: ClassVar[bool] = False
+    distilled_classes: ClassVar[Sequence[str]] = ()
     unread: ClassVar[str | None] = None
 
     def __init__(self, pipe: DiffusionPipeline, load: Callable[[str], nn.Module] | None = None):
@@ -116,6 +123,19 @@ class FlowFamily(Family):
 
         return cls(pipe, load)
 
+    @classmethod
+    def distilled(cls, source: ModelSource) -> str | None:
+        """One sentence that names the model to train on instead, where this one is distilled; None where it is not."""
+        base = cls.base_of(source)
+        if base is None:
+            return None
+        return f"{source.given}: is distilled to generate in few steps, which training takes from it; train on {base}"
+
+    @classmethod
+    def base_of(cls, source: ModelSource) -> str | None:
+        """Hub id of the model that a distilled one was made from; None where this one is not distilled."""
+        return None
+
     @cached_property
     def latents(self) -> LatentSpace:
         return LatentSpace(lambda: self.component("vae"))
@@ -167,12 +187,26 @@ class FlowFamily(Family):
         with super().on_device(*names):
             yield
 
-    def keep_prompts(self, prompts: Sequence[str]) -> None:
+    def encode_negative(self, references: Sequence[Tensor] = ()) -> Conditioning:
+        """The prompt that guidance steers away from; for pipelines that encode it otherwise than the others."""
+        return super()._encode(self.negative_prompt, references)
+
+    def _encode(self, prompt: str | None, references: Sequence[Tensor]) -> Conditioning:
+        return self.encode_negative(references) if prompt is None else super()._encode(prompt, references)
+
+    def keep_prompts(
+        self, prompts: Sequence[str | None], references: Sequence[Sequence[Tensor]] | None = None
+    ) -> None:
         """Encode these prompts and the negative one now, and let the text encoders go."""
-        negative = [] if self.negative_prompt is None else [self.negative_prompt]
-        prompts = [prompt for prompt in [*prompts, *negative] if prompt not in self._kept_prompts]
-        if prompts:
-            super().keep_prompts(prompts)
+        negative = [] if self.negative_prompt is None else [None] * (1 if references is None else len(references))
+        if references is not None:  # the negative prompt is another one beside each of them
+            references = [*references, *references[: len(negative)]]
+        prompts = [*prompts, *negative]
+        if any(key not in self._kept_prompts for key in self._keys(prompts, references)):
+            super().keep_prompts(prompts, references)
+
+    def as_trained(self, prompts: Sequence[str]) -> list[str | None]:
+        return [prompt or (None if self.negative_prompt is not None else "") for prompt in prompts]
 
     def set_noise(self, options: FlowOptions) -> None:
         """Draw levels, and tell of guidance, as the options say."""
@@ -197,11 +231,13 @@ class FlowFamily(Family):
         guidance = inputs.pop("guidance_scale", None)
         if guidance is not None:
             inputs[self.guidance_argument] = guidance
-        inputs |= self.prompt_inputs(self._encoded(prompts))
+        seen = [self._references_in(inputs)] * len(prompts) if self.reads_references else None
+        inputs |= self.prompt_inputs(self._encoded(prompts, seen))
         if self.negative_prompt is not None:
-            negative = self._encoded([self.negative_prompt] * len(prompts))
+            negative = self._encoded([None] * len(prompts), seen)
             taken = inspect.signature(pipe.__call__).parameters
             given = {f"{NEGATIVE}{name}": value for name, value in self.prompt_inputs(negative).items()}
+            given["negative_prompt"] = None  # not all pipelines leave it away by default
             inputs |= {name: value for name, value in given.items() if name in taken}
         with self.on_device(self.denoiser, "vae"):
             resting = {name: each for name, each in pipe.components.items() if each is self._skeletons.get(name, self)}
@@ -214,15 +250,23 @@ class FlowFamily(Family):
                 for name, skeleton in resting.items():
                     setattr(pipe, name, skeleton)
 
-    def _encoded(self, prompts: Sequence[str]) -> list[Conditioning]:
+    def _encoded(
+        self, prompts: Sequence[str | None], references: Sequence[Sequence[Tensor]] | None
+    ) -> list[Conditioning]:
         """Encoded prompts, anew where text encoders are trained."""
         models = self.modules()
         encoders = (models[name] for name in self.text_encoders if name in models)
         if any(each.requires_grad for encoder in encoders for each in encoder.parameters()):
+            images = [()] * len(prompts) if references is None else references
             with torch.no_grad(), self.on_device(*self.text_encoders):
-                return self.encode_prompts(prompts)
-        self.keep_prompts(prompts)
-        return self.conditioning(prompts)
+                return [self._encode(prompt, seen) for prompt, seen in zip(prompts, images, strict=True)]
+        self.keep_prompts(prompts, references)
+        return self.conditioning(prompts, references)
+
+    @staticmethod
+    def _references_in(inputs: Mapping[str, Any]) -> list[Tensor]:
+        images = inputs.get("image", ())
+        return [to_pixels(to_rgb(image)) for image in (images if isinstance(images, (list, tuple)) else [images])]
 
     def prompt_inputs(self, conditioning: Sequence[Conditioning]) -> dict[str, Any]:
         """Encoded prompts as the pipeline takes them."""
@@ -245,9 +289,10 @@ def read_models(source: ModelSource, names: Sequence[str]) -> dict[str, nn.Modul
     """Components of a pipeline on the meta device, by the classes that its `model_index.json` names.
 
     Raises:
-        InputError: one that is not there or cannot be read.
+        InputError: one that is not there or cannot be read, or the pipeline has parts that need torchvision.
     """
     index, models = source.config(), {}
+    _check_processors(source, index)
     for name in names:
         kind = _class_of(index, name)
         if kind is None:
@@ -263,6 +308,14 @@ def read_models(source: ModelSource, names: Sequence[str]) -> dict[str, nn.Modul
                 config = kind.config_class.from_pretrained(**source.config_place, subfolder=name)
                 models[name] = kind(config)
     return models
+
+
+def _check_processors(source: ModelSource, index: Mapping[str, Any]) -> None:
+    """Make sure that what prepares images for text encoders can be read: only the encoders of editors have it."""
+    kinds = [entry[1] for entry in index.values() if isinstance(entry, (list, tuple)) and len(entry) == 2]
+    for kind in kinds:
+        if str(kind).endswith("Processor") and not kind.endswith("ImageProcessor") and not is_torchvision_available():
+            raise InputError(f"{source.given}: its {kind} needs torchvision: pip install torchvision")
 
 
 def _class_of(index: Mapping[str, Any], name: str) -> type | None:

@@ -5,11 +5,13 @@ from math import prod
 from typing import Any
 
 import torch
+from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from ether_diffusion.training.data.views import Target
 from ether_diffusion.training.families.base import Conditioning, rows, stacked
 from ether_diffusion.training.families.flow import FlowFamily
+from ether_diffusion.training.families.source import ModelSource
 from ether_diffusion.training.tokens import from_tokens, grid_ids, join_patches, split_patches, to_tokens
 from ether_diffusion.tuner.model import ATTENTION
 
@@ -28,6 +30,11 @@ class Flux(FlowFamily):
     trained_text_encoders = ("text_encoder",)
     targets = DOUBLE_ATTENTION
     negative_prompt = None
+
+    @classmethod
+    def base_of(cls, source: ModelSource) -> str | None:
+        has_guidance = source.config(cls.denoiser, FluxTransformer2DModel).get("guidance_embeds", False)
+        return None if has_guidance else "black-forest-labs/FLUX.1-dev"
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
         """States of T5 (tokens, width) and pooled text of CLIP (width,) of each prompt."""

@@ -3,15 +3,20 @@
 from collections.abc import Sequence
 
 import torch
+from diffusers import Flux2Transformer2DModel
 from torch import Tensor
 
 from ether_diffusion.training.families.base import Conditioning, rows, stacked
 from ether_diffusion.training.families.flow import FlowFamily
+from ether_diffusion.training.families.source import ModelSource
 from ether_diffusion.training.tokens import from_tokens, grid_ids, to_tokens
 from ether_diffusion.tuner.model import DENOISER_TARGETS
 
 REFERENCE_STEP = 10
 """How far apart the first coordinates of the image and of its references are."""
+
+WIDTH_OF_9B = 3 * 4096
+"""Width of the text of klein 9B: three layers of Qwen3-8B."""
 
 
 class Flux2Klein(FlowFamily):
@@ -23,6 +28,13 @@ class Flux2Klein(FlowFamily):
     pipeline_class = "Flux2KleinPipeline"
     text_encoders = ("text_encoder",)
     targets = DENOISER_TARGETS["Flux2Transformer2DModel"] + r"|.*\.(add_[qkv]_proj|to_add_out)"
+
+    @classmethod
+    def base_of(cls, source: ModelSource) -> str | None:
+        if not source.config().get("is_distilled", False):
+            return None
+        width = source.config(cls.denoiser, Flux2Transformer2DModel).get("joint_attention_dim", 0)
+        return f"black-forest-labs/FLUX.2-klein-base-{'9B' if width == WIDTH_OF_9B else '4B'}"
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
         """States of three layers side by side, (tokens, 3·width) of each prompt, with its padding, as the pipeline."""

@@ -36,17 +36,23 @@ class QwenImage(FlowFamily):
         full = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
         return {"prompt_embeds": states, "prompt_embeds_mask": full if mask is None else mask}
 
-    def predict(self, noisy: Tensor, levels: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
-        """The velocity, in the shape of the latents."""
-        transformer, patches = self.component(self.denoiser), split_patches(noisy)
+    def predict(
+        self,
+        noisy: Tensor,
+        levels: Tensor,
+        conditioning: Sequence[Conditioning],
+        references: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """The velocity, in the shape of the latents; references: latents of reference images for each."""
+        transformer, given = self.component(self.denoiser), [split_patches(each) for each in (noisy, *references)]
         states, mask = pad_rows([row["prompt_embeds"] for row in conditioning])
         answer = transformer(
-            hidden_states=to_tokens(patches).to(transformer.dtype),
+            hidden_states=torch.cat([to_tokens(each) for each in given], 1).to(transformer.dtype),
             timestep=levels,
             guidance=self.guidance_of(noisy),
             encoder_hidden_states=states.to(transformer.dtype),
             encoder_hidden_states_mask=mask,
-            img_shapes=[[(1, *patches.shape[-2:])]] * len(noisy),
+            img_shapes=[[(1, *each.shape[-2:]) for each in given]] * len(noisy),
             return_dict=False,
         )[0]
-        return join_patches(from_tokens(answer, patches))
+        return join_patches(from_tokens(answer, given[0]))

@@ -7,6 +7,7 @@ from torch import Tensor
 from ether_diffusion.training.families.base import Conditioning, rows, stacked
 from ether_diffusion.training.families.flow import FlowFamily
 from ether_diffusion.training.families.flux import DOUBLE_ATTENTION
+from ether_diffusion.training.families.source import ModelSource
 
 
 class StableDiffusion3(FlowFamily):
@@ -20,6 +21,10 @@ class StableDiffusion3(FlowFamily):
     trained_text_encoders = ("text_encoder", "text_encoder_2")
     targets = DOUBLE_ATTENTION
     unread = r"attn\.(add_q_proj|to_add_out)"
+
+    @classmethod
+    def base_of(cls, source: ModelSource) -> str | None:
+        return "stabilityai/stable-diffusion-3.5-large" if "turbo" in source.name.lower() else None
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
         """States of all encoders (tokens, width) and pooled text of both CLIPs (width,) of each prompt."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ether_diffusion.training.families.base import Conditioning
 from ether_diffusion.training.families.flow import FlowFamily
+from ether_diffusion.training.families.source import ModelSource
 
 
 class ZImage(FlowFamily):
@@ -18,6 +19,10 @@ class ZImage(FlowFamily):
 
     pipeline_class = "ZImagePipeline"
     text_encoders = ("text_encoder",)
+
+    @classmethod
+    def base_of(cls, source: ModelSource) -> str | None:
+        return "Tongyi-MAI/Z-Image" if "turbo" in source.name.lower() else None
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
         """States (tokens, width) of each prompt."""
