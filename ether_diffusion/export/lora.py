@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -21,12 +22,20 @@ from ether_diffusion.adapters.components import models_of
 from ether_diffusion.adapters.fingerprint import base_model_name, fingerprint
 from ether_diffusion.dtypes import DTYPES
 from ether_diffusion.export.changes import Change, alignment, changes_of, stacked_delta
-from ether_diffusion.export.lora_files import DEFAULT_NAMES, WRITERS, finish, gather_parts
+from ether_diffusion.export.lora_files import (
+    DEFAULT_NAMES,
+    WRITERS,
+    diffusers_components,
+    finish,
+    gather_parts,
+)
 from ether_diffusion.export.names import Place, kohya_place, own_place
 from ether_diffusion.files import new_path
 
 RECORD = "ether_export"
 """The entry of a file's safetensors metadata that says, as JSON, what it was made from."""
+FUSED_PROJECTION = re.compile(r"\.to_(added_)?(qkv|kv)$")
+"""Paths of the layers that `fuse_qkv_projections` adds to a model."""
 
 
 @dataclass(frozen=True)
@@ -152,8 +161,29 @@ def _target(output_dir: Path, to: str, weight_name: str | None) -> Path:
 
 
 def _place(pipe: DiffusionPipeline, change: Change, to: str) -> Place:
+    """Where a format holds a layer.
+
+    Raises:
+        ValueError: it does not; names the layer or component, and the formats that do.
+    """
+    held = diffusers_components(pipe)
     if to == "kohya":
-        return kohya_place(models_of(pipe), change.component, change.path)
+        try:
+            return kohya_place(models_of(pipe), change.component, change.path)
+        except ValueError as error:
+            fits = "diffusers-lora and peft-lora hold it" if change.component in held else "peft-lora holds it"
+            raise ValueError(f"{error}; {fits}") from error
+    if to == "diffusers-lora":
+        if change.component not in held:
+            raise ValueError(
+                f"{change.component}: a LoRA file of diffusers' {type(pipe).__name__} holds "
+                f"{', '.join(held) or 'nothing'}; peft-lora fits every component"
+            )
+        if FUSED_PROJECTION.search(change.path):
+            raise ValueError(
+                f"{change.component}.{change.path} is a projection that fuse_qkv_projections made, which a pipeline "
+                "does not have when it is loaded: adapt the layers that it was made of (unfuse_qkv_projections)"
+            )
     # PEFT takes the paths that the model has here, diffusers those that every release understands.
     return own_place(change.path if to == "peft-lora" else change.canonical, change.layer)
 

@@ -3,13 +3,18 @@
 Each is built by a function of its name from nothing; `PIPELINES` has them all.
 """
 
+import inspect
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
@@ -17,26 +22,37 @@ from diffusers import (
     FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
+    Krea2Pipeline,
+    Krea2Transformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
 from helpers.tiny import make_tokenizer
+from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLModel,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -185,6 +201,121 @@ def z_image(folder) -> DiffusionPipeline:
     )
 
 
+def chroma(folder) -> DiffusionPipeline:
+    transformer = ChromaTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 4, 8),
+        approximator_num_channels=16,
+        approximator_hidden_dim=32,
+        approximator_layers=1,
+    )
+    return ChromaPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=autoencoder(),
+        text_encoder=t5_model(),
+        tokenizer=t5_tokenizer(),
+        transformer=transformer,
+    )
+
+
+def sana(folder) -> DiffusionPipeline:
+    transformer = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=4,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=4,
+        cross_attention_dim=8,
+        caption_channels=16,
+        sample_size=16,
+    )
+    vae = AutoencoderDC(
+        in_channels=3,
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=0.4,
+    )
+    return SanaPipeline(
+        tokenizer=qwen_tokenizer(),
+        text_encoder=gemma2_model(),
+        vae=vae,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+def lumina2(folder) -> DiffusionPipeline:
+    transformer = Lumina2Transformer2DModel(
+        sample_size=4,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=16,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=16,
+        axes_dim_rope=(4, 2, 2),
+        axes_lens=(300, 64, 64),
+        cap_feat_dim=16,
+    )
+    return Lumina2Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=autoencoder(),
+        text_encoder=gemma2_model(),
+        tokenizer=qwen_tokenizer(),
+    )
+
+
+def krea2(folder) -> DiffusionPipeline:
+    transformer = Krea2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        timestep_embed_dim=16,
+        text_hidden_dim=16,
+        num_text_layers=2,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=1,
+        text_intermediate_size=32,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(8, 4, 4),
+    )
+    return Krea2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=1.15),
+        vae=qwen_autoencoder(),
+        text_encoder=qwen3_vl_model(),
+        tokenizer=qwen_tokenizer(),
+        transformer=transformer,
+        text_encoder_select_layers=(1, 2),
+    )
+
+
 PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "flux": flux,
     "kontext": kontext,
@@ -192,6 +323,10 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "sd3": sd3,
     "qwen": qwen,
     "z_image": z_image,
+    "chroma": chroma,
+    "sana": sana,
+    "lumina2": lumina2,
+    "krea2": krea2,
 }
 
 
@@ -204,6 +339,18 @@ def make(name: str, folder, seed: int = 0) -> DiffusionPipeline:
             component.eval()
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def generate(pipe: DiffusionPipeline, **options) -> np.ndarray:
+    """A small image of a pipeline, always from the same noise; of an editor, of a red square."""
+    known = inspect.signature(pipe.__call__).parameters
+    usual = {"max_sequence_length": 32, "use_resolution_binning": False}
+    usual |= {"system_prompt": "", "complex_human_instruction": None}  # they would leave no room for the prompt
+    if isinstance(pipe, FluxKontextPipeline):
+        usual |= {"image": Image.new("RGB", (32, 32), "red"), "max_area": 32 * 32, "_auto_resize": False}
+    usual |= {"height": 32, "width": 32, "num_inference_steps": 2, "generator": torch.Generator().manual_seed(0)}
+    fitting = {name: value for name, value in usual.items() if name in known}
+    return pipe(prompt="a dog", output_type="np", **fitting, **options).images[0]
 
 
 # Parts ----------------------------------------------------------------------------------------------------------
@@ -268,7 +415,11 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
     vocabulary = {byte: k for k, byte in enumerate(sorted(ByteLevel.alphabet()))}
     vocabulary |= {token: len(vocabulary) + k for k, token in enumerate(SPECIAL)}
     return Qwen2Tokenizer(
-        vocab=vocabulary, merges=[], chat_template=CHAT, additional_special_tokens=list(SPECIAL[1:]), padding_side="right"
+        vocab=vocabulary,
+        merges=[],
+        chat_template=CHAT,
+        additional_special_tokens=list(SPECIAL[1:]),
+        padding_side="right",
     )
 
 
@@ -300,3 +451,45 @@ def qwen_vl_model() -> Qwen2_5_VLForConditionalGeneration:
     vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=260, video_token_id=261)
     return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def gemma2_model() -> Gemma2Model:
+    return Gemma2Model(
+        Gemma2Config(
+            vocab_size=272,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+
+
+def qwen3_vl_model() -> Qwen3VLModel:
+    text = {
+        "vocab_size": 272,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "rope_parameters": {"mrope_section": [2, 1, 1], "rope_type": "default", "rope_theta": 1e6},
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    vision = {
+        "depth": 2,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 16,
+        "deepstack_visual_indexes": [],
+    }
+    return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision))
