@@ -1,0 +1,152 @@
+"""Adapters on pipelines of transformers with flow matching: on the transformer and on every text encoder."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from helpers import flow_zoo, zoo
+from helpers.pipelines import ONE_GREY_LEVEL
+
+from ether_diffusion.adapters.components import models_of
+from ether_diffusion.tuner.attention import enable_ether_attention
+
+# Of each pipeline: its components that carry adapters, those first that the scale of a call reaches.
+SCALED = {
+    "flux": ("transformer", "text_encoder", "text_encoder_2"),
+    "kontext": ("transformer", "text_encoder", "text_encoder_2"),
+    "klein": ("transformer",),
+    "sd3": ("transformer", "text_encoder", "text_encoder_2"),
+    "qwen": ("transformer",),
+    "z_image": ("transformer",),
+    "chroma": ("transformer", "text_encoder"),
+    "sana": ("transformer", "text_encoder"),
+    "lumina2": ("transformer",),
+    "krea2": ("transformer",),
+}
+UNSCALED = {"klein": "text_encoder", "sd3": "text_encoder_3", "qwen": "text_encoder", "z_image": "text_encoder"}
+UNSCALED |= {"lumina2": "text_encoder", "krea2": "text_encoder"}
+PARTS = [(name, part) for name in SCALED for part in (*SCALED[name], *filter(None, [UNSCALED.get(name)]))]
+CALL = {name: "joint_attention_kwargs" for name in ("flux", "kontext", "sd3", "z_image", "chroma")}
+
+
+@dataclass
+class Adapted:
+    """A stock pipeline's image, and an adapter file of one of its components with the image that it makes."""
+
+    make: object
+    component: str
+    file: Path
+    plain: np.ndarray
+    image: np.ndarray
+
+    def assert_same(self, image: np.ndarray, expected: np.ndarray) -> None:
+        """To a grey level, and to much less than what the adapter changes."""
+        effect = np.abs(self.image - self.plain).max()
+        assert effect > 1e-4
+        assert np.abs(image - expected).max() <= min(ONE_GREY_LEVEL, 0.02 * effect)
+
+    def load(self) -> DiffusionPipeline:
+        pipe = self.make()
+        pipe.load_ether_weights(self.file, "dog")
+        return pipe
+
+
+@pytest.fixture(scope="module", params=["ether", "ether_plus"])
+def method(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module", params=PARTS, ids="-".join)
+def adapted(request, method, tmp_path_factory) -> Adapted:
+    name, component = request.param
+
+    def make() -> DiffusionPipeline:
+        return flow_zoo.make(name, tmp_path_factory.mktemp(name))
+
+    pipe = make()
+    plain = flow_zoo.generate(pipe)
+    zoo.adapt_components(pipe, component, method=method)
+    file = pipe.save_ether_weights(tmp_path_factory.mktemp("adapter"))
+    return Adapted(make, component, file, plain, flow_zoo.generate(pipe))
+
+
+def contents(pipe: DiffusionPipeline) -> dict:
+    return {
+        name: ([(path, type(m)) for path, m in model.named_modules()], set(model.__dict__), model.state_dict())
+        for name, model in models_of(pipe).items()
+    }
+
+
+def test_a_file_does_the_same_in_a_stock_pipeline_until_it_is_unloaded(adapted):
+    pipe = adapted.make()
+    flow_zoo.generate(pipe)  # the first call leaves attributes of its own on models
+    before = copy.deepcopy(contents(pipe))
+    pipe.load_ether_weights(adapted.file)
+    adapted.assert_same(flow_zoo.generate(pipe), adapted.image)
+    pipe.unload_ether_weights()
+    after = contents(pipe)
+    for name, (modules, attributes, weights) in before.items():
+        assert (modules, attributes) == after[name][:2]
+        assert weights.keys() == after[name][2].keys()
+        assert all(torch.equal(weight, after[name][2][key]) for key, weight in weights.items())
+    adapted.assert_same(flow_zoo.generate(pipe), adapted.plain)
+
+
+def test_strength_is_set_by_number_and_by_component(adapted):
+    pipe = adapted.load()
+    pipe.set_adapters("dog", 0.5)
+    half = flow_zoo.generate(pipe)
+    assert np.abs(half - adapted.image).max() > 1e-5 and np.abs(half - adapted.plain).max() > 1e-5
+    pipe.set_adapters(["dog"], [{adapted.component: 0.0}])
+    adapted.assert_same(flow_zoo.generate(pipe), adapted.plain)
+    pipe.set_adapters(["dog"], [{adapted.component: 0.5}])
+    adapted.assert_same(flow_zoo.generate(pipe), half)
+
+
+def test_fused_is_the_same_image_and_comes_undone_bit_for_bit(adapted):
+    pipe = adapted.load()
+    pipe.fuse_ether()
+    adapted.assert_same(flow_zoo.generate(pipe), adapted.image)
+    pipe.unfuse_ether()
+    pipe.disable_ether()
+    adapted.assert_same(flow_zoo.generate(pipe), adapted.plain)
+
+
+def test_the_scale_of_a_call_is_the_strength_where_the_pipeline_passes_it_on(adapted, request):
+    name, component = request.node.callspec.params["adapted"]
+    pipe = adapted.load()
+    scaled = flow_zoo.generate(pipe, **{CALL.get(name, "attention_kwargs"): {"scale": 0.5}})
+    adapted.assert_same(flow_zoo.generate(pipe), adapted.image)  # the call leaves the strength as it was
+    if component in SCALED[name]:
+        pipe.set_adapters(["dog"], [0.5])
+    adapted.assert_same(scaled, flow_zoo.generate(pipe))
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_one_file_holds_the_transformer_and_every_text_encoder(name, tmp_path):
+    components = [*SCALED[name], *filter(None, [UNSCALED.get(name)])]
+    pipe = flow_zoo.make(name, tmp_path / "adapted")
+    plain = flow_zoo.generate(pipe)
+    zoo.adapt_components(pipe, *components, method="ether_plus")
+    image = flow_zoo.generate(pipe)
+    stock = flow_zoo.make(name, tmp_path / "stock")
+    stock.load_ether_weights(pipe.save_ether_weights(tmp_path), "dog")
+    assert stock.get_list_adapters() == dict.fromkeys(components, ["dog"])
+    adapted = Adapted(None, "", tmp_path, plain, image)
+    adapted.assert_same(flow_zoo.generate(stock), image)
+    stock.set_adapters("dog", dict.fromkeys(components, 0.0))
+    adapted.assert_same(flow_zoo.generate(stock), plain)
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_attention_of_these_transformers_is_left_as_it_is(name, tmp_path):
+    pipe = flow_zoo.make(name, tmp_path)
+    before = [type(module.processor) for module in pipe.transformer.modules() if hasattr(module, "processor")]
+    message = f"{before[0].__name__}.*: leave it out, adapters work without it, and fuse_ether is the way"
+    with pytest.raises(ValueError, match=message):
+        enable_ether_attention(pipe.transformer)
+    assert [type(m.processor) for m in pipe.transformer.modules() if hasattr(m, "processor")] == before
