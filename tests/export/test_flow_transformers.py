@@ -12,13 +12,15 @@ from diffusers import DiffusionPipeline
 from helpers import comfy, flow_zoo
 from helpers.lora import CLIP, STRENGTHS, assert_exact, dense_deltas, run_command, save_adapter
 from helpers.pipelines import ONE_GREY_LEVEL
+from peft import PeftModel
 from safetensors.torch import load_file
 
 from ether_diffusion import EtherConfig
+from ether_diffusion.adapters.components import models_of
 from ether_diffusion.commands import export as export_command
 from ether_diffusion.errors import EtherFileError
 from ether_diffusion.export.lora import export_lora
-from ether_diffusion.export.merge import open_adapted
+from ether_diffusion.export.merge import merge_adapters, open_adapted
 
 FAMILIES = ("flux", "kontext", "klein", "sd3", "qwen", "z_image", "chroma", "sana", "lumina2", "krea2")
 ALL = {  # layers of the blocks, which both formats have names for
@@ -125,6 +127,31 @@ def test_comfyui_adds_to_every_layer_what_the_adapters_change(base, kind, tmp_pa
     assert found.keys() >= exact.keys()
     for path, delta in found.items():
         assert (delta - exact.get(path, 0 * delta)).norm() <= 1e-6 * exact.get(path, delta).norm(), path
+
+
+@on("base", FAMILIES)
+def test_peft_loads_the_transformer_and_every_text_encoder(base, tmp_path):
+    encoders = [name for name in models_of(base.open()) if name.startswith("text_encoder")]
+    targets = {"transformer": base.layers()} | dict.fromkeys(encoders, r".*\.(q_proj|q)")
+    adapters = base.adapters(tmp_path, "ether_plus", targets)
+    pipe, _ = open_adapted(base.folder, adapters)
+    report = export_lora(pipe, tmp_path / "lora", to="peft-lora")
+    stock = base.open()
+    exact = dense_deltas(stock, adapters, [1.0])
+    for component in targets:
+        PeftModel.from_pretrained(getattr(stock, component), report.path / component)
+    assert_exact(stock, exact)
+
+
+@on("base", FAMILIES)
+def test_merged_adapters_are_a_stock_pipeline(base, tmp_path):
+    adapters = base.adapters(tmp_path, "ether_plus", {"transformer": base.layers()})
+    pipe, _ = open_adapted(base.folder, adapters)
+    pipe.set_progress_bar_config(disable=True)
+    image = flow_zoo.generate(pipe)
+    merged = DiffusionPipeline.from_pretrained(merge_adapters(pipe, tmp_path / "merged"))
+    merged.set_progress_bar_config(disable=True)
+    assert_same_image(flow_zoo.generate(merged), image, base.plain)
 
 
 @on("base", sorted({*comfy.NAMES} - {"lumina2"}))
