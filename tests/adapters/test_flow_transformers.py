@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from helpers import flow_zoo, zoo
 from helpers.pipelines import ONE_GREY_LEVEL
 
-from ether_diffusion.adapters.components import models_of
+from ether_diffusion.adapters.components import ether_layers, models_of
 from ether_diffusion.tuner.attention import enable_ether_attention
 
 # Of each pipeline: its components that carry adapters, those first that the scale of a call reaches.
@@ -119,11 +119,13 @@ def test_fused_is_the_same_image_and_comes_undone_bit_for_bit(adapted):
 def test_the_scale_of_a_call_is_the_strength_where_the_pipeline_passes_it_on(adapted, request):
     name, component = request.node.callspec.params["adapted"]
     pipe = adapted.load()
-    scaled = flow_zoo.generate(pipe, **{CALL.get(name, "attention_kwargs"): {"scale": 0.5}})
-    adapted.assert_same(flow_zoo.generate(pipe), adapted.image)  # the call leaves the strength as it was
-    if component in SCALED[name]:
-        pipe.set_adapters(["dog"], [0.5])
-    adapted.assert_same(scaled, flow_zoo.generate(pipe))
+    for scale in (0.5, 0.0):
+        scaled = flow_zoo.generate(pipe, **{CALL.get(name, "attention_kwargs"): {"scale": scale}})
+        adapted.assert_same(flow_zoo.generate(pipe), adapted.image)  # the call leaves the strength as it was
+        if component in SCALED[name]:
+            pipe.set_adapters(["dog"], [scale])
+        adapted.assert_same(scaled, flow_zoo.generate(pipe))
+        pipe.set_adapters(["dog"], [1.0])
 
 
 @pytest.mark.parametrize("name", SCALED)
@@ -150,3 +152,18 @@ def test_attention_of_these_transformers_is_left_as_it_is(name, tmp_path):
     with pytest.raises(ValueError, match=message):
         enable_ether_attention(pipe.transformer)
     assert [type(m.processor) for m in pipe.transformer.modules() if hasattr(m, "processor")] == before
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_strengths_by_module_path_act_there_and_paths_without_an_adapter_are_refused(name, tmp_path):
+    pipe = flow_zoo.make(name, tmp_path)
+    zoo.adapt_components(pipe, "transformer", target_modules=["to_q"], name="dog")
+    layers = dict(ether_layers(pipe.transformer))
+    first = next(iter(layers)).split(".att")[0]
+    pipe.set_adapters("dog", {"transformer": {first: 0.5}})
+    scales = {path: layer.scaling["dog"] for path, layer in layers.items()}
+    assert scales == {path: 0.5 if path.startswith(f"{first}.") else 1.0 for path in layers}
+    for wrong in ("down", "mid", f"{first}0", "to_k"):
+        with pytest.raises(ValueError, match=f"dog: transformer has no adapted layer {wrong}; those there are .*to_q"):
+            pipe.set_adapters("dog", {"transformer": {first: 0.1, wrong: 0.2}})
+    assert {path: layer.scaling["dog"] for path, layer in layers.items()} == scales
