@@ -1,6 +1,7 @@
 """Adapters on pipelines of transformers with flow matching: on the transformer and on every text encoder."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,25 +30,39 @@ SCALED = {
 }
 UNSCALED = {"klein": "text_encoder", "sd3": "text_encoder_3", "qwen": "text_encoder", "z_image": "text_encoder"}
 UNSCALED |= {"lumina2": "text_encoder", "krea2": "text_encoder"}
-PARTS = [(name, part) for name in SCALED for part in (*SCALED[name], *filter(None, [UNSCALED.get(name)]))]
+CARRYING = {name: [*SCALED[name], *filter(None, [UNSCALED.get(name)])] for name in SCALED}
+CASES = [
+    pytest.param(
+        (name, part, method),
+        id=f"{name}-{part}-{method}",
+        marks=[pytest.mark.slow] * (part != "transformer" and method == "ether"),
+    )
+    for name, parts in CARRYING.items()
+    for part in parts
+    for method in ("ether", "ether_plus")
+]
 CALL = {name: "joint_attention_kwargs" for name in ("flux", "kontext", "sd3", "z_image", "chroma")}
+
+
+def assert_same(image: np.ndarray, expected: np.ndarray, effect: float) -> None:
+    """To a grey level, and to much less than what the adapter changes."""
+    assert effect > 1e-4
+    assert np.abs(image - expected).max() <= min(ONE_GREY_LEVEL, 0.02 * effect)
 
 
 @dataclass
 class Adapted:
     """A stock pipeline's image, and an adapter file of one of its components with the image that it makes."""
 
-    make: object
+    make: Callable[[], DiffusionPipeline]
+    name: str
     component: str
     file: Path
     plain: np.ndarray
     image: np.ndarray
 
     def assert_same(self, image: np.ndarray, expected: np.ndarray) -> None:
-        """To a grey level, and to much less than what the adapter changes."""
-        effect = np.abs(self.image - self.plain).max()
-        assert effect > 1e-4
-        assert np.abs(image - expected).max() <= min(ONE_GREY_LEVEL, 0.02 * effect)
+        assert_same(image, expected, np.abs(self.image - self.plain).max())
 
     def load(self) -> DiffusionPipeline:
         pipe = self.make()
@@ -55,14 +70,9 @@ class Adapted:
         return pipe
 
 
-@pytest.fixture(scope="module", params=["ether", "ether_plus"])
-def method(request) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module", params=PARTS, ids="-".join)
-def adapted(request, method, tmp_path_factory) -> Adapted:
-    name, component = request.param
+@pytest.fixture(scope="module", params=CASES)
+def adapted(request, tmp_path_factory) -> Adapted:
+    name, component, method = request.param
 
     def make() -> DiffusionPipeline:
         return flow_zoo.make(name, tmp_path_factory.mktemp(name))
@@ -71,7 +81,7 @@ def adapted(request, method, tmp_path_factory) -> Adapted:
     plain = flow_zoo.generate(pipe)
     zoo.adapt_components(pipe, component, method=method)
     file = pipe.save_ether_weights(tmp_path_factory.mktemp("adapter"))
-    return Adapted(make, component, file, plain, flow_zoo.generate(pipe))
+    return Adapted(make, name, component, file, plain, flow_zoo.generate(pipe))
 
 
 def contents(pipe: DiffusionPipeline) -> dict:
@@ -116,13 +126,13 @@ def test_fused_is_the_same_image_and_comes_undone_bit_for_bit(adapted):
     adapted.assert_same(flow_zoo.generate(pipe), adapted.plain)
 
 
-def test_the_scale_of_a_call_is_the_strength_where_the_pipeline_passes_it_on(adapted, request):
-    name, component = request.node.callspec.params["adapted"]
+def test_the_scale_of_a_call_is_the_strength_where_the_pipeline_passes_it_on(adapted):
+    name = adapted.name
     pipe = adapted.load()
     for scale in (0.5, 0.0):
         scaled = flow_zoo.generate(pipe, **{CALL.get(name, "attention_kwargs"): {"scale": scale}})
         adapted.assert_same(flow_zoo.generate(pipe), adapted.image)  # the call leaves the strength as it was
-        if component in SCALED[name]:
+        if adapted.component in SCALED[name]:
             pipe.set_adapters(["dog"], [scale])
         adapted.assert_same(scaled, flow_zoo.generate(pipe))
         pipe.set_adapters(["dog"], [1.0])
@@ -130,7 +140,7 @@ def test_the_scale_of_a_call_is_the_strength_where_the_pipeline_passes_it_on(ada
 
 @pytest.mark.parametrize("name", SCALED)
 def test_one_file_holds_the_transformer_and_every_text_encoder(name, tmp_path):
-    components = [*SCALED[name], *filter(None, [UNSCALED.get(name)])]
+    components = CARRYING[name]
     pipe = flow_zoo.make(name, tmp_path / "adapted")
     plain = flow_zoo.generate(pipe)
     zoo.adapt_components(pipe, *components, method="ether_plus")
@@ -138,10 +148,9 @@ def test_one_file_holds_the_transformer_and_every_text_encoder(name, tmp_path):
     stock = flow_zoo.make(name, tmp_path / "stock")
     stock.load_ether_weights(pipe.save_ether_weights(tmp_path), "dog")
     assert stock.get_list_adapters() == dict.fromkeys(components, ["dog"])
-    adapted = Adapted(None, "", tmp_path, plain, image)
-    adapted.assert_same(flow_zoo.generate(stock), image)
+    assert_same(flow_zoo.generate(stock), image, np.abs(image - plain).max())
     stock.set_adapters("dog", dict.fromkeys(components, 0.0))
-    adapted.assert_same(flow_zoo.generate(stock), plain)
+    assert_same(flow_zoo.generate(stock), plain, np.abs(image - plain).max())
 
 
 @pytest.mark.parametrize("name", SCALED)
