@@ -29,7 +29,7 @@ from ether_diffusion.export.lora_files import (
     finish,
     gather_parts,
 )
-from ether_diffusion.export.names import Place, kohya_place, own_place
+from ether_diffusion.export.names import UNREAD_BY_DIFFUSERS, Place, family_of, kohya_place, own_place
 from ether_diffusion.files import new_path
 
 RECORD = "ether_export"
@@ -51,6 +51,7 @@ class Report:
     conflicts: Mapping[tuple[str, str], tuple[float, str]]  # two adapters -> the largest, and its layer
     strengths: Mapping[str, list[float]]  # by adapter: those of its layers
     erases: bool  # an adapter is ETHER, whose reflection erases û halfway
+    unread: bool = False  # by diffusers, which has no reader for this format of this family
 
     def __str__(self) -> str:
         low, high = min(self.ranks.values()), max(self.ranks.values())
@@ -66,6 +67,11 @@ class Report:
             lines.append(
                 f"conflict of {first} and {second}: max |û_a·û_b| = {value:.2f} ({layer}); this file holds their "
                 "composition, exactly"
+            )
+        if self.unread:
+            lines.append(
+                f"diffusers has no reader for {self.to} of this family: load_lora_weights would pass over this file; "
+                "export to diffusers-lora for it"
             )
         lines.append(
             "two exported adapters add instead of composing, the more wrongly the larger max |û_a·û_b|: export "
@@ -146,6 +152,7 @@ def export_lora(
             conflicts=_conflicts(changes),
             strengths=strengths,
             erases=any(each.vectors.v is None for change in changes for each in change.adapters.values()),
+            unread=to == "kohya" and family_of(models_of(pipe)) in UNREAD_BY_DIFFUSERS,
         )
 
 

@@ -57,6 +57,9 @@ PREFIXES = {
     "Lumina2": {"transformer": "lora_unet"},
 }
 
+UNREAD_BY_DIFFUSERS = ("SD3", "Lumina2")
+"""Families of whose kohya files diffusers has no reader: `load_lora_weights` passes over all of one, as a warning."""
+
 TEXT_LAYER = re.compile(
     r"text_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"  # CLIP
     r"|encoder\.block\.\d+\.layer\.\d+\.(SelfAttention\.[qkvo]|DenseReluDense\.(wi|wi_0|wi_1|wo))"  # T5

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from helpers import comfy, flow_zoo
-from helpers.lora import CLIP, STRENGTHS, assert_exact, dense_deltas, run_command, save_adapter
+from helpers.lora import CLIP, STRENGTHS, assert_exact, dense_deltas, lora_deltas, run_command, save_adapter
 from helpers.pipelines import ONE_GREY_LEVEL
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -127,6 +127,20 @@ def test_comfyui_adds_to_every_layer_what_the_adapters_change(base, kind, tmp_pa
     assert found.keys() >= exact.keys()
     for path, delta in found.items():
         assert (delta - exact.get(path, 0 * delta)).norm() <= 1e-6 * exact.get(path, delta).norm(), path
+
+
+@on("base", KOHYA)
+def test_the_report_tells_which_files_diffusers_would_pass_over(base, tmp_path):
+    pipe = base.open()
+    config = EtherConfig(init_weights=False, target_modules=base.layers(with_single=False))
+    pipe.transformer.add_adapter(config, adapter_name="dog")
+    report = export_lora(pipe, tmp_path, to="kohya")
+    assert "dog: strength 1" in str(report)
+    stock = base.open()
+    stock.load_lora_weights(report.path)
+    passed_over = not lora_deltas(stock)
+    assert passed_over is (base.name not in READ_FROM_KOHYA)
+    assert ("would pass over this file; export to diffusers-lora" in str(report)) is passed_over
 
 
 @on("base", FAMILIES)
