@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from helpers import flow_zoo, zoo
+from helpers.flow_images import generate
 from helpers.pipelines import ONE_GREY_LEVEL
 
 from ether_diffusion.adapters.components import ether_layers, models_of
@@ -20,6 +21,7 @@ SCALED = {
     "flux": ("transformer", "text_encoder", "text_encoder_2"),
     "kontext": ("transformer", "text_encoder", "text_encoder_2"),
     "klein": ("transformer",),
+    "flux2": ("transformer",),
     "sd3": ("transformer", "text_encoder", "text_encoder_2"),
     "qwen": ("transformer",),
     "z_image": ("transformer",),
@@ -29,7 +31,7 @@ SCALED = {
     "krea2": ("transformer",),
 }
 UNSCALED = {"klein": "text_encoder", "sd3": "text_encoder_3", "qwen": "text_encoder", "z_image": "text_encoder"}
-UNSCALED |= {"lumina2": "text_encoder", "krea2": "text_encoder"}
+UNSCALED |= {"flux2": "text_encoder", "lumina2": "text_encoder", "krea2": "text_encoder"}
 CARRYING = {name: [*SCALED[name], *filter(None, [UNSCALED.get(name)])] for name in SCALED}
 CASES = [
     pytest.param(
@@ -78,10 +80,10 @@ def adapted(request, tmp_path_factory) -> Adapted:
         return flow_zoo.make(name, tmp_path_factory.mktemp(name))
 
     pipe = make()
-    plain = flow_zoo.generate(pipe)
+    plain = generate(pipe)
     zoo.adapt_components(pipe, component, method=method)
     file = pipe.save_ether_weights(tmp_path_factory.mktemp("adapter"))
-    return Adapted(make, name, component, file, plain, flow_zoo.generate(pipe))
+    return Adapted(make, name, component, file, plain, generate(pipe))
 
 
 def contents(pipe: DiffusionPipeline) -> dict:
@@ -93,48 +95,48 @@ def contents(pipe: DiffusionPipeline) -> dict:
 
 def test_a_file_does_the_same_in_a_stock_pipeline_until_it_is_unloaded(adapted):
     pipe = adapted.make()
-    flow_zoo.generate(pipe)  # the first call leaves attributes of its own on models
+    generate(pipe)  # the first call leaves attributes of its own on models
     before = copy.deepcopy(contents(pipe))
     pipe.load_ether_weights(adapted.file)
-    adapted.assert_same(flow_zoo.generate(pipe), adapted.image)
+    adapted.assert_same(generate(pipe), adapted.image)
     pipe.unload_ether_weights()
     after = contents(pipe)
     for name, (modules, attributes, weights) in before.items():
         assert (modules, attributes) == after[name][:2]
         assert weights.keys() == after[name][2].keys()
         assert all(torch.equal(weight, after[name][2][key]) for key, weight in weights.items())
-    adapted.assert_same(flow_zoo.generate(pipe), adapted.plain)
+    adapted.assert_same(generate(pipe), adapted.plain)
 
 
 def test_strength_is_set_by_number_and_by_component(adapted):
     pipe = adapted.load()
     pipe.set_adapters("dog", 0.5)
-    half = flow_zoo.generate(pipe)
+    half = generate(pipe)
     assert np.abs(half - adapted.image).max() > 1e-5 and np.abs(half - adapted.plain).max() > 1e-5
     pipe.set_adapters(["dog"], [{adapted.component: 0.0}])
-    adapted.assert_same(flow_zoo.generate(pipe), adapted.plain)
+    adapted.assert_same(generate(pipe), adapted.plain)
     pipe.set_adapters(["dog"], [{adapted.component: 0.5}])
-    adapted.assert_same(flow_zoo.generate(pipe), half)
+    adapted.assert_same(generate(pipe), half)
 
 
 def test_fused_is_the_same_image_and_comes_undone_bit_for_bit(adapted):
     pipe = adapted.load()
     pipe.fuse_ether()
-    adapted.assert_same(flow_zoo.generate(pipe), adapted.image)
+    adapted.assert_same(generate(pipe), adapted.image)
     pipe.unfuse_ether()
     pipe.disable_ether()
-    adapted.assert_same(flow_zoo.generate(pipe), adapted.plain)
+    adapted.assert_same(generate(pipe), adapted.plain)
 
 
 def test_the_scale_of_a_call_is_the_strength_where_the_pipeline_passes_it_on(adapted):
     name = adapted.name
     pipe = adapted.load()
     for scale in (0.5, 0.0):
-        scaled = flow_zoo.generate(pipe, **{CALL.get(name, "attention_kwargs"): {"scale": scale}})
-        adapted.assert_same(flow_zoo.generate(pipe), adapted.image)  # the call leaves the strength as it was
+        scaled = generate(pipe, **{CALL.get(name, "attention_kwargs"): {"scale": scale}})
+        adapted.assert_same(generate(pipe), adapted.image)  # the call leaves the strength as it was
         if adapted.component in SCALED[name]:
             pipe.set_adapters(["dog"], [scale])
-        adapted.assert_same(scaled, flow_zoo.generate(pipe))
+        adapted.assert_same(scaled, generate(pipe))
         pipe.set_adapters(["dog"], [1.0])
 
 
@@ -142,15 +144,15 @@ def test_the_scale_of_a_call_is_the_strength_where_the_pipeline_passes_it_on(ada
 def test_one_file_holds_the_transformer_and_every_text_encoder(name, tmp_path):
     components = CARRYING[name]
     pipe = flow_zoo.make(name, tmp_path / "adapted")
-    plain = flow_zoo.generate(pipe)
+    plain = generate(pipe)
     zoo.adapt_components(pipe, *components, method="ether_plus")
-    image = flow_zoo.generate(pipe)
+    image = generate(pipe)
     stock = flow_zoo.make(name, tmp_path / "stock")
     stock.load_ether_weights(pipe.save_ether_weights(tmp_path), "dog")
     assert stock.get_list_adapters() == dict.fromkeys(components, ["dog"])
-    assert_same(flow_zoo.generate(stock), image, np.abs(image - plain).max())
+    assert_same(generate(stock), image, np.abs(image - plain).max())
     stock.set_adapters("dog", dict.fromkeys(components, 0.0))
-    assert_same(flow_zoo.generate(stock), plain, np.abs(image - plain).max())
+    assert_same(generate(stock), plain, np.abs(image - plain).max())
 
 
 @pytest.mark.parametrize("name", SCALED)

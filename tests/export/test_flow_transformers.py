@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from helpers import comfy, flow_zoo
+from helpers.flow_images import generate
 from helpers.lora import CLIP, STRENGTHS, assert_exact, dense_deltas, lora_deltas, run_command, save_adapter
 from helpers.pipelines import ONE_GREY_LEVEL
 from peft import PeftModel
@@ -22,7 +23,7 @@ from ether_diffusion.errors import EtherFileError
 from ether_diffusion.export.lora import export_lora
 from ether_diffusion.export.merge import merge_adapters, open_adapted
 
-FAMILIES = ("flux", "kontext", "klein", "sd3", "qwen", "z_image", "chroma", "sana", "lumina2", "krea2")
+FAMILIES = ("flux", "kontext", "klein", "flux2", "sd3", "qwen", "z_image", "chroma", "sana", "lumina2", "krea2")
 ALL = {  # layers of the blocks, which both formats have names for
     "flux": r"transformer_blocks\.\d+\.(attn\..+|ff.+(proj|2)|norm1.*linear)",
     "klein": r".*(transformer_blocks\.\d+\.attn\..+|linear_(in|out))",
@@ -33,12 +34,12 @@ ALL = {  # layers of the blocks, which both formats have names for
     "sana": r"transformer_blocks\.\d+\.attn[12]\.to_.+",
     "krea2": r".*\.(attn\.to_.+|ff\..+)",
 }
-ALL |= {"kontext": ALL["flux"], "chroma": r"transformer_blocks\.\d+\.(attn\..+|ff.+(proj|2))"}
+ALL |= {"kontext": ALL["flux"], "flux2": ALL["klein"], "chroma": r"transformer_blocks\.\d+\.(attn\..+|ff.+(proj|2))"}
 SINGLE = {name: r"|single_transformer_blocks\.\d+\.(attn\.to_.+|proj_.+)" for name in ("flux", "kontext", "chroma")}
 TEXT = {name: {"text_encoder": CLIP} for name in ("flux", "kontext")}
 TEXT |= {"sd3": {"text_encoder": CLIP, "text_encoder_2": CLIP}, "chroma": {"text_encoder": ["q", "wo"]}}
 KOHYA = tuple(sorted({*comfy.NAMES} - {"krea2"}))
-READ_FROM_KOHYA = ("flux", "kontext", "chroma", "klein", "qwen", "z_image")
+READ_FROM_KOHYA = ("flux", "kontext", "chroma", "klein", "flux2", "qwen", "z_image")
 
 
 @dataclass
@@ -80,7 +81,7 @@ def base(request, tmp_path_factory) -> Base:
     pipe = flow_zoo.make(request.param, folder)
     pipe.save_pretrained(folder / "base")
     linear = [path for path, module in pipe.transformer.named_modules() if isinstance(module, torch.nn.Linear)]
-    return Base(request.param, folder / "base", flow_zoo.generate(pipe), linear)
+    return Base(request.param, folder / "base", generate(pipe), linear)
 
 
 def assert_same_image(image: np.ndarray, expected: np.ndarray, plain: np.ndarray) -> None:
@@ -111,7 +112,7 @@ def test_stock_load_lora_weights_generates_the_image_of_the_adapters(base, to, k
     exact = dense_deltas(stock, adapters, strengths)
     stock.load_lora_weights(next((tmp_path / "out").iterdir()))
     assert_exact(stock, exact)
-    assert_same_image(flow_zoo.generate(stock), flow_zoo.generate(pipe), base.plain)
+    assert_same_image(generate(stock), generate(pipe), base.plain)
 
 
 @pytest.mark.parametrize("kind", ["ether", pytest.param("both", marks=pytest.mark.slow)])
@@ -162,10 +163,10 @@ def test_merged_adapters_are_a_stock_pipeline(base, tmp_path):
     adapters = base.adapters(tmp_path, "ether_plus", {"transformer": base.layers()})
     pipe, _ = open_adapted(base.folder, adapters)
     pipe.set_progress_bar_config(disable=True)
-    image = flow_zoo.generate(pipe)
+    image = generate(pipe)
     merged = DiffusionPipeline.from_pretrained(merge_adapters(pipe, tmp_path / "merged"))
     merged.set_progress_bar_config(disable=True)
-    assert_same_image(flow_zoo.generate(merged), image, base.plain)
+    assert_same_image(generate(merged), image, base.plain)
 
 
 @on("base", sorted({*comfy.NAMES} - {"lumina2"}))
@@ -200,7 +201,7 @@ REFUSED = [
     ("sd3", "text_encoder_3", "q", "diffusers-lora", "holds transformer, text_encoder, text_encoder_2; peft-lora"),
     *[
         (name, "text_encoder", "q_proj", "diffusers-lora", "holds transformer; peft-lora fits every component")
-        for name in ("klein", "qwen", "z_image", "sana", "lumina2", "krea2")
+        for name in ("klein", "flux2", "qwen", "z_image", "sana", "lumina2", "krea2")
     ],
 ]  # fmt: skip
 

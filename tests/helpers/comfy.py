@@ -59,7 +59,7 @@ KREA2 = {  # which has no kohya names
     r"transformer_blocks\.(\d+)\.ff\.(gate|up|down)": r"blocks.\1.mlp.\2",
     r"text_fusion\.(\w+_blocks\.\d+)\.(attn\.to_.+|ff\..+)": r"txtfusion.\1.\2",
 }
-NAMES = {"flux": FLUX, "kontext": FLUX, "chroma": FLUX, "klein": FLUX, "sd3": SD3, "qwen": QWEN}
+NAMES = {"flux": FLUX, "kontext": FLUX, "chroma": FLUX, "klein": FLUX, "flux2": FLUX, "sd3": SD3, "qwen": QWEN}
 NAMES |= {"z_image": Z_IMAGE, "lumina2": LUMINA2, "krea2": KREA2}
 
 

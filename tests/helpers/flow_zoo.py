@@ -3,22 +3,17 @@
 Each is built by a function of its name from nothing; `PIPELINES` has them all.
 """
 
-import inspect
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from diffusers import (
-    AutoencoderDC,
-    AutoencoderKL,
-    AutoencoderKLFlux2,
-    AutoencoderKLQwenImage,
     ChromaPipeline,
     ChromaTransformer2DModel,
     DiffusionPipeline,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
-    Flux2Transformer2DModel,
+    Flux2Pipeline,
     FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -26,6 +21,8 @@ from diffusers import (
     Krea2Transformer2DModel,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SanaPipeline,
@@ -35,34 +32,32 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from helpers.flow_parts import (
+    MISTRAL_CHAT,
+    autoencoder,
+    clip_model,
+    deep_compression_autoencoder,
+    flux2_autoencoder,
+    flux2_transformer,
+    gemma2_model,
+    gemma_tokenizer,
+    mistral_model,
+    qwen3_model,
+    qwen3_vl_model,
+    qwen_autoencoder,
+    qwen_processor,
+    qwen_tokenizer,
+    qwen_vl_model,
+    t5_model,
+    t5_tokenizer,
+)
 from helpers.tiny import make_tokenizer
-from PIL import Image
-from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
-    CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    Gemma2Config,
-    Gemma2Model,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2Tokenizer,
-    Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
-    Qwen3VLConfig,
-    Qwen3VLModel,
-    T5Config,
-    T5EncoderModel,
-    T5TokenizerFast,
 )
-
-CHAT = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
-    "{% if not enable_thinking %}<think></think>{% endif %}"
-)
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
 def flux(folder, kind: type[DiffusionPipeline] = FluxPipeline, *, guidance: bool = True) -> DiffusionPipeline:
@@ -95,34 +90,22 @@ def kontext(folder) -> DiffusionPipeline:
 
 
 def klein(folder) -> DiffusionPipeline:
-    transformer = Flux2Transformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=3 * 16,
-        axes_dims_rope=(4, 4, 4, 4),
-        timestep_guidance_channels=32,
-        guidance_embeds=False,
-    )
-    vae = AutoencoderKLFlux2(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-    )
-    torch.nn.init.normal_(vae.bn.running_mean)
-    torch.nn.init.uniform_(vae.bn.running_var, 0.5, 2)
     return Flux2KleinPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=vae,
+        vae=flux2_autoencoder(),
         text_encoder=qwen3_model(Qwen3ForCausalLM, layers=28),  # the pipeline reads the states of 9, 18 and 27
         tokenizer=qwen_tokenizer(),
-        transformer=transformer,
+        transformer=flux2_transformer(guidance=False),
+    )
+
+
+def flux2(folder) -> DiffusionPipeline:
+    return Flux2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=flux2_autoencoder(),
+        text_encoder=mistral_model(layers=31),  # the pipeline reads the states of 10, 20 and 30
+        tokenizer=qwen_tokenizer(MISTRAL_CHAT),
+        transformer=flux2_transformer(guidance=True),
     )
 
 
@@ -156,10 +139,10 @@ def sd3(folder) -> DiffusionPipeline:
     )
 
 
-def qwen(folder) -> DiffusionPipeline:
-    return QwenImagePipeline(
+def qwen(folder, kind: type[DiffusionPipeline] = QwenImagePipeline, levels: int = 3, **parts) -> DiffusionPipeline:
+    return kind(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=0.9, shift_terminal=0.02),
-        vae=qwen_autoencoder(),
+        vae=qwen_autoencoder(levels),
         text_encoder=qwen_vl_model(),
         tokenizer=qwen_tokenizer(),
         transformer=QwenImageTransformer2DModel(
@@ -172,7 +155,17 @@ def qwen(folder) -> DiffusionPipeline:
             joint_attention_dim=16,
             axes_dims_rope=(8, 4, 4),
         ),
+        **parts,
     )
+
+
+def qwen_edit(folder, kind: type[DiffusionPipeline] = QwenImageEditPipeline) -> DiffusionPipeline:
+    # A factor of 32: the pipeline enlarges a reference image to 1024 × 1024 pixels.
+    return qwen(folder, kind, levels=6, processor=qwen_processor())
+
+
+def qwen_edit_plus(folder) -> DiffusionPipeline:
+    return qwen_edit(folder, QwenImageEditPlusPipeline)
 
 
 def z_image(folder) -> DiffusionPipeline:
@@ -216,7 +209,7 @@ def chroma(folder) -> DiffusionPipeline:
         approximator_layers=1,
     )
     return ChromaPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=autoencoder(),
         text_encoder=t5_model(),
         tokenizer=t5_tokenizer(),
@@ -236,31 +229,16 @@ def sana(folder) -> DiffusionPipeline:
         cross_attention_dim=8,
         caption_channels=16,
         sample_size=16,
-    )
-    vae = AutoencoderDC(
-        in_channels=3,
-        latent_channels=4,
-        attention_head_dim=2,
-        encoder_block_types=("ResBlock", "EfficientViTBlock"),
-        decoder_block_types=("ResBlock", "EfficientViTBlock"),
-        encoder_block_out_channels=(8, 8),
-        decoder_block_out_channels=(8, 8),
-        encoder_qkv_multiscales=((), (5,)),
-        decoder_qkv_multiscales=((), (5,)),
-        encoder_layers_per_block=(1, 1),
-        decoder_layers_per_block=(1, 1),
-        downsample_block_type="conv",
-        upsample_block_type="interpolate",
-        decoder_norm_types="rms_norm",
-        decoder_act_fns="silu",
-        scaling_factor=0.4,
+        timestep_scale=0.5,
     )
     return SanaPipeline(
-        tokenizer=qwen_tokenizer(),
+        tokenizer=gemma_tokenizer(),
         text_encoder=gemma2_model(),
-        vae=vae,
+        vae=deep_compression_autoencoder(),
         transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        scheduler=DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, algorithm_type="dpmsolver++"
+        ),
     )
 
 
@@ -282,9 +260,9 @@ def lumina2(folder) -> DiffusionPipeline:
     return Lumina2Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
-        vae=autoencoder(),
+        vae=autoencoder(levels=4),  # the pipeline takes a factor of 8 for granted
         text_encoder=gemma2_model(),
-        tokenizer=qwen_tokenizer(),
+        tokenizer=gemma_tokenizer(),
     )
 
 
@@ -307,7 +285,7 @@ def krea2(folder) -> DiffusionPipeline:
         axes_dims_rope=(8, 4, 4),
     )
     return Krea2Pipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=1.15),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=6400),
         vae=qwen_autoencoder(),
         text_encoder=qwen3_vl_model(),
         tokenizer=qwen_tokenizer(),
@@ -320,6 +298,7 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "flux": flux,
     "kontext": kontext,
     "klein": klein,
+    "flux2": flux2,
     "sd3": sd3,
     "qwen": qwen,
     "z_image": z_image,
@@ -328,168 +307,19 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "lumina2": lumina2,
     "krea2": krea2,
 }
+WITH_PROCESSORS: dict[str, Callable[..., DiffusionPipeline]] = {
+    "qwen_edit": qwen_edit,
+    "qwen_edit_plus": qwen_edit_plus,
+}
+"""Pipelines whose text encoders see images, which transformers prepares by means of torchvision."""
 
 
 def make(name: str, folder, seed: int = 0) -> DiffusionPipeline:
     """One of the pipelines, its weights from a seed; the folder takes the files of a tokenizer."""
     torch.manual_seed(seed)
-    pipe = PIPELINES[name](folder)
+    pipe = (PIPELINES | WITH_PROCESSORS)[name](folder)
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.eval()
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def generate(pipe: DiffusionPipeline, **options) -> np.ndarray:
-    """A small image of a pipeline, always from the same noise; of an editor, of a red square."""
-    known = inspect.signature(pipe.__call__).parameters
-    usual = {"max_sequence_length": 32, "use_resolution_binning": False}
-    usual |= {"system_prompt": "", "complex_human_instruction": None}  # they would leave no room for the prompt
-    if isinstance(pipe, FluxKontextPipeline):
-        usual |= {"image": Image.new("RGB", (32, 32), "red"), "max_area": 32 * 32, "_auto_resize": False}
-    usual |= {"height": 32, "width": 32, "num_inference_steps": 2, "generator": torch.Generator().manual_seed(0)}
-    fitting = {name: value for name, value in usual.items() if name in known}
-    return pipe(prompt="a dog", output_type="np", **fitting, **options).images[0]
-
-
-# Parts ----------------------------------------------------------------------------------------------------------
-
-
-def autoencoder() -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-        shift_factor=0.06,
-        scaling_factor=1.5,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-
-
-def qwen_autoencoder() -> AutoencoderKLQwenImage:
-    return AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 2, 2],
-        num_res_blocks=1,
-        temperal_downsample=[False, True],
-        latents_mean=[0.1, -0.2, 0.3, 0.0],
-        latents_std=[1.0, 2.0, 0.5, 1.5],
-    )
-
-
-def clip_model(tokenizer: CLIPTokenizer, kind: type[CLIPTextModel]) -> CLIPTextModel:
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        projection_dim=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return kind(config)
-
-
-def t5_tokenizer() -> T5TokenizerFast:
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -2.0)] + [(chr(c), -3.0) for c in range(33, 127)]
-    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=32)
-
-
-def t5_model() -> T5EncoderModel:
-    return T5EncoderModel(
-        T5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4, decoder_start_token_id=0)
-    )
-
-
-def qwen_tokenizer() -> Qwen2Tokenizer:
-    vocabulary = {byte: k for k, byte in enumerate(sorted(ByteLevel.alphabet()))}
-    vocabulary |= {token: len(vocabulary) + k for k, token in enumerate(SPECIAL)}
-    return Qwen2Tokenizer(
-        vocab=vocabulary,
-        merges=[],
-        chat_template=CHAT,
-        additional_special_tokens=list(SPECIAL[1:]),
-        padding_side="right",
-    )
-
-
-def qwen3_model(kind: type, layers: int = 2) -> torch.nn.Module:
-    config = Qwen3Config(
-        vocab_size=272,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=1024,
-    )
-    return kind(config)
-
-
-def qwen_vl_model() -> Qwen2_5_VLForConditionalGeneration:
-    text = {
-        "vocab_size": 272,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"},
-        "rope_theta": 1e6,
-    }
-    vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=260, video_token_id=261)
-    return Qwen2_5_VLForConditionalGeneration(config)
-
-
-def gemma2_model() -> Gemma2Model:
-    return Gemma2Model(
-        Gemma2Config(
-            vocab_size=272,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=8,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-    )
-
-
-def qwen3_vl_model() -> Qwen3VLModel:
-    text = {
-        "vocab_size": 272,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "rope_parameters": {"mrope_section": [2, 1, 1], "rope_type": "default", "rope_theta": 1e6},
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    vision = {
-        "depth": 2,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_heads": 2,
-        "out_hidden_size": 16,
-        "deepstack_visual_indexes": [],
-    }
-    return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision))
