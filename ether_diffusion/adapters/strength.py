@@ -68,7 +68,9 @@ def set_adapters(
             component, `{"unet": 0.8, "text_encoder": 0.5, "control_encoder": 1.0}`; and a UNet's may be by block,
             `{"unet": {"down": 0.8, "mid": 1.0, "up": {"block_0": 0.6}}}`. Default: 1.
 
-    Layers outside the blocks, such as `conv_in`, act at strength 1 where weights are given by block.
+    Layers outside the blocks, such as `conv_in`, act at strength 1 where weights are given by block. Transformers and
+    text encoders have no such blocks: their strengths are by module path,
+    `{"transformer": {"transformer_blocks.0": 0.5}}`, and all other layers act at strength 1.
 
     Raises:
         ValueError: an unknown adapter or component, a name given twice, lists of different lengths, a strength that
@@ -114,7 +116,10 @@ def _strengths_of_layers(
     component: str, model: nn.Module, names: Sequence[str], weights: Sequence[Any]
 ) -> list[tuple[BaseTunerLayer, dict[str, float]]]:
     """The strength of every named adapter on each adapted layer that has it, all of them checked."""
-    by_path = _SET_ADAPTER_SCALE_FN_MAPPING[type(model).__name__](model, list(weights)) if names else []
+    expand = _SET_ADAPTER_SCALE_FN_MAPPING.get(type(model).__name__)  # of UNets, blocks to paths
+    by_path = expand(model, list(weights)) if names and expand else weights
+    if expand is None:
+        _check_paths(component, model, names, weights)
     found = []
     for path, layer in model.named_modules():
         if not isinstance(layer, BaseTunerLayer):
@@ -124,7 +129,7 @@ def _strengths_of_layers(
             if name not in layer._get_available_adapters():
                 continue
             if isinstance(weight, Mapping):
-                weight = next((value for prefix, value in weight.items() if f"{prefix}." in f"{path}."), 1.0)
+                weight = next((value for prefix, value in weight.items() if _lies_in(path, prefix)), 1.0)
             if not is_number(weight):
                 raise ValueError(f"adapter_weights: {name}: got {weight!r} for {component}, needs a finite number")
             if hasattr(layer, "scaling") and hasattr(layer, "set_scale"):  # OFT has the method without what it sets
@@ -136,6 +141,23 @@ def _strengths_of_layers(
                 )
         found.append((layer, scales))
     return found
+
+
+def _lies_in(path: str, part: str) -> bool:
+    """Whether a path has these steps in it, whole: `single_transformer_blocks.0` is not in `transformer_blocks.0`."""
+    return f".{part}." in f".{path}."
+
+
+def _check_paths(component: str, model: nn.Module, names: Sequence[str], weights: Sequence[Any]) -> None:
+    """Refuse strengths by module path that would act nowhere."""
+    paths = [path for path, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
+    for name, weight in zip(names, weights, strict=True):
+        for prefix in weight if isinstance(weight, Mapping) else ():
+            if not any(_lies_in(path, prefix) for path in paths):
+                raise ValueError(
+                    f"adapter_weights: {name}: {component} has no adapted layer {prefix}; those there are "
+                    f"{', '.join(paths[:2])}, …"
+                )
 
 
 def get_active_adapters(self: DiffusionPipeline) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -21,12 +22,20 @@ from ether_diffusion.adapters.components import models_of
 from ether_diffusion.adapters.fingerprint import base_model_name, fingerprint
 from ether_diffusion.dtypes import DTYPES
 from ether_diffusion.export.changes import Change, alignment, changes_of, stacked_delta
-from ether_diffusion.export.lora_files import DEFAULT_NAMES, WRITERS, finish, gather_parts
-from ether_diffusion.export.names import Place, kohya_place, own_place
+from ether_diffusion.export.lora_files import (
+    DEFAULT_NAMES,
+    WRITERS,
+    diffusers_components,
+    finish,
+    gather_parts,
+)
+from ether_diffusion.export.names import UNREAD_BY_DIFFUSERS, Place, family_of, kohya_place, own_place
 from ether_diffusion.files import new_path
 
 RECORD = "ether_export"
 """The entry of a file's safetensors metadata that says, as JSON, what it was made from."""
+FUSED_PROJECTION = re.compile(r"\.to_(added_)?(qkv|kv)$")
+"""Paths of the layers that `fuse_qkv_projections` adds to a model."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,7 @@ class Report:
     conflicts: Mapping[tuple[str, str], tuple[float, str]]  # two adapters -> the largest, and its layer
     strengths: Mapping[str, list[float]]  # by adapter: those of its layers
     erases: bool  # an adapter is ETHER, whose reflection erases û halfway
+    unread: bool = False  # by diffusers, which has no reader for this format of this family
 
     def __str__(self) -> str:
         low, high = min(self.ranks.values()), max(self.ranks.values())
@@ -57,6 +67,11 @@ class Report:
             lines.append(
                 f"conflict of {first} and {second}: max |û_a·û_b| = {value:.2f} ({layer}); this file holds their "
                 "composition, exactly"
+            )
+        if self.unread:
+            lines.append(
+                f"diffusers has no reader for {self.to} of this family: load_lora_weights would pass over this file; "
+                "export to diffusers-lora for it"
             )
         lines.append(
             "two exported adapters add instead of composing, the more wrongly the larger max |û_a·û_b|: export "
@@ -137,6 +152,7 @@ def export_lora(
             conflicts=_conflicts(changes),
             strengths=strengths,
             erases=any(each.vectors.v is None for change in changes for each in change.adapters.values()),
+            unread=to == "kohya" and family_of(models_of(pipe)) in UNREAD_BY_DIFFUSERS,
         )
 
 
@@ -152,8 +168,29 @@ def _target(output_dir: Path, to: str, weight_name: str | None) -> Path:
 
 
 def _place(pipe: DiffusionPipeline, change: Change, to: str) -> Place:
+    """Where a format holds a layer.
+
+    Raises:
+        ValueError: it does not; names the layer or component, and the formats that do.
+    """
+    held = diffusers_components(pipe)
     if to == "kohya":
-        return kohya_place(models_of(pipe), change.component, change.path)
+        try:
+            return kohya_place(models_of(pipe), change.component, change.path)
+        except ValueError as error:
+            fits = "diffusers-lora and peft-lora hold it" if change.component in held else "peft-lora holds it"
+            raise ValueError(f"{error}; {fits}") from error
+    if to == "diffusers-lora":
+        if change.component not in held:
+            raise ValueError(
+                f"{change.component}: a LoRA file of diffusers' {type(pipe).__name__} holds "
+                f"{', '.join(held) or 'nothing'}; peft-lora fits every component"
+            )
+        if FUSED_PROJECTION.search(change.path):
+            raise ValueError(
+                f"{change.component}.{change.path} is a projection that fuse_qkv_projections made, which a pipeline "
+                "does not have when it is loaded: adapt the layers that it was made of (unfuse_qkv_projections)"
+            )
     # PEFT takes the paths that the model has here, diffusers those that every release understands.
     return own_place(change.path if to == "peft-lora" else change.canonical, change.layer)
 

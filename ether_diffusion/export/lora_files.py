@@ -151,24 +151,19 @@ def write_peft(
         save_file(tensors, folder / component / PEFT_WEIGHTS_NAME, {"format": "pt", **metadata})
 
 
+def diffusers_components(pipe: DiffusionPipeline) -> list[str]:
+    """The components that a LoRA file of the pipeline's own `save_lora_weights` holds."""
+    write = getattr(pipe, "save_lora_weights", None)
+    options = inspect.signature(write).parameters if write else ()
+    return [name.removesuffix("_lora_layers") for name in options if name.endswith("_lora_layers")]
+
+
 def write_diffusers(
     path: Path, pipe: DiffusionPipeline, stored: Mapping[Key, Stored], metadata: Mapping[str, str]
 ) -> None:
-    """One file, by the pipeline's own `save_lora_weights`; our metadata is then added to diffusers'.
-
-    Raises:
-        ValueError: a pipeline, or a component of it, that diffusers has no LoRA file for.
-    """
-    write = getattr(pipe, "save_lora_weights", None)
-    options = inspect.signature(write).parameters if write else {}
+    """One file, by the pipeline's own `save_lora_weights`; our metadata is then added to diffusers'."""
     arguments: dict[str, Any] = {}
     for component, layers in _by_component(stored).items():
-        if f"{component}_lora_layers" not in options:
-            fits = [name.removesuffix("_lora_layers") for name in options if name.endswith("_lora_layers")]
-            raise ValueError(
-                f"{component}: a LoRA file of diffusers' {type(pipe).__name__} holds {', '.join(fits) or 'nothing'}; "
-                "peft-lora fits every component"
-            )
         in_text = component.startswith("text_encoder")
         down, up = ("lora_linear_layer.down", "lora_linear_layer.up") if in_text else ("lora_A", "lora_B")
         tensors = {}
@@ -178,7 +173,7 @@ def write_diffusers(
         names = {name.removeprefix("text_model."): layer for name, layer in layers.items()}
         arguments[f"{component}_lora_layers"] = tensors
         arguments[f"{component}_lora_adapter_metadata"] = _config_fields(names, "" if in_text else "^")
-    write(path.parent, weight_name=path.name, **arguments)
+    pipe.save_lora_weights(path.parent, weight_name=path.name, **arguments)
     with safe_open(path, "pt") as file:
         header = file.metadata()
     save_file(load_file(path), path, header | metadata)

@@ -32,8 +32,9 @@ def enable_ether_attention(model: nn.Module, backend: str = "sdpa") -> None:
     """Put `EtherAttnProcessor` on the attention blocks of a diffusers model. Calling it again changes the backend.
 
     Args:
-        model: a UNet, ControlNet or transformer; blocks with other processors than the stock ones (added keys and
-            values, IP-Adapter) are left as they are.
+        model: a UNet or ControlNet; blocks with other processors than the stock ones (added keys and values,
+            IP-Adapter) are left as they are. The transformers with flow matching (FLUX, SD3, Qwen-Image, Z-Image and
+            their like) have none but such, and need nothing: their own processors call the projections as layers, too.
         backend: "sdpa" (PyTorch's scaled_dot_product_attention) or "xformers" (memory_efficient_attention).
 
     Raises:
@@ -44,8 +45,12 @@ def enable_ether_attention(model: nn.Module, backend: str = "sdpa") -> None:
     blocks = [module for module in model.modules() if isinstance(module, Attention)]
     fitting = [block for block in blocks if isinstance(block.processor, (*STOCK, EtherAttnProcessor))]
     if not fitting:
-        kinds = ", ".join(sorted({type(block.processor).__name__ for block in blocks})) or "none"
-        raise ValueError(f"{type(model).__name__} has no attention with a stock processor; it has: {kinds}")
+        own = {type(module.processor).__name__ for module in model.modules() if hasattr(module, "processor")}
+        raise ValueError(
+            f"{type(model).__name__} has no attention with a stock processor, which is all that EtherAttnProcessor "
+            f"replaces (it has: {', '.join(sorted(own)) or 'none'}): leave it out, adapters work without it, and "
+            "fuse_ether is the way to full speed"
+        )
     disable_ether_attention(model)  # so that an EtherAttnProcessor never replaces another
     for block in fitting:
         block.processor = EtherAttnProcessor(backend, replaced=block.processor)

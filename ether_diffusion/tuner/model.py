@@ -26,6 +26,9 @@ DENOISER_TARGETS: dict[str, str] = {
 }
 """Default targets of diffusers' models, by class name, where they differ from `ATTENTION`."""
 CLIP_MODELS = ("clip", "clip_text_model", "clip_vision_model")
+VISION_LANGUAGE_MODELS = ("qwen2_5_vl", "qwen3_vl", "mistral3")
+LANGUAGE_ATTENTION = r".*language_model\..*\.(q|v)_proj"
+"""What PEFT takes of language models, and not of the vision tower, which sees no prompt."""
 
 
 class EtherModel(BaseTuner):
@@ -46,8 +49,10 @@ class EtherModel(BaseTuner):
 
     prefix = "ether_"
     tuner_layer_cls = EtherLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING | dict.fromkeys(
-        CLIP_MODELS, CLIP_ATTENTION
+    target_module_mapping = (
+        TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+        | dict.fromkeys(CLIP_MODELS, CLIP_ATTENTION)
+        | dict.fromkeys(VISION_LANGUAGE_MODELS, LANGUAGE_ATTENTION)
     )
 
     def _prepare_adapter_config(self, peft_config: EtherConfig, model_config: dict) -> EtherConfig:

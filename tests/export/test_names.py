@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    ChromaTransformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     UNet2DConditionModel,
@@ -95,14 +96,11 @@ def test_known_layers_of_the_full_models_have_their_known_names():
         unet.get_submodule(path)
 
 
-def flux_at_full_width() -> FluxTransformer2DModel:
-    with torch.device("meta"):
-        return FluxTransformer2DModel(num_layers=1, num_single_layers=1)
-
-
-def test_fused_layers_of_flux_are_read_back_part_by_part(tmp_path):
+@pytest.mark.parametrize("kind", [FluxTransformer2DModel, ChromaTransformer2DModel])
+def test_fused_layers_of_flux_are_read_back_part_by_part(kind, tmp_path):
     torch.manual_seed(0)
-    models = {"transformer": flux_at_full_width()}
+    with torch.device("meta"):
+        models = {"transformer": kind(num_layers=1, num_single_layers=1)}
     single = "single_transformer_blocks.0"
     ranks = {"attn.to_q": 1, "attn.to_v": 3, "proj_mlp": 2}
     parts, deltas = [], {}
