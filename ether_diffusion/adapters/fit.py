@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from diffusers import DiffusionPipeline
@@ -38,6 +38,33 @@ class Fitted:
     other_base: list[str] = field(default_factory=list)
 
 
+def restrict(pipe: DiffusionPipeline, file: AdapterFile, components: Sequence[str] | str) -> AdapterFile:
+    """The part of an adapter file that is for the named components of a pipeline.
+
+    Raises:
+        EtherFileError: no name, or one of which the file holds nothing; a file without names fits none of them.
+    """
+    wanted = [components] if isinstance(components, str) else list(components)
+    if None in file.configs:
+        models = models_of(pipe)
+        held = list(models)
+        if not set(wanted) - set(held) and wanted:
+            file = _name_component(file, {name: models[name] for name in wanted})
+    else:
+        held = list(dict.fromkeys([*file.configs, *file.weights]))
+    if (unknown := [name for name in wanted if name not in held]) or not wanted:
+        raise EtherFileError(
+            f"components: {', '.join(map(str, unknown)) or 'no name'}: {file.source} can be loaded onto "
+            f"{', '.join(held)}"
+        )
+    return replace(
+        file,
+        configs={name: config for name, config in file.configs.items() if name in wanted},
+        tensors={name: tensors for name, tensors in file.tensors.items() if name in wanted},
+        weights={name: weights for name, weights in file.weights.items() if name in wanted},
+    )
+
+
 def fit(pipe: DiffusionPipeline, file: AdapterFile) -> Fitted:
     """Find the place of every part of an adapter file.
 
@@ -50,7 +77,7 @@ def fit(pipe: DiffusionPipeline, file: AdapterFile) -> Fitted:
     if unknown := sorted((set(file.tensors) | set(file.weights)) - set(models) - {CONTROL}):
         raise EtherFileError(
             f"{file.source} adapts {', '.join(unknown)}, which this {type(pipe).__name__} does not have; it has "
-            f"{', '.join(models)}"
+            f"{', '.join(models)}: to load what is for these alone, name them (components=)"
         )
     layers = {
         component: _layers_for(f"{file.source}: {component}", models[component], file.configs[component], tensors)

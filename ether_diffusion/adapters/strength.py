@@ -7,6 +7,7 @@ encoders, pipelines without a LoRA mixin, and LoRA beside ETHER.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -30,6 +31,8 @@ from ether_diffusion.adapters.components import (
 from ether_diffusion.control.encoder import CONTROL
 from ether_diffusion.control.pipelines import Control, is_number
 from ether_diffusion.tuner.layer import EtherLayer
+
+logger = logging.getLogger(__name__)
 
 Weight = float | Mapping[str, Any] | None
 
@@ -66,7 +69,8 @@ def set_adapters(
         adapter_names: one name, or several in the order in which they act.
         adapter_weights: a strength for all, or a list of one for each. A strength is a number; or numbers by
             component, `{"unet": 0.8, "text_encoder": 0.5, "control_encoder": 1.0}`; and a UNet's may be by block,
-            `{"unet": {"down": 0.8, "mid": 1.0, "up": {"block_0": 0.6}}}`. Default: 1.
+            `{"unet": {"down": 0.8, "mid": 1.0, "up": {"block_0": 0.6}}}`. Default: 1. One for a component that
+            nothing adapts is ignored, with a warning.
 
     Layers outside the blocks, such as `conv_in`, act at strength 1 where weights are given by block.
 
@@ -79,17 +83,21 @@ def set_adapters(
     names, models, controls = named(adapter_names, _known(self)), _adapted_models(self), _controls(self)
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"adapter_names: {', '.join(twice)} is named more than once: an adapter acts once")
+    if isinstance(adapter_weights, tuple):
+        raise ValueError(
+            f"adapter_weights: got a tuple, needs a number, numbers by component, or a list: {list(adapter_weights)}"
+        )
     weights = list(adapter_weights) if isinstance(adapter_weights, list) else [adapter_weights] * len(names)
     if len(weights) != len(names):
         raise ValueError(f"{len(names)} adapters ({', '.join(names)}), but {len(weights)} weights")
     carrying = [*models, *([CONTROL] if controls else [])]
     by_component = [weight if isinstance(weight, Mapping) else dict.fromkeys(carrying, weight) for weight in weights]
-    for weight in by_component:
-        if unknown := sorted(set(weight) - set(carrying)):
-            raise ValueError(
-                f"adapter_weights: {', '.join(unknown)} carries no adapter; the components that do are "
-                f"{', '.join(carrying)}"
-            )
+    given = {component for weight in by_component for component in weight}
+    if unknown := sorted(map(str, given - {*self.components, CONTROL})):
+        raise ValueError(
+            f"adapter_weights: {', '.join(unknown)} is no component of this {type(self).__name__}; those that carry "
+            f"an adapter are {', '.join(carrying)}"
+        )
     strengths = {}
     for name, weight in zip(names, by_component, strict=True):
         value = weight.get(CONTROL)
@@ -100,6 +108,8 @@ def set_adapters(
     for component, model in models.items():
         own = [1.0 if weight.get(component) is None else weight[component] for weight in by_component]
         planned += _strengths_of_layers(component, model, names, own)
+    if idle := sorted(given - set(carrying)):  # such as the text encoder's, where another pipeline has encoded
+        logger.warning("adapter_weights: no adapter is on %s; the strength for it is ignored", ", ".join(idle))
     for layer, scales in planned:
         layer.set_adapter(names)
         for name, scale in scales.items():

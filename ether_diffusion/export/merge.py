@@ -28,6 +28,8 @@ def open_adapted(
     scales: Sequence[float] = (1.0,),
     *,
     allow_other_base: bool = False,
+    variant: str | None = None,
+    revision: str | None = None,
 ) -> tuple[DiffusionPipeline, list[str]]:
     """Load a base pipeline in float32 and put adapters on it, one after the other.
 
@@ -36,6 +38,7 @@ def open_adapted(
         adapters: files, folders or ids, in the order in which they act.
         scales: their strengths, or one for all.
         allow_other_base: go on where an adapter says that it was trained on other weights.
+        variant, revision: of the base, as `from_pretrained` takes them.
 
     Returns:
         The pipeline, on which the adapters are active, and their names.
@@ -49,7 +52,7 @@ def open_adapted(
     if len(scales) not in (1, len(adapters)):
         raise ValueError(f"{len(adapters)} adapters, but {len(scales)} strengths: one for each, or one for all")
     files = [find_adapter_file(adapter) for adapter in adapters]  # before the base, which takes longer
-    pipe = DiffusionPipeline.from_pretrained(base, dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(base, dtype=torch.float32, variant=variant, revision=revision)
     names = [_label(number, adapter) for number, adapter in enumerate(adapters, 1)]
     for name, file in zip(names, files, strict=True):
         record = attach(pipe, file, name)

@@ -37,10 +37,12 @@ def enable_ether_attention(model: nn.Module, backend: str = "sdpa") -> None:
         backend: "sdpa" (PyTorch's scaled_dot_product_attention) or "xformers" (memory_efficient_attention).
 
     Raises:
-        ValueError: unknown backend, or no block with a stock processor (names the processors there are).
+        ValueError: unknown backend, a pipeline in place of a model, or no block with a stock processor (names the
+            processors there are).
         ImportError: xformers is not installed.
     """
     check_backend(backend)
+    _check_model("enable_ether_attention", model)
     blocks = [module for module in model.modules() if isinstance(module, Attention)]
     fitting = [block for block in blocks if isinstance(block.processor, (*STOCK, EtherAttnProcessor))]
     if not fitting:
@@ -52,10 +54,21 @@ def enable_ether_attention(model: nn.Module, backend: str = "sdpa") -> None:
 
 
 def disable_ether_attention(model: nn.Module) -> None:
-    """Put back the processors that `enable_ether_attention` replaced. Nothing stays behind."""
+    """Put back the processors that `enable_ether_attention` replaced. Nothing stays behind.
+
+    Raises:
+        ValueError: a pipeline in place of a model.
+    """
+    _check_model("disable_ether_attention", model)
     for block in model.modules():
         if isinstance(block, Attention) and isinstance(block.processor, EtherAttnProcessor):
             block.processor = block.processor.replaced
+
+
+def _check_model(call: str, model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        denoiser = next((f"pipe.{name}" for name in ("unet", "transformer") if hasattr(model, name)), "pipe.unet")
+        raise ValueError(f"{call}: got a {type(model).__name__}, needs one of a pipeline's models: {call}({denoiser})")
 
 
 class EtherAttnProcessor:

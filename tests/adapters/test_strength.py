@@ -112,11 +112,9 @@ def test_no_strength_is_taken_that_is_no_finite_number(two, weight, form):
         (["default", "second", "default"], 1.0, "default is named more than once: an adapter acts once"),
         (["default", "third"], 1.0, "there is no adapter third; loaded are default, second"),
         (["default", "second"], [1.0], "2 adapters .default, second., but 1 weights"),
-        (
-            "default",
-            {"vae": 1.0},
-            "vae carries no adapter; the components that do are .*unet",
-        ),
+        ("default", {"unett": 1.0}, "unett is no component of this StableDiffusionPipeline; those that carry .*unet"),
+        (["default", "second"], (0.5, 1.0), r"adapter_weights: got a tuple, needs .* a list: \[0.5, 1.0\]"),
+        ("default", (0.5,), r"adapter_weights: got a tuple, needs .* a list: \[0.5\]"),
     ],
 )
 def test_what_does_not_fit_is_an_error_and_changes_nothing(two, names, weights, message):
@@ -125,6 +123,20 @@ def test_what_does_not_fit_is_an_error_and_changes_nothing(two, names, weights, 
     with pytest.raises(ValueError, match=message):
         two.set_adapters(names, weights)
     assert np.array_equal(generate(two), picture)
+
+
+@pytest.mark.parametrize("component", ["vae", "control_encoder", "text_encoder", "safety_checker"])
+@pytest.mark.parametrize("weight", [0.25, None, {"down": 0.5}])
+def test_a_strength_for_a_component_that_nothing_adapts_is_ignored_with_a_warning(
+    tiny_pipeline, caplog, component, weight
+):
+    tiny_pipeline.unet.add_adapter(EtherConfig(init_weights=False), adapter_name="default")
+    tiny_pipeline.set_adapters(["default"], [{"unet": 0.75, component: weight}])
+    assert strengths(tiny_pipeline, "unet", "default") == {0.75}
+    assert f"no adapter is on {component}; the strength for it is ignored" in caplog.text
+    caplog.clear()
+    tiny_pipeline.set_adapters("default", {"unet": 0.5})
+    assert not caplog.records
 
 
 def test_a_pipeline_without_ether_is_left_to_diffusers(tiny_pipeline):

@@ -222,6 +222,15 @@ def test_models_without_stock_attention_and_unknown_backends_are_told_so():
         EtherAttnProcessor("flash")
 
 
+@pytest.mark.parametrize("call", [enable_ether_attention, disable_ether_attention])
+def test_a_pipeline_in_place_of_a_model_is_told_which_model_to_pass(tiny_pipeline, call):
+    processors = dict(tiny_pipeline.unet.attn_processors)
+    name = call.__name__
+    with pytest.raises(ValueError, match=rf"{name}: got a StableDiffusionPipeline, needs .*: {name}\(pipe.unet\)"):
+        call(tiny_pipeline)
+    assert tiny_pipeline.unet.attn_processors == processors
+
+
 @pytest.mark.skipif(importlib.util.find_spec("xformers") is not None, reason="xformers is installed")
 def test_without_xformers_one_is_told_how_to_get_it():
     with pytest.raises(ImportError, match=r"pip install 'ether-diffusion\[xformers\]'"):
