@@ -15,6 +15,7 @@ from ether_diffusion.adapters.components import (
     AdapterRecord,
     ReplacedModules,
     check_name,
+    check_removable,
     drop_record,
     ether_layers,
     keep_record,
@@ -181,9 +182,11 @@ def detach(pipe: DiffusionPipeline, adapter_names: Iterable[str]) -> None:
     attributes are as they were before the first.
 
     Raises:
-        ValueError: weights that cannot be put back (offloaded, or their file has changed). Nothing has changed then.
+        ValueError: weights that cannot be put back (offloaded, or their file has changed), or the own adapter of a
+            component that is a `PeftModel`. Nothing has changed then.
     """
     models, records, names = models_of(pipe), records_of(pipe), list(adapter_names)
+    check_removable(pipe, names)
     chosen = [records[name] for name in names]
     back = [
         (replaced.parameters(models[component], names), replaced.originals)

@@ -21,6 +21,7 @@ from torch import nn
 
 from ether_diffusion.adapters.attach import detach
 from ether_diffusion.adapters.components import (
+    check_removable,
     ether_layers,
     models_of,
     named,
@@ -178,6 +179,7 @@ def delete_adapters(self: DiffusionPipeline, adapter_names: Sequence[str] | str)
     if not records and (method := stock(self, "delete_adapters")):
         return method(adapter_names)
     names, models = named(adapter_names, _known(self)), _adapted_models(self)
+    check_removable(self, names)
     for component, model in models.items():
         merged = {name for layer in tuner_layers(model) for name in layer.merged_adapters}
         if fused := [name for name in names if name in merged]:

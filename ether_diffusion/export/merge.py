@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ether_diffusion.adapters.attach import attach
-from ether_diffusion.adapters.components import ether_layers, models_of
+from ether_diffusion.adapters.components import check_removable, ether_layers, models_of, records_of
 from ether_diffusion.adapters.locate import find_adapter_file
 from ether_diffusion.adapters.schema import WEIGHTS_NAME
 from ether_diffusion.export.changes import check_alone
@@ -92,11 +92,12 @@ def merge_adapters(
         dtype: of what is written, except for modules that a model declares to need float32.
 
     Raises:
-        ValueError: nothing to merge, another method's adapter on the pipeline, a quantised or offloaded weight, or
-            NaN or infinity in a merged weight.
+        ValueError: nothing to merge, another method's adapter on the pipeline, a component that is a `PeftModel`, a
+            quantised or offloaded weight, or NaN or infinity in a merged weight.
         FileExistsError: there is something under that name; nothing is overwritten.
     """
     check_alone(pipe)
+    check_removable(pipe, records_of(pipe))
     with new_path(Path(output_dir)) as partial:
         pipe.fuse_ether(safe_fusing=True, adapter_names=adapter_names)
         layers = [layer for model in models_of(pipe).values() for _, layer in ether_layers(model) if layer.merged]
