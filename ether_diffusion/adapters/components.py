@@ -80,7 +80,21 @@ class AdapterRecord:
 
 
 def models_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
-    """The pipeline's components that are modules, by name; of a compiled one or a `PeftModel`, the model within."""
+    """The pipeline's components that are modules, by name; of a compiled one or a `PeftModel`, the model within.
+
+    One that is there under several names is here once, under the first.
+    """
+    models = _models(pipe)
+    return {name: models[name] for name, first in names_of(pipe).items() if name == first}
+
+
+def names_of(pipe: DiffusionPipeline) -> dict[str, str]:
+    """Every component that is a module -> the first name of the same model, by which `models_of` has it."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(model), name) for name, model in _models(pipe).items()}
+
+
+def _models(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     return {name: _within_peft(_uncompiled(module)) for name, module in modules.items()}
 

@@ -12,7 +12,13 @@ from diffusers.models.attention_processor import Attention
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ether_diffusion.adapters.components import base_of, base_weights, models_of, replaceable_parameters
+from ether_diffusion.adapters.components import (
+    base_of,
+    base_weights,
+    models_of,
+    names_of,
+    replaceable_parameters,
+)
 from ether_diffusion.adapters.fingerprint import differing_components
 from ether_diffusion.adapters.schema import AdapterFile, ModuleWeights
 from ether_diffusion.control.encoder import CONTROL, ControlEncoder
@@ -74,6 +80,7 @@ def fit(pipe: DiffusionPipeline, file: AdapterFile) -> Fitted:
     models = models_of(pipe)
     if None in file.configs:
         file = _name_component(file, models)
+    file = _under_first_names(file, names_of(pipe))
     if unknown := sorted((set(file.tensors) | set(file.weights)) - set(models) - {CONTROL}):
         raise EtherFileError(
             f"{file.source} adapts {', '.join(unknown)}, which this {type(pipe).__name__} does not have; it has "
@@ -93,6 +100,32 @@ def fit(pipe: DiffusionPipeline, file: AdapterFile) -> Fitted:
     own = {component: base_weights(models[component], component, paths) for component, paths in layers.items()}
     fitted.other_base = differing_components(own, file.metadata)
     return fitted
+
+
+def _under_first_names(file: AdapterFile, names: Mapping[str, str]) -> AdapterFile:
+    """The file with each model's parts once, under the first of the names that the model has in the pipeline.
+
+    Raises:
+        EtherFileError: the file holds something else for another name of the same model.
+    """
+    for name, first in names.items():
+        if name != first:
+            for held in (file.tensors, {each: weights.tensors for each, weights in file.weights.items()}):
+                if {name, first} <= set(held) and not _are_equal(held[name], held[first]):
+                    raise EtherFileError(
+                        f"{file.source}: {first} and {name} are one model here, but the file holds different vectors "
+                        "or weights for them"
+                    )
+            renamed = {
+                part: {first if each == name else each: value for each, value in getattr(file, part).items()}
+                for part in ("configs", "tensors", "weights")
+            }
+            file = replace(file, **renamed)
+    return file
+
+
+def _are_equal(first: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return first.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in first.items())
 
 
 def _name_component(file: AdapterFile, models: Mapping[str, nn.Module]) -> AdapterFile:

@@ -118,11 +118,7 @@ def ether_state_dict(self: DiffusionPipeline, adapter_name: str | None = None) -
         ValueError: no adapter, or several and no name.
     """
     tensors = collect(self, _which(self, adapter_name).name).tensors
-    return {
-        f"{component}.{key}": tensor.detach().clone()
-        for component, vectors in tensors.items()
-        for key, tensor in vectors.items()
-    }
+    return {f"{component}.{key}": tensor for component, vectors in tensors.items() for key, tensor in vectors.items()}
 
 
 def save_ether_weights(

@@ -25,6 +25,7 @@ from ether_diffusion.adapters.components import (
     ether_layers,
     models_of,
     named,
+    names_of,
     peft_adapters,
     records_of,
     tuner_layers,
@@ -92,7 +93,13 @@ def set_adapters(
     if len(weights) != len(names):
         raise ValueError(f"{len(names)} adapters ({', '.join(names)}), but {len(weights)} weights")
     carrying = [*models, *([CONTROL] if controls else [])]
-    by_component = [weight if isinstance(weight, Mapping) else dict.fromkeys(carrying, weight) for weight in weights]
+    first = names_of(self)
+    by_component = [
+        {first.get(component, component): value for component, value in weight.items()}
+        if isinstance(weight, Mapping)
+        else dict.fromkeys(carrying, weight)
+        for weight in weights
+    ]
     given = {component for weight in by_component for component in weight}
     if unknown := sorted(map(str, given - {*self.components, CONTROL})):
         raise ValueError(

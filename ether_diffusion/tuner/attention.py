@@ -63,6 +63,9 @@ def disable_ether_attention(model: nn.Module) -> None:
     for block in model.modules():
         if isinstance(block, Attention) and isinstance(block.processor, EtherAttnProcessor):
             block.processor = block.processor.replaced
+        # While projections are fused, the processors from before wait here, to be put back.
+        waiting = block.__dict__.get("original_attn_processors") or {}
+        waiting.update({k: p.replaced for k, p in waiting.items() if isinstance(p, EtherAttnProcessor)})
 
 
 def _check_model(call: str, model: nn.Module) -> None:
@@ -77,6 +80,9 @@ class EtherAttnProcessor:
     Self- and cross-attention, masks, group norm, spatial norm, norms of queries and keys, residual connection and
     output factor as in the stock processors; the same result to rounding.
 
+    Its `__class__` is that of the processor in whose place it stands, as a proxy's is: diffusers compares it with
+    those that it knows (`set_default_attn_processor`). `type` and `isinstance` tell the two apart.
+
     Args:
         backend: "sdpa" or "xformers".
         replaced: the processor to put back; default: diffusers' own.
@@ -89,6 +95,13 @@ class EtherAttnProcessor:
         check_backend(backend)
         self.backend = backend
         self.replaced = AttnProcessor2_0() if replaced is None else replaced
+
+    @property
+    def __class__(self) -> type:
+        return type(self.replaced)
+
+    def __reduce__(self) -> tuple:
+        return EtherAttnProcessor.__new__, (EtherAttnProcessor,), vars(self)  # pickle would go by `__class__`
 
     def __call__(
         self,

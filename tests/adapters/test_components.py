@@ -6,11 +6,20 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
-from helpers.control import make_encoder, open_control
-from helpers.pipelines import ONE_GREY_LEVEL, adapt, assert_unchanged, generate, open_pipeline, snapshot
+from helpers import zoo
+from helpers.control import call_unet, make_encoder, open_control
+from helpers.pipelines import (
+    ONE_GREY_LEVEL,
+    TwinPipeline,
+    adapt,
+    assert_unchanged,
+    generate,
+    open_pipeline,
+    snapshot,
+)
 from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 
-from ether_diffusion import EtherConfig
+from ether_diffusion import EtherConfig, EtherLayer
 from ether_diffusion.adapters import components, fit
 from ether_diffusion.export import merge_adapters
 
@@ -195,3 +204,67 @@ def test_a_lora_of_a_peft_model_is_not_unloaded_beside_ether(wrapped, one):
         with pytest.raises(ValueError, match="is a PeftModel, which does not run without default"):
             remove()
         assert np.array_equal(generate(pipe), image)
+
+
+# One model under two names ---------------------------------------------------------------------------------------
+
+
+def twins(folder, shared: bool):
+    unet = open_pipeline(folder).unet
+    return TwinPipeline(unet, unet if shared else open_pipeline(folder).unet)
+
+
+def outputs(pipe) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return [call_unet(model) for model in (pipe.unet, pipe.unet_2)]
+
+
+@pytest.mark.parametrize("method", ["ether", "ether_plus"])
+@pytest.mark.parametrize("names", [["unet"], ["unet_2"], ["unet", "unet_2"]], ids="+".join)
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_model_under_two_names_is_saved_under_both(tiny_pipeline_folder, tmp_path, method, names, shared):
+    pipe = twins(tiny_pipeline_folder, shared=True)
+    vectors = zoo.adapt_components(pipe, "unet", method=method)
+    expected = outputs(pipe)
+    file = pipe.save_ether_weights(tmp_path)
+    assert {key.partition(".")[0] for key in vectors} == {"unet", "unet_2"}
+    assert all(torch.equal(pipe.ether_state_dict()[key], vector) for key, vector in vectors.items())
+    for source in (file, vectors):
+        other = twins(tiny_pipeline_folder, shared)
+        base = outputs(other)
+        other.load_ether_weights(source, "dog", components=names)
+        other.load_ether_weights(source, "dog", components=names, hotswap=True)
+        for k, name in enumerate(("unet", "unet_2")):
+            assert torch.equal(outputs(other)[k], (expected if shared or name in names else base)[k])
+        other.fuse_ether(components=names)
+        other.unfuse_ether(components=names)
+        other.set_adapters("dog", {name: 0.0 for name in names})
+        assert all(map(torch.equal, outputs(other), base))
+        other.unload_ether_weights()
+        assert all(map(torch.equal, outputs(other), base))
+        assert not any(isinstance(module, EtherLayer) for module in other.unet.modules())
+
+
+def test_modules_of_a_model_under_two_names_are_saved_with_it(tiny_pipeline_folder, tmp_path):
+    pipe = twins(tiny_pipeline_folder, shared=True)
+    torch.nn.init.normal_(pipe.unet.conv_in.weight)
+    expected = outputs(pipe)
+    file = pipe.save_ether_weights(tmp_path, "dog", replaced_modules={"unet_2": ["conv_in"]})
+    for shared in (False, True):
+        other = twins(tiny_pipeline_folder, shared)
+        base = outputs(other)
+        other.load_ether_weights(file, "dog")
+        assert all(map(torch.equal, outputs(other), expected))
+        other.unload_ether_weights()
+        assert all(map(torch.equal, outputs(other), base))
+
+
+def test_different_vectors_for_two_names_of_one_model_are_refused(tiny_pipeline_folder):
+    vectors = zoo.adapt_components(twins(tiny_pipeline_folder, shared=True), "unet")
+    vectors = {key: tensor.flip(-1) if key.startswith("unet_2") else tensor for key, tensor in vectors.items()}
+    pipe = twins(tiny_pipeline_folder, shared=True)
+    with pytest.raises(ValueError, match="unet and unet_2 are one model here, but the file holds different"):
+        pipe.load_ether_weights(vectors)
+    assert not pipe.ether_adapters
+    twins(tiny_pipeline_folder, shared=False).load_ether_weights(vectors)
+    pipe.load_ether_weights(vectors, components="unet_2")
