@@ -3,7 +3,6 @@
 import pytest
 import torch
 from diffusers.hooks import apply_layerwise_casting
-from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
 from torch import nn
 
 BLOCK = 32
@@ -79,6 +78,8 @@ def _quanto(model: nn.Module, kind: str) -> None:
 def gguf(model: nn.Module) -> None:
     """Built from the layers: diffusers reads whole files of the released models only."""
     library = pytest.importorskip("gguf", reason="the extra `quantized` is not installed")
+    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter  # imports the library
+
     kind = library.GGMLQuantizationType.Q8_0
     for name, layer in linears(model):
         quantized = GGUFLinear(
