@@ -40,6 +40,7 @@ def load_ether_weights(
     components: Sequence[str] | str | None = None,
     hotswap: bool = False,
     low_cpu_mem_usage: bool = True,
+    autocast_adapter_dtype: bool = True,
     use_safetensors: bool | None = None,
     **hub: Any,
 ) -> None:
@@ -57,6 +58,8 @@ def load_ether_weights(
         hotswap: write over the vectors of `adapter_name` (or of the only adapter) in place: same layers, same blocks,
             its strength and whether it is active stay; a compiled model is not compiled again.
         low_cpu_mem_usage: taken as by `load_lora_weights`; nothing but the vectors is allocated in either case.
+        autocast_adapter_dtype: as in PEFT: False keeps the vectors in the dtypes of the layers instead of float32;
+            with hotswap they stay in theirs.
         use_safetensors: taken as by `load_lora_weights`, but for False: pickles are never read.
         hub: subfolder, revision, token, cache_dir, local_files_only, force_download, as for `from_pretrained`.
 
@@ -84,7 +87,8 @@ def load_ether_weights(
     if hotswap:
         record = swap(self, file, _which(self, None).name if adapter_name is None else adapter_name)
     else:
-        record = attach(self, file, free_name(self) if adapter_name is None else adapter_name)
+        name = free_name(self) if adapter_name is None else adapter_name
+        record = attach(self, file, name, autocast=autocast_adapter_dtype)
     if record.other_base:
         logger.warning(
             "%s was trained on other base weights than those of %s here (its base model: %s); results will differ",

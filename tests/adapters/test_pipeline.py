@@ -357,3 +357,24 @@ def test_a_state_dict_is_a_copy(trained, fused):
         tensor.zero_()
     assert np.array_equal(generate(trained), image)
     assert all(torch.equal(tensor, kept[name]) for name, tensor in trained.ether_state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("autocast", [{}, {"autocast_adapter_dtype": True}, {"autocast_adapter_dtype": False}])
+def test_vectors_are_loaded_in_float32_or_in_the_dtype_of_the_base(
+    trained, tiny_pipeline_folder, tmp_path, dtype, autocast
+):
+    file, vectors = trained.save_ether_weights(tmp_path / "one"), trained.ether_state_dict()
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline_folder, dtype=dtype)
+    pipe.load_ether_weights(file, "dog", **autocast)
+    expected = dtype if not autocast.get("autocast_adapter_dtype", True) or dtype == torch.float64 else torch.float32
+    loaded = pipe.ether_state_dict()
+    assert {vector.dtype for vector in loaded.values()} == {expected}
+    assert all(torch.equal(loaded[name], vector.to(expected)) for name, vector in vectors.items())
+    pipe.load_ether_weights({name: vector.flip(-1) for name, vector in vectors.items()}, "dog", hotswap=True)
+    assert {vector.dtype for vector in pipe.ether_state_dict().values()} == {expected}
+    again = open_pipeline(tiny_pipeline_folder)
+    again.load_ether_weights(pipe.save_ether_weights(tmp_path / "two"), "dog")
+    assert {vector.dtype for vector in again.ether_state_dict().values()} == {torch.float32}
+    for call in (pipe.fuse_ether, pipe.unfuse_ether, pipe.unload_ether_weights):
+        call()
