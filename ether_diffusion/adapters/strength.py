@@ -78,7 +78,8 @@ def set_adapters(
 
     Raises:
         ValueError: an unknown adapter or component, a name given twice, lists of different lengths, a strength that
-            is no finite number, or one for an adapter whose method has none. Nothing is changed then.
+            is no finite number, or one other than 1 for an adapter of a method on which PEFT sets none. Nothing is
+            changed then.
     """
     if not records_of(self) and (method := stock(self, "set_adapters")):
         return method(adapter_names, adapter_weights)
@@ -149,8 +150,8 @@ def _strengths_of_layers(
                 scales[name] = float(weight)
             elif weight != 1:
                 raise ValueError(
-                    f"adapter_weights: {name}: its method ({type(layer).__module__.split('.')[-2].upper()}) has no "
-                    f"strength, and {component} got {weight!r}"
+                    f"adapter_weights: {name}: PEFT sets no strength on its method "
+                    f"({type(layer).__module__.split('.')[-2].upper()}), but {component} got {weight!r}: leave it at 1"
                 )
         found.append((layer, scales))
     return found

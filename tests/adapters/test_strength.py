@@ -12,8 +12,7 @@ from diffusers import (
 from diffusers.hooks import apply_group_offloading
 from helpers.pipelines import ONE_GREY_LEVEL, TwinPipeline, assert_unchanged, generate, open_pipeline, snapshot
 from helpers.zoo import adapt_components, controlnet, ether_layers_of, flux, sdxl
-from peft import BOFTConfig, HRAConfig, IA3Config, LoraConfig, OFTConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import LoraConfig
 from PIL import Image
 
 from ether_diffusion import EtherConfig, EtherLayer
@@ -63,28 +62,6 @@ def test_layers_outside_the_blocks_stay_at_strength_one_beside_weights_by_block(
     assert {layers[path] for path in ("conv_in", "conv_out", "time_embedding.linear_1")} == {1.0}
     assert {scale for path, scale in layers.items() if path.startswith("down_blocks")} == {0.2}
     assert {scale for path, scale in layers.items() if path.startswith("mid_block")} == {0.3}
-
-
-OTHERS = {
-    "OFT": OFTConfig(r=2, oft_block_size=0, target_modules=["to_v"]),
-    "BOFT": BOFTConfig(boft_block_size=2, target_modules=["to_v"]),
-    "HRA": HRAConfig(r=2, target_modules=["to_v"]),
-    "IA3": IA3Config(target_modules=["to_v"], feedforward_modules=[]),
-}
-
-
-@pytest.mark.parametrize("method", OTHERS)
-def test_ether_is_set_beside_an_adapter_of_any_method(two, method):
-    two.unet.add_adapter(copy.deepcopy(OTHERS[method]), adapter_name="other")
-    two.set_adapters("default", 0.5)
-    assert two.get_active_adapters() == ["default"] and strengths(two, "unet", "default") == {0.5}
-    two.set_adapters(["default", "other"], [0.25, 1.0])
-    assert two.get_active_adapters() == ["default", "other"] and strengths(two, "unet", "default") == {0.25}
-    layer = next(m for m in two.unet.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, EtherLayer))
-    if not hasattr(layer, "scaling"):
-        with pytest.raises(ValueError, match=f"its method .{method}. has no strength, and unet got 0.5"):
-            two.set_adapters(["default", "other"], [0.75, 0.5])
-        assert two.get_active_adapters() == ["default", "other"] and strengths(two, "unet", "default") == {0.25}
 
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf"), -float("inf"), True, "1"])
