@@ -81,10 +81,13 @@ def fit(pipe: DiffusionPipeline, file: AdapterFile) -> Fitted:
     if None in file.configs:
         file = _name_component(file, models)
     file = _under_first_names(file, names_of(pipe))
-    if unknown := sorted((set(file.tensors) | set(file.weights)) - set(models) - {CONTROL}):
+    held = set(file.tensors) | set(file.weights)
+    if unknown := sorted(held - set(models) - {CONTROL}):
+        shared = sorted(held & set(models))
         raise EtherFileError(
             f"{file.source} adapts {', '.join(unknown)}, which this {type(pipe).__name__} does not have; it has "
-            f"{', '.join(models)}: to load what is for these alone, name them (components=)"
+            + ", ".join(models)
+            + (f"; components={shared} loads what is for these alone" if shared else "")
         )
     layers = {
         component: _layers_for(f"{file.source}: {component}", models[component], file.configs[component], tensors)

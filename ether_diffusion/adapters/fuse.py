@@ -29,7 +29,7 @@ KEEP_ORIGINAL = ("device", "cpu", "disk")
 @torch.inference_mode(False)
 def fuse_ether(
     self: DiffusionPipeline,
-    components: Sequence[str] | None = None,
+    components: Sequence[str] | str | None = None,
     ether_scale: float = 1.0,
     safe_fusing: bool = False,
     adapter_names: Sequence[str] | str | None = None,
@@ -95,7 +95,7 @@ def _merge_at(layer: EtherLayer, strengths: Mapping[str, float], safe: bool = Fa
 
 
 @torch.inference_mode(False)
-def unfuse_ether(self: DiffusionPipeline, components: Sequence[str] | None = None) -> None:
+def unfuse_ether(self: DiffusionPipeline, components: Sequence[str] | str | None = None) -> None:
     """Undo `fuse_ether`: the weights are bit for bit what they were.
 
     Raises:
@@ -110,11 +110,14 @@ def unfuse_ether(self: DiffusionPipeline, components: Sequence[str] | None = Non
         layer.unmerge()
 
 
-def _chosen_layers(pipe: DiffusionPipeline, components: Sequence[str] | None) -> Iterator[tuple[EtherLayer, Place]]:
+def _chosen_layers(
+    pipe: DiffusionPipeline, components: Sequence[str] | str | None
+) -> Iterator[tuple[EtherLayer, Place]]:
     carrying: dict[str, nn.Module] = {
         name: model for name, model in models_of(pipe).items() if any(True for _ in ether_layers(model))
     }
     names = names_of(pipe)
+    components = [components] if isinstance(components, str) else components
     chosen = list(carrying) if components is None else list(dict.fromkeys(names.get(c, c) for c in components))
     if not carrying or set(chosen) - set(carrying):
         asked = f"{', '.join(chosen)}: " if chosen else ""

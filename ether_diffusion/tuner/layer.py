@@ -130,7 +130,7 @@ class EtherLayer(MergingLayer):
 
         PEFT's `autocast_adapter_dtype`. Reflections are computed in float32 in either case.
         """
-        if self.autocast[adapter_name] != autocast:
+        if not (autocast and self.autocast[adapter_name]):  # a vector that was filled since may have to be cast again
             self.autocast[adapter_name] = autocast
             self._move_adapter_to_device_of_base_layer(adapter_name)
 

@@ -10,6 +10,7 @@ from ether_diffusion.adapters.locate import HubSource, find_adapter_file
 from ether_diffusion.adapters.schema import WEIGHTS_NAME
 from ether_diffusion.errors import EtherFileError
 
+COMMIT = "0123456789012345678901234567890123456789"
 NAMES = [
     "dog.safetensors",
     "pytorch_lora_weights.safetensors",
@@ -38,6 +39,15 @@ def test_the_only_file_is_found_whatever_it_is_called(saved, tmp_path, name, sub
     (path.parent / "folder.safetensors").mkdir()
     found = find_adapter_file(tmp_path / "dog", hub=HubSource(subfolder=subfolder))
     assert found.source == str(path) and set(found.tensors) == {"unet", "text_encoder"}
+
+
+def test_the_only_file_of_a_cached_repository_is_found(saved, tmp_path):
+    repository = tmp_path / "models--someone--dog"
+    path = saved("dog.safetensors", f"models--someone--dog/snapshots/{COMMIT}")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    found = find_adapter_file("someone/dog", hub=HubSource(cache_dir=tmp_path, local_files_only=True))
+    assert found.source == str(path)
 
 
 def test_of_several_files_none_is_guessed(saved, tmp_path):

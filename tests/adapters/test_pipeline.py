@@ -62,9 +62,10 @@ def test_fusing_at_a_scale_is_fusing_at_that_strength(trained):
     assert np.abs(generate(trained) - image).max() <= ONE_GREY_LEVEL
 
 
-def test_fusing_one_component_leaves_the_others(trained):
+@pytest.mark.parametrize("components", [["text_encoder"], ("text_encoder",), "text_encoder"])
+def test_fusing_one_component_leaves_the_others(trained, components):
     image = generate(trained)
-    trained.fuse_ether(components=["text_encoder"])
+    trained.fuse_ether(components=components)
     assert not any(m.merged for m in trained.unet.modules() if isinstance(m, EtherLayer))
     assert all(m.merged for m in trained.text_encoder.modules() if isinstance(m, EtherLayer))
     assert np.abs(generate(trained) - image).max() <= ONE_GREY_LEVEL

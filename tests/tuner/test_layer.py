@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.layers import make, oracle, oracle_weight
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 
 from ether_diffusion import EtherConfig, EtherLayer, EtherModel
@@ -193,7 +193,7 @@ def test_vectors_are_never_in_a_dtype_that_only_stores(storage):
 
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_peft_puts_vectors_in_the_dtype_that_it_is_asked_for(dtype, autocast):
+def test_peft_puts_vectors_in_the_dtype_that_it_is_asked_for(dtype, autocast, tmp_path):
     config = EtherConfig(method="ether_plus", target_modules=["0"])
     expected = dtype if not autocast or dtype == torch.float64 else torch.float32
     model = get_peft_model(nn.Sequential(nn.Linear(8, 8)).to(dtype), config, autocast_adapter_dtype=autocast)
@@ -201,6 +201,13 @@ def test_peft_puts_vectors_in_the_dtype_that_it_is_asked_for(dtype, autocast):
     model.add_adapter("second", config, autocast_adapter_dtype=autocast)
     model.add_adapter("third", config, autocast_adapter_dtype=not autocast)
     assert dtypes_of(model, "second") == dtypes_of(model, "default") == {expected}
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    for low_cpu_mem_usage in (False, True):
+        base, options = nn.Sequential(nn.Linear(8, 8)).to(dtype), {"low_cpu_mem_usage": low_cpu_mem_usage}
+        loaded = PeftModel.from_pretrained(base, tmp_path, autocast_adapter_dtype=autocast, **options)
+        assert dtypes_of(loaded, "default") == {expected}
+        loaded.load_adapter(tmp_path, "more", autocast_adapter_dtype=autocast, **options)
+        assert dtypes_of(loaded, "more") == {expected}
     tuner = EtherModel(nn.Sequential(nn.Linear(8, 8)).to(dtype), config, "default")
     tuner.peft_config["second"] = config
     tuner.inject_adapter(tuner.model, "second", autocast_adapter_dtype=autocast)
