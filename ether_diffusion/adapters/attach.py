@@ -15,6 +15,7 @@ from ether_diffusion.adapters.components import (
     AdapterRecord,
     ReplacedModules,
     check_name,
+    check_removable,
     drop_record,
     ether_layers,
     keep_record,
@@ -33,8 +34,11 @@ from ether_diffusion.tuner.model import layer_class
 
 
 @torch.inference_mode(False)  # tensors made in it could not be written over later
-def attach(pipe: DiffusionPipeline, file: AdapterFile, adapter_name: str) -> AdapterRecord:
+def attach(pipe: DiffusionPipeline, file: AdapterFile, adapter_name: str, *, autocast: bool = True) -> AdapterRecord:
     """Check everything, then add the adapter to every component that it is for, and make it the active one.
+
+    Args:
+        autocast: vectors in float32; else in the dtypes of the layers.
 
     Raises:
         ValueError: the name is taken, or the file does not fit. Nothing has changed then.
@@ -49,7 +53,7 @@ def attach(pipe: DiffusionPipeline, file: AdapterFile, adapter_name: str) -> Ada
         for component, layers in fitted.layers.items():
             undo.callback(_activation_of(models[component]))
             undo.callback(_detach_layers, models[component], [adapter_name])
-            _attach_layers(models[component], file.configs[component], layers, adapter_name)
+            _attach_layers(models[component], file.configs[component], layers, adapter_name, autocast)
         for component, parameters in fitted.parameters.items():
             originals = {name: parameter.detach().clone() for name, parameter in parameters.items()}
             record.replaced[component] = ReplacedModules(list(file.weights[component].about["modules"]), originals)
@@ -181,9 +185,11 @@ def detach(pipe: DiffusionPipeline, adapter_names: Iterable[str]) -> None:
     attributes are as they were before the first.
 
     Raises:
-        ValueError: weights that cannot be put back (offloaded, or their file has changed). Nothing has changed then.
+        ValueError: weights that cannot be put back (offloaded, or their file has changed), or the own adapter of a
+            component that is a `PeftModel`. Nothing has changed then.
     """
     models, records, names = models_of(pipe), records_of(pipe), list(adapter_names)
+    check_removable(pipe, names)
     chosen = [records[name] for name in names]
     back = [
         (replaced.parameters(models[component], names), replaced.originals)
@@ -214,7 +220,11 @@ def forget(model: nn.Module, adapter_names: Iterable[str]) -> None:
 
 
 def _attach_layers(
-    model: nn.Module, config: EtherConfig, layers: Mapping[str, Mapping[str, Tensor]], adapter_name: str
+    model: nn.Module,
+    config: EtherConfig,
+    layers: Mapping[str, Mapping[str, Tensor]],
+    adapter_name: str,
+    autocast: bool,
 ) -> None:
     """Put vectors on exactly these layers.
 
@@ -233,6 +243,7 @@ def _attach_layers(
             layer = layer_class(target, path)(target, adapter_name, config, path, vectors).train(target.training)
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, layer)
+        layer.set_autocast(adapter_name, autocast)
         device = _execution_device(path, layer.get_base_layer())
         layer._move_adapter_to_device_of_base_layer(adapter_name, device)
     kept = EtherConfig(**{name: getattr(config, name) for name in ("method", "num_blocks", "sides", "target_modules")})

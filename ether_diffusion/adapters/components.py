@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import PeftMixedModel, PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from ether_diffusion.adapters.schema import canonical_path, without_base_layer
@@ -23,6 +24,7 @@ from ether_diffusion.tuner.base_layer import is_plain
 from ether_diffusion.tuner.config import EtherConfig
 from ether_diffusion.tuner.layer import EtherLayer
 
+PEFT_MODELS = (PeftModel, PeftMixedModel)
 RECORDS = "_ether_records"
 """The attribute of a model that holds the records of its adapters, by name."""
 
@@ -78,9 +80,50 @@ class AdapterRecord:
 
 
 def models_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
-    """The pipeline's components that are modules, by name; of a compiled component, the module that was compiled."""
+    """The pipeline's components that are modules, by name; of a compiled one or a `PeftModel`, the model within.
+
+    One that is there under several names is here once, under the first.
+    """
+    models = _models(pipe)
+    return {name: models[name] for name, first in names_of(pipe).items() if name == first}
+
+
+def names_of(pipe: DiffusionPipeline) -> dict[str, str]:
+    """Every component that is a module -> the first name of the same model, by which `models_of` has it."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(model), name) for name, model in _models(pipe).items()}
+
+
+def _models(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    return {name: getattr(module, "_orig_mod", module) for name, module in modules.items()}
+    return {name: _within_peft(_uncompiled(module)) for name, module in modules.items()}
+
+
+def _uncompiled(module: nn.Module) -> nn.Module:
+    return getattr(module, "_orig_mod", module)
+
+
+def _within_peft(module: nn.Module) -> nn.Module:
+    is_wrapped = isinstance(module, PEFT_MODELS) and isinstance(module.base_model, BaseTuner)
+    return _uncompiled(module.base_model.model) if is_wrapped else module
+
+
+def check_removable(pipe: DiffusionPipeline, adapter_names: Iterable[str]) -> None:
+    """Refuse to remove the adapter that a `PeftModel` was made with or has active: it would not run any more.
+
+    Raises:
+        ValueError: names the component, and what to put there first.
+    """
+    names = set(adapter_names)
+    for component, part in pipe.components.items():
+        part = _uncompiled(part)
+        if isinstance(part, PEFT_MODELS):
+            own = [part.active_adapter] if isinstance(part.active_adapter, str) else list(part.active_adapter)
+            if lost := [name for name in own if name in names]:
+                raise ValueError(
+                    f"{component} is a {type(part).__name__}, which does not run without {', '.join(lost)}: put the "
+                    f"adapted model itself there first (pipe.{component} = pipe.{component}.get_base_model())"
+                )
 
 
 def ether_layers(model: nn.Module) -> Iterator[tuple[str, EtherLayer]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from diffusers import DiffusionPipeline
@@ -12,7 +12,13 @@ from diffusers.models.attention_processor import Attention
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ether_diffusion.adapters.components import base_of, base_weights, models_of, replaceable_parameters
+from ether_diffusion.adapters.components import (
+    base_of,
+    base_weights,
+    models_of,
+    names_of,
+    replaceable_parameters,
+)
 from ether_diffusion.adapters.fingerprint import differing_components
 from ether_diffusion.adapters.schema import AdapterFile, ModuleWeights
 from ether_diffusion.control.encoder import CONTROL, ControlEncoder
@@ -38,6 +44,33 @@ class Fitted:
     other_base: list[str] = field(default_factory=list)
 
 
+def restrict(pipe: DiffusionPipeline, file: AdapterFile, components: Sequence[str] | str) -> AdapterFile:
+    """The part of an adapter file that is for the named components of a pipeline.
+
+    Raises:
+        EtherFileError: no name, or one of which the file holds nothing; a file without names fits none of them.
+    """
+    wanted = [components] if isinstance(components, str) else list(components)
+    if None in file.configs:
+        models = models_of(pipe)
+        held = list(models)
+        if not set(wanted) - set(held) and wanted:
+            file = _name_component(file, {name: models[name] for name in wanted})
+    else:
+        held = list(dict.fromkeys([*file.configs, *file.weights]))
+    if (unknown := [name for name in wanted if name not in held]) or not wanted:
+        raise EtherFileError(
+            f"components: {', '.join(map(str, unknown)) or 'no name'}: {file.source} can be loaded onto "
+            f"{', '.join(held)}"
+        )
+    return replace(
+        file,
+        configs={name: config for name, config in file.configs.items() if name in wanted},
+        tensors={name: tensors for name, tensors in file.tensors.items() if name in wanted},
+        weights={name: weights for name, weights in file.weights.items() if name in wanted},
+    )
+
+
 def fit(pipe: DiffusionPipeline, file: AdapterFile) -> Fitted:
     """Find the place of every part of an adapter file.
 
@@ -47,10 +80,14 @@ def fit(pipe: DiffusionPipeline, file: AdapterFile) -> Fitted:
     models = models_of(pipe)
     if None in file.configs:
         file = _name_component(file, models)
-    if unknown := sorted((set(file.tensors) | set(file.weights)) - set(models) - {CONTROL}):
+    file = _under_first_names(file, names_of(pipe))
+    held = set(file.tensors) | set(file.weights)
+    if unknown := sorted(held - set(models) - {CONTROL}):
+        shared = sorted(held & set(models))
         raise EtherFileError(
             f"{file.source} adapts {', '.join(unknown)}, which this {type(pipe).__name__} does not have; it has "
-            f"{', '.join(models)}"
+            + ", ".join(models)
+            + (f"; components={shared} loads what is for these alone" if shared else "")
         )
     layers = {
         component: _layers_for(f"{file.source}: {component}", models[component], file.configs[component], tensors)
@@ -66,6 +103,32 @@ def fit(pipe: DiffusionPipeline, file: AdapterFile) -> Fitted:
     own = {component: base_weights(models[component], component, paths) for component, paths in layers.items()}
     fitted.other_base = differing_components(own, file.metadata)
     return fitted
+
+
+def _under_first_names(file: AdapterFile, names: Mapping[str, str]) -> AdapterFile:
+    """The file with each model's parts once, under the first of the names that the model has in the pipeline.
+
+    Raises:
+        EtherFileError: the file holds something else for another name of the same model.
+    """
+    for name, first in names.items():
+        if name != first:
+            for held in (file.tensors, {each: weights.tensors for each, weights in file.weights.items()}):
+                if {name, first} <= set(held) and not _are_equal(held[name], held[first]):
+                    raise EtherFileError(
+                        f"{file.source}: {first} and {name} are one model here, but the file holds different vectors "
+                        "or weights for them"
+                    )
+            renamed = {
+                part: {first if each == name else each: value for each, value in getattr(file, part).items()}
+                for part in ("configs", "tensors", "weights")
+            }
+            file = replace(file, **renamed)
+    return file
+
+
+def _are_equal(first: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return first.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in first.items())
 
 
 def _name_component(file: AdapterFile, models: Mapping[str, nn.Module]) -> AdapterFile:

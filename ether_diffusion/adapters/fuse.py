@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ether_diffusion.adapters.components import ether_layers, models_of, named, records_of
+from ether_diffusion.adapters.components import ether_layers, models_of, named, names_of, records_of
 from ether_diffusion.adapters.schema import bytes_of, canonical_path, without_base_layer
 from ether_diffusion.adapters.stacks import Place, refuse_merged_above, refuse_unless_lowest
 from ether_diffusion.tuner.layer import EtherLayer
@@ -28,7 +29,7 @@ KEEP_ORIGINAL = ("device", "cpu", "disk")
 @torch.inference_mode(False)
 def fuse_ether(
     self: DiffusionPipeline,
-    components: Sequence[str] | None = None,
+    components: Sequence[str] | str | None = None,
     ether_scale: float = 1.0,
     safe_fusing: bool = False,
     adapter_names: Sequence[str] | str | None = None,
@@ -94,7 +95,7 @@ def _merge_at(layer: EtherLayer, strengths: Mapping[str, float], safe: bool = Fa
 
 
 @torch.inference_mode(False)
-def unfuse_ether(self: DiffusionPipeline, components: Sequence[str] | None = None) -> None:
+def unfuse_ether(self: DiffusionPipeline, components: Sequence[str] | str | None = None) -> None:
     """Undo `fuse_ether`: the weights are bit for bit what they were.
 
     Raises:
@@ -109,11 +110,15 @@ def unfuse_ether(self: DiffusionPipeline, components: Sequence[str] | None = Non
         layer.unmerge()
 
 
-def _chosen_layers(pipe: DiffusionPipeline, components: Sequence[str] | None) -> Iterator[tuple[EtherLayer, Place]]:
+def _chosen_layers(
+    pipe: DiffusionPipeline, components: Sequence[str] | str | None
+) -> Iterator[tuple[EtherLayer, Place]]:
     carrying: dict[str, nn.Module] = {
         name: model for name, model in models_of(pipe).items() if any(True for _ in ether_layers(model))
     }
-    chosen = list(carrying) if components is None else components
+    names = names_of(pipe)
+    components = [components] if isinstance(components, str) else components
+    chosen = list(carrying) if components is None else list(dict.fromkeys(names.get(c, c) for c in components))
     if not carrying or set(chosen) - set(carrying):
         asked = f"{', '.join(chosen)}: " if chosen else ""
         raise ValueError(f"{asked}components that carry ETHER are {', '.join(carrying) or 'none'}")
@@ -159,10 +164,15 @@ def _digest(weight: Tensor) -> str:
 
 
 def _files_of(model: nn.Module) -> dict[str, list[Path]]:
-    """The safetensors files of the folder that a model was loaded from, by the keys in them."""
-    folder, found = Path(str(getattr(model.config, "_name_or_path", "") or "")), {}
-    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
-        with safe_open(file, "pt") as opened:
+    """The safetensors files of the folder that a model was loaded from, by the keys in them.
+
+    Models do not say of which `subfolder` they are, so those of a folder are looked through after itself.
+    """
+    name, found = getattr(model.config, "_name_or_path", None), {}
+    folder = Path(str(name))
+    files = [*sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*/*.safetensors"))]
+    for file in files if name and folder.is_dir() else ():
+        with suppress(SafetensorError, OSError), safe_open(file, "pt") as opened:
             for key in opened.keys():  # noqa: SIM118  (it is no dict)
                 found.setdefault(key, []).append(file)
     return found

@@ -43,7 +43,7 @@ def find_adapter_file(
     """Read the adapter at `source`: a file or folder on disk, else an id on the Hub.
 
     Args:
-        weight_name: the file's name in a folder or repository.
+        weight_name: the file's name in a folder or repository. A folder's only .safetensors file needs none.
         hub: the subfolder counts for folders on disk too.
 
     Raises:
@@ -73,11 +73,13 @@ def _from_folder(folder: Path, weight_name: str | None) -> AdapterFile:
         return read_adapter_file(path)
     if weight_name is None and (folder / PEFT_CONFIG_NAME).is_file() and (folder / PEFT_WEIGHTS_NAME).is_file():
         return read_peft_folder(folder)
+    others = sorted(p for p in folder.glob("*.safetensors") if p.is_file())
+    if weight_name is None and len(others) == 1:
+        return read_adapter_file(others[0])
     pickles = sorted(p.name for p in folder.iterdir() if is_pickle_by_name(p))
-    if pickles:
+    if pickles and not others:
         raise EtherFileError(f"{folder} has no {path.name}, only {', '.join(pickles)}: pickles are not read")
-    others = sorted(p.name for p in folder.glob("*.safetensors"))
-    hint = f"; it holds {', '.join(others)}: pass one as weight_name" if others else ""
+    hint = f"; it holds {', '.join(p.name for p in others)}: pass one as weight_name=" if others else ""
     raise FileNotFoundError(f"{folder} has no {path.name}{hint}")
 
 

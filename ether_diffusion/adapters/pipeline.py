@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from os import PathLike
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -20,10 +21,12 @@ from ether_diffusion.adapters import fuse, stacks, strength
 from ether_diffusion.adapters.attach import add_control, attach, detach
 from ether_diffusion.adapters.attach import hotswap as swap
 from ether_diffusion.adapters.components import AdapterRecord, free_name, named, records_of
+from ether_diffusion.adapters.fit import restrict
 from ether_diffusion.adapters.locate import HubSource, find_adapter_file
 from ether_diffusion.adapters.reading import from_state_dict, is_pickle_by_name
 from ether_diffusion.adapters.schema import WEIGHTS_NAME, Document
 from ether_diffusion.adapters.writing import collect, write_adapter_file
+from ether_diffusion.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +37,11 @@ def load_ether_weights(
     adapter_name: str | None = None,
     *,
     weight_name: str | None = None,
+    components: Sequence[str] | str | None = None,
     hotswap: bool = False,
     low_cpu_mem_usage: bool = True,
+    autocast_adapter_dtype: bool = True,
+    use_safetensors: bool | None = None,
     **hub: Any,
 ) -> None:
     """Load an ETHER adapter onto the pipeline and make it the active one.
@@ -46,27 +52,43 @@ def load_ether_weights(
         pretrained_model_name_or_path_or_dict: an adapter file, a folder with one (ours or PEFT's), the id of a Hub
             repository, or a state dict of `<component>.<module path>.ether_*` tensors.
         adapter_name: default: "default_0", or the next number that is free.
-        weight_name: name of the file in the folder or repository.
+        weight_name: name of the file in the folder or repository; the only .safetensors file of a folder needs none.
+        components: load what the file holds for these alone, such as "text_encoder" on the pipeline that encodes and
+            "unet" on the one that denoises. Default: all that it holds.
         hotswap: write over the vectors of `adapter_name` (or of the only adapter) in place: same layers, same blocks,
             its strength and whether it is active stay; a compiled model is not compiled again.
         low_cpu_mem_usage: taken as by `load_lora_weights`; nothing but the vectors is allocated in either case.
+        autocast_adapter_dtype: as in PEFT: False keeps the vectors in the dtypes of the layers instead of float32;
+            with hotswap they stay in theirs.
+        use_safetensors: taken as by `load_lora_weights`, but for False: pickles are never read.
         hub: subfolder, revision, token, cache_dir, local_files_only, force_download, as for `from_pretrained`.
 
     Raises:
         FileNotFoundError, OSError: nothing there, or the Hub is out of reach.
-        ValueError: a damaged file, another format, a name that is taken or cannot be one, or an adapter that does not
-            fit this pipeline (names the module).
+        ValueError: a damaged file, another format, a name that is taken or cannot be one, components of which the
+            file holds nothing, or an adapter that does not fit this pipeline (names the module).
     """
     if unknown := sorted(set(hub) - {each.name for each in fields(HubSource)}):
         raise TypeError(f"load_ether_weights takes no argument {', '.join(unknown)}")
-    if isinstance(pretrained_model_name_or_path_or_dict, Mapping):
-        file = from_state_dict(pretrained_model_name_or_path_or_dict)
+    source = pretrained_model_name_or_path_or_dict
+    if not isinstance(source, str | PathLike | Mapping):
+        raise InputError(
+            f"load_ether_weights: got a {type(source).__name__}, needs one file, folder, Hub id or state dict: call "
+            "it once for each adapter"
+        )
+    if use_safetensors is not None and not use_safetensors:
+        raise InputError("use_safetensors=False: adapters are read from .safetensors files alone, never from pickles")
+    if isinstance(source, Mapping):
+        file = from_state_dict(source)
     else:
-        file = find_adapter_file(pretrained_model_name_or_path_or_dict, weight_name=weight_name, hub=HubSource(**hub))
+        file = find_adapter_file(source, weight_name=weight_name, hub=HubSource(**hub))
+    if components is not None:
+        file = restrict(self, file, components)
     if hotswap:
         record = swap(self, file, _which(self, None).name if adapter_name is None else adapter_name)
     else:
-        record = attach(self, file, free_name(self) if adapter_name is None else adapter_name)
+        name = free_name(self) if adapter_name is None else adapter_name
+        record = attach(self, file, name, autocast=autocast_adapter_dtype)
     if record.other_base:
         logger.warning(
             "%s was trained on other base weights than those of %s here (its base model: %s); results will differ",
@@ -94,7 +116,7 @@ def _which(pipe: DiffusionPipeline, adapter_name: str | None) -> AdapterRecord:
 
 
 def ether_state_dict(self: DiffusionPipeline, adapter_name: str | None = None) -> dict[str, Tensor]:
-    """The vectors of an adapter, `<component>.<module path>.ether_*` -> (n, d/n), as a file holds them.
+    """Copies of an adapter's vectors, `<component>.<module path>.ether_*` -> (n, d/n), as a file holds them.
 
     Raises:
         ValueError: no adapter, or several and no name.
@@ -111,6 +133,8 @@ def save_ether_weights(
     weight_name: str = WEIGHTS_NAME,
     metadata: Mapping[str, str] | None = None,
     replaced_modules: Mapping[str, Sequence[str]] | None = None,
+    is_main_process: bool = True,
+    safe_serialization: bool = True,
     push_to_hub: bool = False,
     repo_id: str | None = None,
     commit_message: str | None = None,
@@ -128,17 +152,23 @@ def save_ether_weights(
         replaced_modules: modules that were trained as they are, which the file then holds too, as component -> module
             paths: {"controlnet": ["controlnet_cond_embedding", "controlnet_mid_block"]}. What the adapter was loaded
             with is held in any case.
+        is_main_process: where False, nothing is written or uploaded.
+        safe_serialization: taken as by `save_lora_weights`, but for False: pickles are never written.
         push_to_hub: upload the whole folder (a model card that lies there too) to the Hub when it is written.
         repo_id: where to; default: the folder's name, under the user's own.
         commit_message, private, token, create_pr: as for diffusers' `push_to_hub`.
 
     Raises:
-        ValueError: no adapter, several and no name, a config or a module that a pipeline file cannot hold, or metadata
-            under a name that the file itself uses.
+        ValueError: no adapter, several and no name, a config or a module that a pipeline file cannot hold, metadata
+            under a name that the file itself uses, or `safe_serialization=False`.
     """
     if Path(weight_name).name != weight_name or Path(weight_name).suffix != ".safetensors":
         kind = "a pickle" if is_pickle_by_name(weight_name) else "not the name of a .safetensors file"
         raise ValueError(f"weight_name={weight_name!r} is {kind}; e.g. {WEIGHTS_NAME}")
+    if not safe_serialization:
+        raise InputError(
+            "safe_serialization=False: adapters are written as .safetensors files alone, never as pickles"
+        )
     if reserved := sorted(set(metadata or ()) & set(Document.model_fields)):
         raise ValueError(f"metadata: the file itself says what {', '.join(reserved)} is; choose another name")
     if replaced_modules and not records_of(self):  # there are no vectors, so nothing has a name yet
@@ -148,6 +178,8 @@ def save_ether_weights(
     adapter = collect(self, name, replaced_modules)
     adapter.metadata |= dict(metadata or {})
     path = Path(save_directory) / weight_name
+    if not is_main_process:
+        return path
     write_adapter_file(path, adapter)
     if push_to_hub:
         api = HfApi(token=token)

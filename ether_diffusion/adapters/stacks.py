@@ -14,7 +14,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ether_diffusion.adapters.attach import forget
-from ether_diffusion.adapters.components import ether_layers, models_of, peft_adapters, records_of
+from ether_diffusion.adapters.components import (
+    check_removable,
+    ether_layers,
+    models_of,
+    peft_adapters,
+    records_of,
+)
 from ether_diffusion.adapters.strength import stock
 from ether_diffusion.tuner.layer import EtherLayer
 
@@ -173,9 +179,13 @@ def unload_lora_weights(self: DiffusionPipeline, *args, **kwargs) -> None:
     """Diffusers' `unload_lora_weights`; on a pipeline that carries ETHER too, ETHER stays as it is, fused or not.
 
     What is fused of a LoRA stays in the weights, as it does without ETHER.
+
+    Raises:
+        ValueError: the own adapter of a component that is a `PeftModel`.
     """
     if not records_of(self):
         return stock(self, "unload_lora_weights")(*args, **kwargs)
+    check_removable(self, set(peft_adapters(self)) - set(records_of(self)))
     for model in models_of(self).values():
         for path, module in reversed(list(model.named_modules())):  # inner ones first
             if isinstance(module, BaseTunerLayer) and not isinstance(module, EtherLayer):

@@ -7,6 +7,7 @@ encoders, pipelines without a LoRA mixin, and LoRA beside ETHER.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,9 +21,11 @@ from torch import nn
 
 from ether_diffusion.adapters.attach import detach
 from ether_diffusion.adapters.components import (
+    check_removable,
     ether_layers,
     models_of,
     named,
+    names_of,
     peft_adapters,
     records_of,
     tuner_layers,
@@ -30,6 +33,8 @@ from ether_diffusion.adapters.components import (
 from ether_diffusion.control.encoder import CONTROL
 from ether_diffusion.control.pipelines import Control, is_number
 from ether_diffusion.tuner.layer import EtherLayer
+
+logger = logging.getLogger(__name__)
 
 Weight = float | Mapping[str, Any] | None
 
@@ -66,7 +71,8 @@ def set_adapters(
         adapter_names: one name, or several in the order in which they act.
         adapter_weights: a strength for all, or a list of one for each. A strength is a number; or numbers by
             component, `{"unet": 0.8, "text_encoder": 0.5, "control_encoder": 1.0}`; and a UNet's may be by block,
-            `{"unet": {"down": 0.8, "mid": 1.0, "up": {"block_0": 0.6}}}`. Default: 1.
+            `{"unet": {"down": 0.8, "mid": 1.0, "up": {"block_0": 0.6}}}`. Default: 1. One for a component that
+            nothing adapts is ignored, with a warning.
 
     Layers outside the blocks, such as `conv_in`, act at strength 1 where weights are given by block. Transformers and
     text encoders have no such blocks: their strengths are by module path,
@@ -74,24 +80,35 @@ def set_adapters(
 
     Raises:
         ValueError: an unknown adapter or component, a name given twice, lists of different lengths, a strength that
-            is no finite number, or one for an adapter whose method has none. Nothing is changed then.
+            is no finite number, or one other than 1 for an adapter of a method on which PEFT sets none. Nothing is
+            changed then.
     """
     if not records_of(self) and (method := stock(self, "set_adapters")):
         return method(adapter_names, adapter_weights)
     names, models, controls = named(adapter_names, _known(self)), _adapted_models(self), _controls(self)
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"adapter_names: {', '.join(twice)} is named more than once: an adapter acts once")
+    if isinstance(adapter_weights, tuple):
+        raise ValueError(
+            f"adapter_weights: got a tuple, needs a number, numbers by component, or a list: {list(adapter_weights)}"
+        )
     weights = list(adapter_weights) if isinstance(adapter_weights, list) else [adapter_weights] * len(names)
     if len(weights) != len(names):
         raise ValueError(f"{len(names)} adapters ({', '.join(names)}), but {len(weights)} weights")
     carrying = [*models, *([CONTROL] if controls else [])]
-    by_component = [weight if isinstance(weight, Mapping) else dict.fromkeys(carrying, weight) for weight in weights]
-    for weight in by_component:
-        if unknown := sorted(set(weight) - set(carrying)):
-            raise ValueError(
-                f"adapter_weights: {', '.join(unknown)} carries no adapter; the components that do are "
-                f"{', '.join(carrying)}"
-            )
+    first = names_of(self)
+    by_component = [
+        {first.get(component, component): value for component, value in weight.items()}
+        if isinstance(weight, Mapping)
+        else dict.fromkeys(carrying, weight)
+        for weight in weights
+    ]
+    given = {component for weight in by_component for component in weight}
+    if unknown := sorted(map(str, given - {*self.components, CONTROL})):
+        raise ValueError(
+            f"adapter_weights: {', '.join(unknown)} is no component of this {type(self).__name__}; those that carry "
+            f"an adapter are {', '.join(carrying)}"
+        )
     strengths = {}
     for name, weight in zip(names, by_component, strict=True):
         value = weight.get(CONTROL)
@@ -102,6 +119,8 @@ def set_adapters(
     for component, model in models.items():
         own = [1.0 if weight.get(component) is None else weight[component] for weight in by_component]
         planned += _strengths_of_layers(component, model, names, own)
+    if idle := sorted(given - set(carrying)):  # such as the text encoder's, where another pipeline has encoded
+        logger.warning("adapter_weights: no adapter is on %s; the strength for it is ignored", ", ".join(idle))
     for layer, scales in planned:
         layer.set_adapter(names)
         for name, scale in scales.items():
@@ -136,8 +155,8 @@ def _strengths_of_layers(
                 scales[name] = float(weight)
             elif weight != 1:
                 raise ValueError(
-                    f"adapter_weights: {name}: its method ({type(layer).__module__.split('.')[-2].upper()}) has no "
-                    f"strength, and {component} got {weight!r}"
+                    f"adapter_weights: {name}: PEFT sets no strength on its method "
+                    f"({type(layer).__module__.split('.')[-2].upper()}), but {component} got {weight!r}: leave it at 1"
                 )
         found.append((layer, scales))
     return found
@@ -190,6 +209,7 @@ def delete_adapters(self: DiffusionPipeline, adapter_names: Sequence[str] | str)
     if not records and (method := stock(self, "delete_adapters")):
         return method(adapter_names)
     names, models = named(adapter_names, _known(self)), _adapted_models(self)
+    check_removable(self, names)
     for component, model in models.items():
         merged = {name for layer in tuner_layers(model) for name in layer.merged_adapters}
         if fused := [name for name in names if name in merged]:

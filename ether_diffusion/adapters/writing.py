@@ -15,6 +15,7 @@ from ether_diffusion.adapters.components import (
     AdapterRecord,
     ether_layers,
     models_of,
+    names_of,
     records_of,
     replaceable_parameters,
 )
@@ -39,7 +40,7 @@ LIBRARIES = ("ether-diffusion", "diffusers", "peft", "torch", "transformers")
 def collect(
     pipe: DiffusionPipeline, adapter_name: str, replaced_modules: Mapping[str, Sequence[str]] | None = None
 ) -> AdapterFile:
-    """The named adapter as it is on the pipeline, with what identifies its base model.
+    """Copies of the named adapter's vectors, its modules as they are, and what identifies its base model.
 
     Args:
         replaced_modules: modules that were trained in place and belong to it, as component -> module paths.
@@ -51,15 +52,17 @@ def collect(
     configs: dict[str | None, EtherConfig] = {}
     tensors: dict[str | None, dict[str, Tensor]] = {}
     fingerprints: dict[str, dict[str, str]] = {}
-    for component, config in record.configs.items():
+    for component, first in names_of(pipe).items():  # a model under two names is written under both
+        if first not in record.configs:
+            continue
         layers = {
             canonical_path(component, path): layer
-            for path, layer in ether_layers(models_of(pipe)[component])
+            for path, layer in ether_layers(models_of(pipe)[first])
             if adapter_name in layer.ether_u
         }
-        configs[component] = config
+        configs[component] = record.configs[first]
         tensors[component] = {
-            f"{path}.ether_{name}": vector.detach()
+            f"{path}.ether_{name}": vector.detach().clone()
             for path, layer in layers.items()
             for name, vector in layer.vectors(adapter_name).named().items()
         }
@@ -73,7 +76,7 @@ def _weights_of(
     pipe: DiffusionPipeline, record: AdapterRecord, more: Mapping[str, Sequence[str]]
 ) -> dict[str, ModuleWeights]:
     """What an adapter holds besides vectors: its control encoder, and modules of components."""
-    weights, models = {}, models_of(pipe)
+    weights, models, names = {}, models_of(pipe), names_of(pipe)
     if record.control is not None:
         encoder = record.control.encoder
         weights[CONTROL] = ModuleWeights(
@@ -81,6 +84,7 @@ def _weights_of(
         )
     chosen = {component: set(replaced.modules) for component, replaced in record.replaced.items()}
     for component, paths in more.items():
+        component = names.get(component, component)
         if component not in models or isinstance(paths, str) or not paths:
             raise ValueError(
                 f"replaced_modules: {component}: {paths!r}: a list of module paths of one of {', '.join(models)} fits"
@@ -88,7 +92,9 @@ def _weights_of(
         chosen[component] = chosen.get(component, set()) | set(paths)
     for component, paths in sorted(chosen.items()):
         found = replaceable_parameters(f"replaced_modules: {component}", models[component], sorted(paths))
-        weights[component] = ModuleWeights({"modules": sorted(paths)}, {name: p.detach() for name, p in found.items()})
+        for name in (name for name, first in names.items() if first == component):
+            tensors = {key: p.detach() if name == component else p.detach().clone() for key, p in found.items()}
+            weights[name] = ModuleWeights({"modules": sorted(paths)}, tensors)
     return weights
 
 

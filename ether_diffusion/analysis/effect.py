@@ -23,16 +23,25 @@ from ether_diffusion.tuner.layer import EtherLayer
 from ether_diffusion.tuner.transforms import Transform
 
 CONFLICT = ("alignment", "commutator")
+Version = tuple[str | None, str | None]
+"""Variant and revision of a base."""
 
 
 def analyze(
-    file: str | Path, *, base: str | Path = MINIATURE_FOLDER, against: str | Path | None = None, strength: float = 1.0
+    file: str | Path,
+    *,
+    base: str | Path = MINIATURE_FOLDER,
+    variant: str | None = None,
+    revision: str | None = None,
+    against: str | Path | None = None,
+    strength: float = 1.0,
 ) -> dict[str, Any]:
     """Measure what an adapter changes in every layer of a base, as values of JSON.
 
     Args:
         file: an adapter, as `describe` takes it, or a local LoRA of diffusers.
         base: a pipeline, as a folder or an id on the Hub.
+        variant, revision: of the base, as `from_pretrained` takes them.
         against: a second adapter of ETHER, to look for conflicts with.
         strength: of the adapter, which the distances and energies of weights depend on.
 
@@ -40,13 +49,13 @@ def analyze(
         ValueError: an adapter that cannot be read, holds no adapted layer, or does not fit the base.
         OSError: nothing there, or the Hub cannot be reached.
     """
-    lora = _lora_file(Path(file))
+    lora, version = _lora_file(Path(file)), (variant, revision)
     if lora is None:
-        pipe, source, transforms, conflicts, verdict = _with_ether(str(base), file, against)
+        pipe, source, transforms, conflicts, verdict = _with_ether(str(base), version, file, against)
     elif against is not None:
         raise InputError(f"--against: compares adapters of ETHER, but {file} is a LoRA")
     else:
-        pipe, source, transforms, conflicts, verdict = _with_lora(str(base), lora), str(lora), {}, {}, None
+        pipe, source, transforms, conflicts, verdict = _with_lora(str(base), version, lora), str(lora), {}, {}, None
     pipe.set_adapters([ADAPTER], [strength])
     layers = []
     for component, model in models_of(pipe).items():
@@ -70,14 +79,14 @@ def analyze(
 
 
 def _with_ether(
-    base: str, file: str | Path, against: str | Path | None
+    base: str, version: Version, file: str | Path, against: str | Path | None
 ) -> tuple[DiffusionPipeline, str, dict[Side, Transform], dict[Side, dict[str, float]], str | None]:
     """The base with the adapter on it, the file, its transforms, its conflicts with the other, and the verdict."""
     adapter = find_adapter_file(file)
     other = None if against is None else find_adapter_file(against)  # both before the base, which takes longer
     if not adapter.tensors:
         raise InputError(f"{adapter.source}: holds no vectors of ETHER, needs an adapter that has some")
-    pipe = open_base(base, adapter)
+    pipe = open_base(base, adapter, *version)
     adapter, other, fit = check_fit(pipe, adapter, other)
     if fit["error"]:
         raise EtherFileError(fit["error"])
@@ -101,8 +110,9 @@ def _lora_file(path: Path) -> Path | None:
         return None  # `find_adapter_file` says what is wrong with it
 
 
-def _with_lora(base: str, file: Path) -> DiffusionPipeline:
-    pipe = DiffusionPipeline.from_pretrained(base)
+def _with_lora(base: str, version: Version, file: Path) -> DiffusionPipeline:
+    variant, revision = version
+    pipe = DiffusionPipeline.from_pretrained(base, variant=variant, revision=revision)
     try:
         pipe.load_lora_weights(file, adapter_name=ADAPTER)
     except (AttributeError, KeyError, RuntimeError, ValueError) as error:

@@ -37,12 +37,20 @@ Side = tuple[str | None, str, str]
 """Component, canonical module path, "input" or "output"."""
 
 
-def describe(file: str | Path, *, base: str | None = None, against: str | Path | None = None) -> dict[str, Any]:
+def describe(
+    file: str | Path,
+    *,
+    base: str | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
+    against: str | Path | None = None,
+) -> dict[str, Any]:
     """Describe an adapter file: components, parameters, the transform of every layer, fit and conflicts.
 
     Args:
         file: an adapter: a file, a folder (ours or PEFT's), or an id on the Hub.
         base: a pipeline, as a folder or an id on the Hub, to check the adapter against.
+        variant, revision: of the base, as `from_pretrained` takes them.
         against: a second adapter, to look for conflicts with.
 
     Raises:
@@ -54,7 +62,7 @@ def describe(file: str | Path, *, base: str | None = None, against: str | Path |
     other = None if against is None else find_adapter_file(against)
     fit = None
     if base is not None:
-        adapter, other, fit = check_fit(open_base(base, adapter), adapter, other)
+        adapter, other, fit = check_fit(open_base(base, adapter, variant, revision), adapter, other)
     path, metadata = Path(adapter.source), adapter.metadata
     if path.is_dir():
         path = path / PEFT_WEIGHTS_NAME
@@ -133,13 +141,15 @@ def measure(transform: Transform) -> dict[str, Any]:
 # Fit ------------------------------------------------------------------------------------------------------------
 
 
-def open_base(base: str, adapter: AdapterFile) -> diffusers.DiffusionPipeline:
+def open_base(
+    base: str, adapter: AdapterFile, variant: str | None = None, revision: str | None = None
+) -> diffusers.DiffusionPipeline:
     """Open the base as the pipeline that the adapter is made for: with control where the adapter has control.
 
     A ControlNet starts as training starts it, as a copy of the UNet. For other adapters, and of other classes, the
     base is opened as it is.
     """
-    pipe = diffusers.DiffusionPipeline.from_pretrained(base)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(base, variant=variant, revision=revision)
     if type(pipe) not in CONTROLLED:
         return pipe
     light, with_controlnet = CONTROLLED[type(pipe)]

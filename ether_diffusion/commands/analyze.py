@@ -29,6 +29,7 @@ from typing import Any
 from rich.table import Table
 
 from ether_diffusion.analysis.effect import analyze
+from ether_diffusion.commands.base_version import add_base_version_arguments
 from ether_diffusion.commands.tables import UNKNOWN, name_layer, shorten, show, table
 from ether_diffusion.errors import InputError
 from ether_diffusion.files import MINIATURE_FOLDER
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base", default=MINIATURE_FOLDER, help="A pipeline: a folder or an id on the Hub. Default: the miniature."
     )
+    add_base_version_arguments(parser)
     parser.add_argument("--against", metavar="OTHER", help="A second adapter: where do the two clash?")
     parser.add_argument("--scale", type=float, default=1.0, help="Strength of the adapter. Default: 1.")
     parser.add_argument("--output_dir", type=Path, help="Folder for analysis.json and analysis.png; made if need be.")
@@ -58,7 +60,14 @@ def run(args: argparse.Namespace) -> None:
             '--output_dir: the package matplotlib is missing; pip install "ether-diffusion[eval]", or drop the '
             "flag: the table needs none"
         )
-    report = analyze(args.file, base=args.base, against=args.against, strength=args.scale)
+    report = analyze(
+        args.file,
+        base=args.base,
+        variant=args.variant,
+        revision=args.revision,
+        against=args.against,
+        strength=args.scale,
+    )
     show(*render(report))
     if args.output_dir is not None:
         from ether_diffusion.analysis.plot import draw_layers  # matplotlib is an extra

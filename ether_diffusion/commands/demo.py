@@ -21,6 +21,7 @@ import threading
 from pathlib import Path
 
 from ether_diffusion import miniature
+from ether_diffusion.commands.base_version import add_base_version_arguments
 from ether_diffusion.errors import InputError
 
 HOST, PORT = "127.0.0.1", 7860
@@ -30,6 +31,7 @@ SHIPPED = miniature.FOLDER.parent / "adapters"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", help="A pipeline, a folder or an id on the Hub. Default: the miniature.")
+    add_base_version_arguments(parser)
     parser.add_argument(
         "--adapters",
         type=Path,
@@ -90,7 +92,9 @@ def serve(args: argparse.Namespace, folder: Path):
     else:
         (folder / "adapters").mkdir()
         library = Library(*([SHIPPED] if args.base is None else []), folder / "adapters")
-    worker = Worker(args.base or miniature.FOLDER, library, device=args.device)
+    worker = Worker(
+        args.base or miniature.FOLDER, library, device=args.device, variant=args.variant, revision=args.revision
+    )
     # Uploads and results lie in a folder of this server's own, which nobody else on the machine can read.
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "gradio")
     trainer = Trainer(worker)

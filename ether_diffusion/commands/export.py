@@ -14,6 +14,7 @@ import argparse
 from diffusers import DiffusionPipeline
 
 from ether_diffusion.adapters.locate import find_adapter_file
+from ether_diffusion.commands.base_version import add_base_version_arguments
 from ether_diffusion.control.encoder import CONTROL
 from ether_diffusion.dtypes import DTYPES
 from ether_diffusion.errors import InputError
@@ -25,6 +26,7 @@ from ether_diffusion.export.merge import open_adapted
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     """What is read: the base, adapters and their strengths."""
     parser.add_argument("--base", required=True, help="base pipeline: a folder in diffusers' layout, or a Hub id")
+    add_base_version_arguments(parser)
     parser.add_argument(
         "--adapter", required=True, nargs="+", help="adapters, in the order in which they act: files, folders, Hub ids"
     )
@@ -63,7 +65,14 @@ def open_inputs(args: argparse.Namespace, result: str) -> tuple[DiffusionPipelin
                 "ControlNetModel.from_pretrained"
             )
         raise InputError(f"--adapter {adapter}: holds {held}, which {result} has no place for; {instead}")
-    return open_adapted(args.base, args.adapter, args.scale, allow_other_base=args.allow_other_base)
+    return open_adapted(
+        args.base,
+        args.adapter,
+        args.scale,
+        allow_other_base=args.allow_other_base,
+        variant=args.variant,
+        revision=args.revision,
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

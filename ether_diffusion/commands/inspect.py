@@ -27,7 +27,9 @@ from typing import Any
 from rich.table import Table
 
 from ether_diffusion.analysis.report import METHODS, describe
+from ether_diffusion.commands.base_version import add_base_version_arguments
 from ether_diffusion.commands.tables import UNKNOWN, name_layer, shorten, show, table
+from ether_diffusion.errors import InputError
 
 STRONGEST = 3
 """Conflicts in the summary; --json has all."""
@@ -36,13 +38,16 @@ STRONGEST = 3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", help="An adapter: a file, a folder (ours or PEFT's), or an id on the Hub.")
     parser.add_argument("--base", help="A pipeline, as a folder or an id on the Hub, to check the adapter against.")
+    add_base_version_arguments(parser)
     parser.add_argument("--against", metavar="OTHER", help="A second adapter: where do the two clash?")
     parser.add_argument("--layers", action="store_true", help="Also list every layer.")
     parser.add_argument("--json", action="store_true", help="Print all of it as one JSON object.")
 
 
 def run(args: argparse.Namespace) -> None:
-    report = describe(args.file, base=args.base, against=args.against)
+    if args.base is None and (args.variant or args.revision):
+        raise InputError("--variant and --revision are those of the base: give --base as well")
+    report = describe(args.file, base=args.base, variant=args.variant, revision=args.revision, against=args.against)
     if args.json:
         print(json.dumps(report, indent=2))
     else:

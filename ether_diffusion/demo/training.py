@@ -171,6 +171,7 @@ class _Training:
         }
         if self.worker.base != str(miniature.FOLDER):
             flags["pretrained_model_name_or_path"] = self.worker.base
+            flags |= {name: value for name, value in self.worker.version.items() if value is not None}
         command = [sys.executable, "-m", "ether_diffusion.training.dreambooth"]
         command += [f"--{flag}={value}" for flag, value in flags.items()]
         device = {"ACCELERATE_USE_CPU": "true"} if self.worker.device == "cpu" else {}

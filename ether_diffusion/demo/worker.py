@@ -51,18 +51,29 @@ class Worker:
         base: a diffusers pipeline: a folder, or an id on the Hub.
         library: the adapters on offer.
         device: default: a GPU where there is one.
+        variant, revision: of the base, as `from_pretrained` takes them.
 
     Attributes:
         side: the base model's own image size, in pixels.
         unit: what width and height must be a multiple of.
     """
 
-    def __init__(self, base: str | Path, library: Library, *, device: str | None = None):
+    def __init__(
+        self,
+        base: str | Path,
+        library: Library,
+        *,
+        device: str | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+    ):
         self.base, self.library = str(base), library
+        self.version = {"variant": variant, "revision": revision}
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.float16 if self.device == "cuda" else torch.float32
-        kind = WITH_CONTROL.get(DiffusionPipeline.load_config(base)["_class_name"], DiffusionPipeline)
-        pipe = kind.from_pretrained(base, dtype=dtype)
+        config = DiffusionPipeline.load_config(base, revision=revision)
+        kind = WITH_CONTROL.get(config["_class_name"], DiffusionPipeline)
+        pipe = kind.from_pretrained(base, dtype=dtype, **self.version)
         pipe.set_progress_bar_config(disable=True)
         self.pipe = pipe.to(self.device)
         self.side, self.unit = _sizes(pipe)

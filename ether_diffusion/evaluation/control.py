@@ -40,6 +40,8 @@ class ControlEvaluation(OptionGroup):
     """What an evaluation of control is made with: the flags of `ether-diffusion evaluate-control`."""
 
     base: str | None = option("A pipeline, a folder or an id on the Hub. Default with --miniature: its own.", None)
+    variant: str | None = option('Variant of the base\'s weight files, such as "fp16".', None)
+    revision: str | None = option("Branch, tag or commit of the base on the Hub.", None)
     adapter: str = option("A file, folder or id of an adapter with control, or a folder of a ControlNet.")
     data_dir: Path | None = option("Folder with metadata.jsonl, see above.", None)
     miniature: int | None = option(
@@ -91,7 +93,7 @@ def evaluate(options: ControlEvaluation) -> tuple[dict[str, Any], Image.Image]:
     """
     base = options.base or str(MINIATURE_FOLDER)
     features = options.fid_features or (INCEPTION if options.miniature is None else MINIATURE)
-    pipe = _open(base)
+    pipe = _open(base, options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     side = latent_side(pipe.unet, base) * pipe.vae_scale_factor
     samples = _samples(options, side)
@@ -100,7 +102,7 @@ def evaluate(options: ControlEvaluation) -> tuple[dict[str, Any], Image.Image]:
     evaluator = make_evaluator(options, device)
     with_control = _generate(controlled.to(device), samples, options, argument)
     del pipe, controlled  # the adapter stays in their models, so the base is opened anew
-    without = _generate(_open(base).to(device), samples, options)
+    without = _generate(_open(base, options).to(device), samples, options)
 
     real = [sample.real for sample in samples]
     rows = {"real": real, "with_control": with_control, "without_control": without}
@@ -173,8 +175,9 @@ def draw_sheet(rows: dict[str, Sequence[Image.Image]]) -> Image.Image:
 # Generating -------------------------------------------------------------------------------------------------------
 
 
-def _open(base: str) -> DiffusionPipeline:
-    return _prepared(DiffusionPipeline.from_pretrained(base), f"--base {base}")
+def _open(base: str, options: ControlEvaluation) -> DiffusionPipeline:
+    pipe = DiffusionPipeline.from_pretrained(base, variant=options.variant, revision=options.revision)
+    return _prepared(pipe, f"--base {base}")
 
 
 def _prepared(pipe: DiffusionPipeline, given: str) -> DiffusionPipeline:

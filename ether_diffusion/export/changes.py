@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
-from ether_diffusion.adapters.components import ether_layers, models_of, named, records_of
+from ether_diffusion.adapters.components import ether_layers, models_of, named, names_of, records_of
 from ether_diffusion.adapters.schema import canonical_path
 from ether_diffusion.analysis.weights import conflict, transform_of
 from ether_diffusion.export.lora_files import Factors
@@ -108,8 +108,9 @@ def changes_of(pipe: DiffusionPipeline, adapter_names: Sequence[str] | str | Non
     known = records_of(pipe)
     adapter_names = None if adapter_names is None else named(adapter_names, known)
     changes = []
-    for component, model in models_of(pipe).items():
-        for path, layer in ether_layers(model):
+    models = models_of(pipe)
+    for component, first in names_of(pipe).items():  # a model under two names is written under both
+        for path, layer in ether_layers(models[first]):
             wanted = layer.acting_adapters if adapter_names is None else adapter_names
             if acting := [name for name in wanted if name in layer.ether_u and layer.scaling[name] != 0]:
                 changes.append(_change(component, path, layer, acting))

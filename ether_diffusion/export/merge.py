@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ether_diffusion.adapters.attach import attach
-from ether_diffusion.adapters.components import ether_layers, models_of
+from ether_diffusion.adapters.components import check_removable, ether_layers, models_of, records_of
 from ether_diffusion.adapters.locate import find_adapter_file
 from ether_diffusion.adapters.schema import WEIGHTS_NAME
 from ether_diffusion.export.changes import check_alone
@@ -28,6 +28,8 @@ def open_adapted(
     scales: Sequence[float] = (1.0,),
     *,
     allow_other_base: bool = False,
+    variant: str | None = None,
+    revision: str | None = None,
 ) -> tuple[DiffusionPipeline, list[str]]:
     """Load a base pipeline in float32 and put adapters on it, one after the other.
 
@@ -36,6 +38,7 @@ def open_adapted(
         adapters: files, folders or ids, in the order in which they act.
         scales: their strengths, or one for all.
         allow_other_base: go on where an adapter says that it was trained on other weights.
+        variant, revision: of the base, as `from_pretrained` takes them.
 
     Returns:
         The pipeline, on which the adapters are active, and their names.
@@ -49,7 +52,7 @@ def open_adapted(
     if len(scales) not in (1, len(adapters)):
         raise ValueError(f"{len(adapters)} adapters, but {len(scales)} strengths: one for each, or one for all")
     files = [find_adapter_file(adapter) for adapter in adapters]  # before the base, which takes longer
-    pipe = DiffusionPipeline.from_pretrained(base, dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(base, dtype=torch.float32, variant=variant, revision=revision)
     names = [_label(number, adapter) for number, adapter in enumerate(adapters, 1)]
     for name, file in zip(names, files, strict=True):
         record = attach(pipe, file, name)
@@ -89,11 +92,12 @@ def merge_adapters(
         dtype: of what is written, except for modules that a model declares to need float32.
 
     Raises:
-        ValueError: nothing to merge, another method's adapter on the pipeline, a quantised or offloaded weight, or
-            NaN or infinity in a merged weight.
+        ValueError: nothing to merge, another method's adapter on the pipeline, a component that is a `PeftModel`, a
+            quantised or offloaded weight, or NaN or infinity in a merged weight.
         FileExistsError: there is something under that name; nothing is overwritten.
     """
     check_alone(pipe)
+    check_removable(pipe, records_of(pipe))
     with new_path(Path(output_dir)) as partial:
         pipe.fuse_ether(safe_fusing=True, adapter_names=adapter_names)
         layers = [layer for model in models_of(pipe).values() for _, layer in ether_layers(model) if layer.merged]

@@ -38,10 +38,12 @@ def enable_ether_attention(model: nn.Module, backend: str = "sdpa") -> None:
         backend: "sdpa" (PyTorch's scaled_dot_product_attention) or "xformers" (memory_efficient_attention).
 
     Raises:
-        ValueError: unknown backend, or no block with a stock processor (names the processors there are).
+        ValueError: unknown backend, a pipeline in place of a model, or no block with a stock processor (names the
+            processors there are).
         ImportError: xformers is not installed.
     """
     check_backend(backend)
+    _check_model("enable_ether_attention", model)
     blocks = [module for module in model.modules() if isinstance(module, Attention)]
     fitting = [block for block in blocks if isinstance(block.processor, (*STOCK, EtherAttnProcessor))]
     if not fitting:
@@ -57,10 +59,24 @@ def enable_ether_attention(model: nn.Module, backend: str = "sdpa") -> None:
 
 
 def disable_ether_attention(model: nn.Module) -> None:
-    """Put back the processors that `enable_ether_attention` replaced. Nothing stays behind."""
+    """Put back the processors that `enable_ether_attention` replaced. Nothing stays behind.
+
+    Raises:
+        ValueError: a pipeline in place of a model.
+    """
+    _check_model("disable_ether_attention", model)
     for block in model.modules():
         if isinstance(block, Attention) and isinstance(block.processor, EtherAttnProcessor):
             block.processor = block.processor.replaced
+        # While projections are fused, the processors from before wait here, to be put back.
+        waiting = block.__dict__.get("original_attn_processors") or {}
+        waiting.update({k: p.replaced for k, p in waiting.items() if isinstance(p, EtherAttnProcessor)})
+
+
+def _check_model(call: str, model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        denoiser = next((f"pipe.{name}" for name in ("unet", "transformer") if hasattr(model, name)), "pipe.unet")
+        raise ValueError(f"{call}: got a {type(model).__name__}, needs one of a pipeline's models: {call}({denoiser})")
 
 
 class EtherAttnProcessor:
@@ -68,6 +84,9 @@ class EtherAttnProcessor:
 
     Self- and cross-attention, masks, group norm, spatial norm, norms of queries and keys, residual connection and
     output factor as in the stock processors; the same result to rounding.
+
+    Its `__class__` is that of the processor in whose place it stands, as a proxy's is: diffusers compares it with
+    those that it knows (`set_default_attn_processor`). `type` and `isinstance` tell the two apart.
 
     Args:
         backend: "sdpa" or "xformers".
@@ -81,6 +100,13 @@ class EtherAttnProcessor:
         check_backend(backend)
         self.backend = backend
         self.replaced = AttnProcessor2_0() if replaced is None else replaced
+
+    @property
+    def __class__(self) -> type:
+        return type(self.replaced)
+
+    def __reduce__(self) -> tuple:
+        return EtherAttnProcessor.__new__, (EtherAttnProcessor,), vars(self)  # pickle would go by `__class__`
 
     def __call__(
         self,

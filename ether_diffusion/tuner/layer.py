@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ether_diffusion.tuner.base_layer import computes_as_written, offload_hook
+from ether_diffusion.tuner.base_layer import PLAIN_DTYPES, computes_as_written, offload_hook
 from ether_diffusion.tuner.config import EtherConfig
 from ether_diffusion.tuner.merging import MergingLayer
 from ether_diffusion.tuner.operators import adapted_linear, displacement
@@ -22,14 +22,15 @@ class EtherLayer(MergingLayer):
     """An adapted layer: y = f_j(x) over the active adapters in the order of their activation, on a frozen base f_0.
 
     f_j(x) = (1 − α) f_{j−1}(x) + α H̃ f_{j−1}(Hx), the bias left as it is; so the weights compose to `W H_1 H_2 …`.
-    The raw vectors are float32 whatever the base layer is (float64 on a float64 layer).
+    The raw vectors are float32 whatever the base layer is (float64 on a float64 layer), unless `set_autocast` says
+    that an adapter's are of the base layer's dtype.
 
     Strength: `scaling[name]` is what applies now, the adapter's strength (`set_scale`) times the factor of the call
     in progress (`scale_layer`, `unscale_layer`).
     """
 
     adapter_layer_names = ("ether_u", "ether_v", "ether_u_out", "ether_v_out")
-    other_param_names = ("method", "num_blocks", "scaling", "strength")
+    other_param_names = ("method", "num_blocks", "scaling", "strength", "autocast")
     channel_axis: int  # of inputs and outputs
 
     def __init__(
@@ -48,6 +49,7 @@ class EtherLayer(MergingLayer):
         self.num_blocks: dict[str, int] = {}
         self.strength: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
+        self.autocast: dict[str, bool] = {}  # False: vectors in the base layer's dtype
         self.in_features, self.out_features = self._features(self.get_base_layer(), layer_name)
         self._disable_adapters = False
         self.cast_input_dtype_enabled = True
@@ -85,6 +87,7 @@ class EtherLayer(MergingLayer):
                 )
         self.method[adapter_name], self.num_blocks[adapter_name] = config.method, n
         self.strength[adapter_name] = self.scaling[adapter_name] = 1.0
+        self.autocast[adapter_name] = True
         for suffix, width in sides.items():
             if vectors is not None:
                 for name in (f"ether_u{suffix}", f"ether_v{suffix}"):
@@ -109,25 +112,35 @@ class EtherLayer(MergingLayer):
                 hook.original_devices.pop(adapter_name, None)  # else it looks for the vector when it is taken off
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """To the device of the base layer, but in float32: vectors and norms lose too much in half precision."""
+        """To the device of the base layer, but, unless asked otherwise, in float32: half precision loses too much."""
         base_device, base_dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         if device is None:
             hook = offload_hook(self.get_base_layer())  # the base layer is on the meta device between its calls
             device = base_device if hook is None else torch.device(hook.execution_device)
-        dtype = torch.float64 if base_dtype == torch.float64 else torch.float32
+        follows = base_dtype == torch.float64 or not self.autocast[adapter_name] and base_dtype in PLAIN_DTYPES
+        dtype = base_dtype if follows else torch.float32
         for name in self.adapter_layer_names:
             vectors = getattr(self, name)
             if adapter_name in vectors and vectors[adapter_name].device.type != "meta":
                 old = vectors[adapter_name]
                 vectors[adapter_name] = nn.Parameter(old.detach().to(device, dtype), requires_grad=old.requires_grad)
 
+    def set_autocast(self, adapter_name: str, autocast: bool) -> None:
+        """Keep an adapter's vectors in float32 (True, the default), or in the base layer's dtype, if that is plain.
+
+        PEFT's `autocast_adapter_dtype`. Reflections are computed in float32 in either case.
+        """
+        if not (autocast and self.autocast[adapter_name]):  # a vector that was filled since may have to be cast again
+            self.autocast[adapter_name] = autocast
+            self._move_adapter_to_device_of_base_layer(adapter_name)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EtherLayer:
-        """Moved and cast as any module, except that the vectors never become half precision (`model.half()`)."""
-        parameters = [p for name in self.adapter_layer_names for p in getattr(self, name).values()]
-        exact = [(p.data, None if p.grad is None else p.grad.data) for p in parameters]
+        """Moved and cast as any module, but vectors become half precision (`model.half()`) only without autocast."""
+        named = [(key, p) for name in self.adapter_layer_names for key, p in getattr(self, name).items()]
+        exact = [(p.data, None if p.grad is None else p.grad.data) for _, p in named]
         super()._apply(fn, recurse)
-        for parameter, (data, grad) in zip(parameters, exact, strict=True):
-            if torch.finfo(parameter.dtype).bits < 32:
+        for (adapter_name, parameter), (data, grad) in zip(named, exact, strict=True):
+            if torch.finfo(parameter.dtype).bits < (32 if self.autocast[adapter_name] else 16):
                 parameter.data = data.to(parameter.device)
                 parameter.grad = None if grad is None else grad.to(parameter.device)
         return self

@@ -129,7 +129,7 @@ class MergingLayer(BaseTunerLayer):
         self.original_weight = original if self.original_weight is None else self.original_weight
         self.merged_adaptations = adaptations
         # Its own tensor, even if nothing was adapted: what is written to the weight must not reach the original.
-        weight.data = merged.contiguous() if merged is not original else merged.clone()
+        weight.data = _laid_out_as(weight, merged) if merged is not original else merged.clone()
         self._written = _checksum(weight.data) if added is None else None
         self.merged_adapters.extend(names)
 
@@ -148,7 +148,7 @@ class MergingLayer(BaseTunerLayer):
     def _weight_without_merged(self) -> Tensor:
         weight = self.get_base_layer().weight
         original, added = self.unmerged_weight().to(weight.device, weight.dtype), self._added_since_merging()
-        return original if added is None else (original + added).to(weight.dtype)
+        return _laid_out_as(weight, original if added is None else (original + added).to(weight.dtype))
 
     def _added_since_merging(self) -> Tensor | None:
         """What the weight has besides that which `merge` wrote, if anything; float32 (float64)."""
@@ -180,6 +180,11 @@ class MergingLayer(BaseTunerLayer):
                     f"{', '.join(sorted(acting))}, loaded before the ETHER adapter that is fused, has become active "
                     "since, and fused ETHER cannot reflect it: call unfuse_ether first"
                 )
+
+
+def _laid_out_as(weight: Tensor, values: Tensor) -> Tensor:
+    """The values in the memory format of a weight: in another one (channels_last), convolutions would be slow."""
+    return values if values.stride() == weight.stride() else torch.empty_like(weight.data).copy_(values)
 
 
 def _checksum(weight: Tensor) -> int:

@@ -11,7 +11,7 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from torch import nn
+from torch import Tensor, nn
 
 from ether_diffusion.tuner.config import ETHER, EtherConfig
 from ether_diffusion.tuner.layer import NO_MIXED_BATCHES, EtherConv2d, EtherLayer, EtherLinear
@@ -54,6 +54,26 @@ class EtherModel(BaseTuner):
         | dict.fromkeys(CLIP_MODELS, CLIP_ATTENTION)
         | dict.fromkeys(VISION_LANGUAGE_MODELS, LANGUAGE_ATTENTION)
     )
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """PEFT's `inject_adapter`, with what `autocast_adapter_dtype=False` says, which it leaves to its callers."""
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        if not autocast_adapter_dtype:
+            self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Vectors in float32, or with `autocast_adapter_dtype=False` in the dtype of the base layers."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in self.model.modules():
+            if isinstance(layer, EtherLayer) and adapter_name in layer.ether_u:
+                layer.set_autocast(adapter_name, autocast_adapter_dtype)
 
     def _prepare_adapter_config(self, peft_config: EtherConfig, model_config: dict) -> EtherConfig:
         if peft_config.target_modules is None:

@@ -5,13 +5,17 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from helpers.pipelines import ONE_GREY_LEVEL, adapt, assert_unchanged, generate, open_pipeline, snapshot
+from helpers.tiny import make_pipeline
+from helpers.zoo import adapt_components
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save
+from transformers import CLIPTextModel
 
 from ether_diffusion import EtherLayer
 from ether_diffusion.adapters.stacks import stacks
@@ -38,6 +42,11 @@ def layers(pipe) -> list[EtherLayer]:
     return [m for model in (pipe.unet, pipe.text_encoder) for m in model.modules() if isinstance(m, EtherLayer)]
 
 
+def weights(pipe) -> list[tuple[str, torch.Tensor]]:
+    named = pipe.unet.named_parameters()
+    return [(name.replace(".base_layer", ""), weight.data) for name, weight in named if ".ether_" not in name]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("keep", ["device", "cpu", "disk"])
 def test_weights_come_back_bit_for_bit_from_wherever_they_waited(vectors, tiny_pipeline_folder, dtype, keep):
@@ -54,6 +63,57 @@ def test_weights_come_back_bit_for_bit_from_wherever_they_waited(vectors, tiny_p
     pipe.unfuse_ether()
     pipe.unload_ether_weights()
     assert_unchanged(pipe, before)
+
+
+@pytest.mark.parametrize("keep", ["device", "cpu", "disk"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("undo", ["unfuse_ether", "unload_ether_weights"])
+def test_weights_keep_their_memory_format(tiny_pipeline_folder, keep, dtype, memory_format, undo):
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline_folder, dtype=dtype)
+    pipe.unet.to(memory_format=memory_format)
+    adapt_components(pipe, "unet", target_modules=["conv1", "conv_shortcut", "proj_in", "conv_in", "to_q"])
+    before = {path: weight.clone() for path, weight in weights(pipe)}
+    pipe.fuse_ether(keep_original=keep)
+    assert {path: weight.stride() for path, weight in weights(pipe)} == {k: w.stride() for k, w in before.items()}
+    assert sum(not torch.equal(weight, before[path]) for path, weight in weights(pipe)) == len(layers(pipe)) > 5
+    getattr(pipe, undo)()
+    assert {path: weight.stride() for path, weight in weights(pipe)} == {k: w.stride() for k, w in before.items()}
+    assert all(torch.equal(weight, before[path]) for path, weight in weights(pipe))
+
+
+@pytest.mark.parametrize(
+    ("component", "kind"), [("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel), ("both", None)]
+)
+@pytest.mark.parametrize("beside", [None, "of another model", "broken"])
+def test_originals_wait_on_disk_for_models_that_were_loaded_from_a_subfolder(
+    vectors, tiny_pipeline_folder, tmp_path, component, kind, beside
+):
+    folder = shutil.copytree(tiny_pipeline_folder, tmp_path / "base")
+    if beside is not None:
+        (folder / "a").mkdir()
+        content = save({"conv_in.weight": torch.ones(3)}) if beside == "of another model" else b"broken"
+        (folder / "a" / "model.safetensors").write_bytes(content)
+    kinds = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel} if kind is None else {component: kind}
+    parts = {name: each.from_pretrained(folder, subfolder=name) for name, each in kinds.items()}
+    pipe = StableDiffusionPipeline.from_pretrained(folder, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    before, base = snapshot(pipe), generate(pipe)
+    pipe.load_ether_weights(vectors)
+    image = generate(pipe)
+    pipe.fuse_ether(keep_original="disk")
+    assert abs(generate(pipe) - image).max() <= ONE_GREY_LEVEL < abs(image - base).max()
+    assert not any(isinstance(layer.original_weight, torch.Tensor) for layer in layers(pipe))
+    pipe.unload_ether_weights()
+    assert_unchanged(pipe, before)
+
+
+def test_a_model_that_was_loaded_from_nowhere_reads_no_folder(vectors, tiny_pipeline, tiny_tokenizer, monkeypatch):
+    monkeypatch.chdir(tiny_pipeline.unet.config._name_or_path)  # where its weights lie, by chance
+    pipe = make_pipeline(tiny_tokenizer)
+    pipe.load_ether_weights(vectors)
+    with pytest.raises(ValueError, match="no .safetensors file of the folder .* pass keep_original='cpu'"):
+        pipe.fuse_ether(["unet"], keep_original="disk")
 
 
 def test_weights_that_are_not_those_on_disk_are_not_fused_from_there(vectors, tiny_pipeline_folder):

@@ -62,9 +62,10 @@ def test_fusing_at_a_scale_is_fusing_at_that_strength(trained):
     assert np.abs(generate(trained) - image).max() <= ONE_GREY_LEVEL
 
 
-def test_fusing_one_component_leaves_the_others(trained):
+@pytest.mark.parametrize("components", [["text_encoder"], ("text_encoder",), "text_encoder"])
+def test_fusing_one_component_leaves_the_others(trained, components):
     image = generate(trained)
-    trained.fuse_ether(components=["text_encoder"])
+    trained.fuse_ether(components=components)
     assert not any(m.merged for m in trained.unet.modules() if isinstance(m, EtherLayer))
     assert all(m.merged for m in trained.text_encoder.modules() if isinstance(m, EtherLayer))
     assert np.abs(generate(trained) - image).max() <= ONE_GREY_LEVEL
@@ -312,3 +313,69 @@ def test_a_component_that_is_offloaded_as_a_whole_takes_and_gives_back_an_adapte
     assert np.array_equal(generate(pipe), image)
     pipe.unload_ether_weights()
     assert np.array_equal(generate(pipe), base)
+
+
+# Arguments of the stock loader, and what is no argument of it ----------------------------------------------------
+
+
+@pytest.mark.parametrize("source", [["a", "b"], ("a",), {"a"}, None, 3, [{}]], ids=repr)
+def test_several_sources_at_once_are_refused_in_a_sentence(tiny_pipeline, source):
+    with pytest.raises(ValueError, match=f"got a {type(source).__name__}, needs one file.* call it once for each"):
+        tiny_pipeline.load_ether_weights(source)
+
+
+@pytest.mark.parametrize("argument", [{}, {"use_safetensors": None}, {"use_safetensors": True}])
+def test_the_stock_argument_of_loading_is_taken(trained, tiny_pipeline_folder, tmp_path, argument):
+    file = trained.save_ether_weights(tmp_path, safe_serialization=True, is_main_process=True)
+    pipe = open_pipeline(tiny_pipeline_folder)
+    pipe.load_ether_weights(file, **argument)
+    assert np.array_equal(generate(pipe), generate(trained))
+
+
+def test_pickles_are_neither_read_nor_written(trained, tmp_path):
+    file = trained.save_ether_weights(tmp_path / "dog")
+    with pytest.raises(ValueError, match="use_safetensors=False: adapters are read from .safetensors files alone"):
+        trained.load_ether_weights(file, "dog", use_safetensors=False)
+    with pytest.raises(ValueError, match="safe_serialization=False: adapters are written as .safetensors files"):
+        trained.save_ether_weights(tmp_path / "cat", safe_serialization=False)
+    assert not (tmp_path / "cat").exists() and list(trained.ether_adapters) == ["default"]
+
+
+def test_only_the_main_process_writes(trained, tmp_path):
+    path = trained.save_ether_weights(tmp_path / "dog", is_main_process=False, push_to_hub=True)
+    assert not path.parent.exists()
+    assert trained.save_ether_weights(tmp_path / "dog") == path and path.is_file()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_state_dict_is_a_copy(trained, fused):
+    if fused:
+        trained.fuse_ether()
+    image, vectors = generate(trained), trained.ether_state_dict()
+    kept = {name: tensor.clone() for name, tensor in vectors.items()}
+    for tensor in vectors.values():
+        assert not tensor.requires_grad
+        tensor.zero_()
+    assert np.array_equal(generate(trained), image)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in trained.ether_state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("autocast", [{}, {"autocast_adapter_dtype": True}, {"autocast_adapter_dtype": False}])
+def test_vectors_are_loaded_in_float32_or_in_the_dtype_of_the_base(
+    trained, tiny_pipeline_folder, tmp_path, dtype, autocast
+):
+    file, vectors = trained.save_ether_weights(tmp_path / "one"), trained.ether_state_dict()
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline_folder, dtype=dtype)
+    pipe.load_ether_weights(file, "dog", **autocast)
+    expected = dtype if not autocast.get("autocast_adapter_dtype", True) or dtype == torch.float64 else torch.float32
+    loaded = pipe.ether_state_dict()
+    assert {vector.dtype for vector in loaded.values()} == {expected}
+    assert all(torch.equal(loaded[name], vector.to(expected)) for name, vector in vectors.items())
+    pipe.load_ether_weights({name: vector.flip(-1) for name, vector in vectors.items()}, "dog", hotswap=True)
+    assert {vector.dtype for vector in pipe.ether_state_dict().values()} == {expected}
+    again = open_pipeline(tiny_pipeline_folder)
+    again.load_ether_weights(pipe.save_ether_weights(tmp_path / "two"), "dog")
+    assert {vector.dtype for vector in again.ether_state_dict().values()} == {torch.float32}
+    for call in (pipe.fuse_ether, pipe.unfuse_ether, pipe.unload_ether_weights):
+        call()

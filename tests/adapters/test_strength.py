@@ -12,8 +12,7 @@ from diffusers import (
 from diffusers.hooks import apply_group_offloading
 from helpers.pipelines import ONE_GREY_LEVEL, TwinPipeline, assert_unchanged, generate, open_pipeline, snapshot
 from helpers.zoo import adapt_components, controlnet, ether_layers_of, flux, sdxl
-from peft import BOFTConfig, HRAConfig, IA3Config, LoraConfig, OFTConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import LoraConfig
 from PIL import Image
 
 from ether_diffusion import EtherConfig, EtherLayer
@@ -65,28 +64,6 @@ def test_layers_outside_the_blocks_stay_at_strength_one_beside_weights_by_block(
     assert {scale for path, scale in layers.items() if path.startswith("mid_block")} == {0.3}
 
 
-OTHERS = {
-    "OFT": OFTConfig(r=2, oft_block_size=0, target_modules=["to_v"]),
-    "BOFT": BOFTConfig(boft_block_size=2, target_modules=["to_v"]),
-    "HRA": HRAConfig(r=2, target_modules=["to_v"]),
-    "IA3": IA3Config(target_modules=["to_v"], feedforward_modules=[]),
-}
-
-
-@pytest.mark.parametrize("method", OTHERS)
-def test_ether_is_set_beside_an_adapter_of_any_method(two, method):
-    two.unet.add_adapter(copy.deepcopy(OTHERS[method]), adapter_name="other")
-    two.set_adapters("default", 0.5)
-    assert two.get_active_adapters() == ["default"] and strengths(two, "unet", "default") == {0.5}
-    two.set_adapters(["default", "other"], [0.25, 1.0])
-    assert two.get_active_adapters() == ["default", "other"] and strengths(two, "unet", "default") == {0.25}
-    layer = next(m for m in two.unet.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, EtherLayer))
-    if not hasattr(layer, "scaling"):
-        with pytest.raises(ValueError, match=f"its method .{method}. has no strength, and unet got 0.5"):
-            two.set_adapters(["default", "other"], [0.75, 0.5])
-        assert two.get_active_adapters() == ["default", "other"] and strengths(two, "unet", "default") == {0.25}
-
-
 @pytest.mark.parametrize("weight", [float("nan"), float("inf"), -float("inf"), True, "1"])
 @pytest.mark.parametrize(
     "form",
@@ -112,11 +89,9 @@ def test_no_strength_is_taken_that_is_no_finite_number(two, weight, form):
         (["default", "second", "default"], 1.0, "default is named more than once: an adapter acts once"),
         (["default", "third"], 1.0, "there is no adapter third; loaded are default, second"),
         (["default", "second"], [1.0], "2 adapters .default, second., but 1 weights"),
-        (
-            "default",
-            {"vae": 1.0},
-            "vae carries no adapter; the components that do are .*unet",
-        ),
+        ("default", {"unett": 1.0}, "unett is no component of this StableDiffusionPipeline; those that carry .*unet"),
+        (["default", "second"], (0.5, 1.0), r"adapter_weights: got a tuple, needs .* a list: \[0.5, 1.0\]"),
+        ("default", (0.5,), r"adapter_weights: got a tuple, needs .* a list: \[0.5\]"),
     ],
 )
 def test_what_does_not_fit_is_an_error_and_changes_nothing(two, names, weights, message):
@@ -125,6 +100,20 @@ def test_what_does_not_fit_is_an_error_and_changes_nothing(two, names, weights, 
     with pytest.raises(ValueError, match=message):
         two.set_adapters(names, weights)
     assert np.array_equal(generate(two), picture)
+
+
+@pytest.mark.parametrize("component", ["vae", "control_encoder", "text_encoder", "safety_checker"])
+@pytest.mark.parametrize("weight", [0.25, None, {"down": 0.5}])
+def test_a_strength_for_a_component_that_nothing_adapts_is_ignored_with_a_warning(
+    tiny_pipeline, caplog, component, weight
+):
+    tiny_pipeline.unet.add_adapter(EtherConfig(init_weights=False), adapter_name="default")
+    tiny_pipeline.set_adapters(["default"], [{"unet": 0.75, component: weight}])
+    assert strengths(tiny_pipeline, "unet", "default") == {0.75}
+    assert f"no adapter is on {component}; the strength for it is ignored" in caplog.text
+    caplog.clear()
+    tiny_pipeline.set_adapters("default", {"unet": 0.5})
+    assert not caplog.records
 
 
 def test_a_pipeline_without_ether_is_left_to_diffusers(tiny_pipeline):

@@ -28,15 +28,17 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     )
 
 
-def make_pipeline(tokenizer: CLIPTokenizer, *, width: int = 16, seed: int = 0) -> StableDiffusionPipeline:
+def make_pipeline(
+    tokenizer: CLIPTokenizer, *, width: int = 16, text_width: int = 16, seed: int = 0
+) -> StableDiffusionPipeline:
     """Stable Diffusion in very small, with random weights: 16×16 pixels, 8×8 latents."""
     torch.manual_seed(seed)
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=16,
+            hidden_size=text_width,
             intermediate_size=32,
-            projection_dim=16,
+            projection_dim=text_width,
             num_hidden_layers=2,
             num_attention_heads=2,
             max_position_embeddings=tokenizer.model_max_length,
@@ -53,7 +55,7 @@ def make_pipeline(tokenizer: CLIPTokenizer, *, width: int = 16, seed: int = 0) -
         layers_per_block=1,
         attention_head_dim=2,
         norm_num_groups=4,
-        cross_attention_dim=16,
+        cross_attention_dim=text_width,
     )
     vae = AutoencoderKL(
         block_out_channels=(8, 8),

@@ -7,8 +7,9 @@ import pickle
 import pytest
 import torch
 from accelerate import cpu_offload
-from diffusers import SD3Transformer2DModel
+from diffusers import ControlNetModel, SD3Transformer2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from helpers.control import call_unet
 from helpers.pipelines import adapt, generate, open_pipeline, snapshot
 
 from ether_diffusion import EtherConfig
@@ -181,6 +182,85 @@ def test_disabling_it_leaves_nothing_behind(processor):
     assert not any(intercepted(module) for module in model.modules())
 
 
+def swap_one_by_one(unet):
+    for module in list(unet.modules())[::2]:
+        if isinstance(module, Attention):
+            module.set_processor(AttnProcessor())
+
+
+SWAPS = {
+    "default": lambda unet: unet.set_default_attn_processor(),
+    "others": lambda unet: unet.set_attn_processor(AttnProcessor()),
+    "some others": swap_one_by_one,
+    "one for all": lambda unet: unet.set_attn_processor(EtherAttnProcessor()),
+    "slices": lambda unet: unet.set_attention_slice("auto"),
+    "slices and back": lambda unet: (unet.set_attention_slice("auto"), unet.set_default_attn_processor()),
+    "fused projections and back": lambda unet: (unet.fuse_qkv_projections(), unet.unfuse_qkv_projections()),
+}
+COPIES = {
+    "itself": lambda unet: unet,
+    "copy of a copy": lambda unet: copy.deepcopy(copy.deepcopy(unet)),
+    "pickle": lambda unet: pickle.loads(pickle.dumps(unet)),
+}
+
+
+@pytest.mark.parametrize("copied_by", COPIES)
+@pytest.mark.parametrize("swapped_first", [False, True])
+@pytest.mark.parametrize("swap", SWAPS)
+@torch.no_grad()
+def test_nothing_stays_whatever_happens_to_processors_and_models_meanwhile(
+    tiny_pipeline, swap, swapped_first, copied_by
+):
+    unet = tiny_pipeline.unet
+    before = call_unet(unet)
+    enable_ether_attention(unet)
+    if swapped_first:
+        SWAPS[swap](unet)
+    copied = COPIES[copied_by](unet)
+    if not swapped_first:
+        SWAPS[swap](copied)
+    for model in (copied, unet):
+        disable_ether_attention(model)
+        processors = list(model.attn_processors.values())
+        processors += (getattr(model, "original_attn_processors", None) or {}).values()
+        assert not any(isinstance(processor, EtherAttnProcessor) for processor in processors)
+        assert not any(intercepted(module) for module in model.modules())
+        torch.testing.assert_close(call_unet(model), before)
+
+
+@pytest.mark.parametrize("kind", [AttnProcessor, AttnProcessor2_0])
+@pytest.mark.parametrize("copied_by", COPIES)
+def test_it_does_not_come_back_with_the_projections_that_were_fused_meanwhile(tiny_pipeline, kind, copied_by):
+    tiny_pipeline.unet.set_attn_processor(kind())
+    enable_ether_attention(tiny_pipeline.unet)
+    tiny_pipeline.fuse_qkv_projections(vae=False)
+    unet = COPIES[copied_by](tiny_pipeline.unet)
+    disable_ether_attention(unet)
+    unet.unfuse_qkv_projections()
+    assert {type(each) for each in unet.attn_processors.values()} == {kind}
+
+
+@pytest.mark.parametrize("processor", [AttnProcessor, AttnProcessor2_0])
+@pytest.mark.parametrize("model", ["unet", "vae", "controlnet"])
+def test_the_default_processors_are_set_with_it_on(tiny_pipeline, processor, model):
+    model = ControlNetModel.from_unet(tiny_pipeline.unet) if model == "controlnet" else getattr(tiny_pipeline, model)
+    model.set_attn_processor(processor())
+    enable_ether_attention(model)
+    assert {type(each) for each in model.attn_processors.values()} == {EtherAttnProcessor}
+    model.set_default_attn_processor()
+    assert {type(each) for each in model.attn_processors.values()} == {AttnProcessor}
+    disable_ether_attention(model)
+    assert {type(each) for each in model.attn_processors.values()} == {AttnProcessor}
+
+
+@torch.no_grad()
+def test_it_is_compiled_with_the_model():
+    model, given = block("self"), inputs("self")
+    enable_ether_attention(model)
+    expected = model(**given)
+    torch.testing.assert_close(torch.compile(model, backend="eager")(**given), expected)
+
+
 @pytest.mark.parametrize("copied_by", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @torch.no_grad()
 def test_a_copied_model_is_on_its_own(copied_by):
@@ -220,6 +300,15 @@ def test_models_without_stock_attention_and_unknown_backends_are_told_so():
         enable_ether_attention(model)
     with pytest.raises(ValueError, match="attention backend 'flash': there are sdpa, xformers"):
         EtherAttnProcessor("flash")
+
+
+@pytest.mark.parametrize("call", [enable_ether_attention, disable_ether_attention])
+def test_a_pipeline_in_place_of_a_model_is_told_which_model_to_pass(tiny_pipeline, call):
+    processors = dict(tiny_pipeline.unet.attn_processors)
+    name = call.__name__
+    with pytest.raises(ValueError, match=rf"{name}: got a StableDiffusionPipeline, needs .*: {name}\(pipe.unet\)"):
+        call(tiny_pipeline)
+    assert tiny_pipeline.unet.attn_processors == processors
 
 
 @pytest.mark.skipif(importlib.util.find_spec("xformers") is not None, reason="xformers is installed")

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.layers import make, oracle, oracle_weight
+from peft import PeftModel, get_peft_model
 from torch import nn
 
-from ether_diffusion import EtherConfig
+from ether_diffusion import EtherConfig, EtherLayer, EtherModel
 from ether_diffusion.tuner.layer import EtherConv2d, EtherLinear
 
 METHODS = [("ether", "input"), ("ether_plus", "input"), ("ether_plus", "both")]
@@ -141,6 +142,76 @@ def test_casting_a_model_to_half_precision_leaves_the_vectors_in_float32(cast):
         assert torch.equal(vector, before[name][0]) and torch.equal(vector.grad, before[name][1])
     assert model[0].ether_u["default"] is parameters[0]  # an optimizer made before still trains it
     assert model.double()[0].ether_u["default"].dtype == torch.float64
+
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def dtypes_of(model: nn.Module, name: str) -> set[torch.dtype]:
+    layers = [layer for layer in model.modules() if isinstance(layer, EtherLayer) and name in layer.ether_u]
+    return {vector.dtype for layer in layers for vector in layer.vectors(name).named().values()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("base", [nn.Linear(8, 12), nn.Conv2d(8, 12, 3)], ids=["linear", "convolution"])
+def test_vectors_are_in_the_dtype_of_the_base_for_those_who_ask(dtype, method, base):
+    layer = make(copy.deepcopy(base).to(dtype), *method)
+    usual, exact = torch.promote_types(dtype, torch.float32), layer.vectors("default").named()
+    layer.update_layer("other", EtherConfig(method=method[0], sides=method[1], init_weights=False))
+    layer.set_autocast("default", False)
+    assert dtypes_of(layer, "default") == {dtype} and dtypes_of(layer, "other") == {usual}
+    for name, vector in layer.vectors("default").named().items():
+        assert torch.equal(vector, exact[name].to(dtype)) and vector.requires_grad
+    x = torch.randn(2, 8, 5, 5, dtype=dtype) if isinstance(base, nn.Conv2d) else torch.randn(3, 8, dtype=dtype)
+    answer = layer(x)
+    answer.float().square().mean().backward()
+    assert answer.dtype == dtype and all(
+        torch.isfinite(v.grad).all() for v in layer.vectors("default").named().values()
+    )
+    expected = oracle(copy.deepcopy(layer).double(), x.double(), ["default"])
+    assert F.cosine_similarity(answer.double().flatten(), expected.flatten(), dim=0) > 0.999
+    for cast in DTYPES:  # `model.half()` and the like: only these follow all the way
+        layer.to(cast)
+        assert dtypes_of(layer, "default") == {cast}
+        assert dtypes_of(layer, "other") <= {torch.float32, torch.float64}
+    layer.to(dtype).set_autocast("default", True)
+    assert dtypes_of(layer, "default") <= {torch.float32, torch.float64}
+    layer.delete_adapter("default")
+    assert list(layer.autocast) == ["other"]
+
+
+@pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_vectors_are_never_in_a_dtype_that_only_stores(storage):
+    layer = make(nn.Linear(8, 12).requires_grad_(False), "ether_plus")
+    layer.base_layer.weight.data = layer.base_layer.weight.data.to(storage)
+    layer.set_autocast("default", False)
+    assert dtypes_of(layer, "default") == {torch.float32}
+    layer.to(storage)
+    assert dtypes_of(layer, "default") == {torch.float32}
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_peft_puts_vectors_in_the_dtype_that_it_is_asked_for(dtype, autocast, tmp_path):
+    config = EtherConfig(method="ether_plus", target_modules=["0"])
+    expected = dtype if not autocast or dtype == torch.float64 else torch.float32
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)).to(dtype), config, autocast_adapter_dtype=autocast)
+    assert dtypes_of(model, "default") == {expected}
+    model.add_adapter("second", config, autocast_adapter_dtype=autocast)
+    model.add_adapter("third", config, autocast_adapter_dtype=not autocast)
+    assert dtypes_of(model, "second") == dtypes_of(model, "default") == {expected}
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    for low_cpu_mem_usage in (False, True):
+        base, options = nn.Sequential(nn.Linear(8, 8)).to(dtype), {"low_cpu_mem_usage": low_cpu_mem_usage}
+        loaded = PeftModel.from_pretrained(base, tmp_path, autocast_adapter_dtype=autocast, **options)
+        assert dtypes_of(loaded, "default") == {expected}
+        loaded.load_adapter(tmp_path, "more", autocast_adapter_dtype=autocast, **options)
+        assert dtypes_of(loaded, "more") == {expected}
+    tuner = EtherModel(nn.Sequential(nn.Linear(8, 8)).to(dtype), config, "default")
+    tuner.peft_config["second"] = config
+    tuner.inject_adapter(tuner.model, "second", autocast_adapter_dtype=autocast)
+    assert dtypes_of(tuner, "second") == {expected}
 
 
 @pytest.mark.parametrize("method", METHODS)
