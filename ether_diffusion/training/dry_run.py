@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
+from typing import Any
 
 import torch
 from torch import nn
@@ -65,12 +67,18 @@ def memory_parts(checked: CheckedRun) -> dict[str, int]:
     return parts
 
 
+def _width(config: Mapping[str, Any]) -> int:
+    """Of a token between the blocks of a transformer."""
+    if "attention_head_dim" in config:
+        return config["num_attention_heads"] * config["attention_head_dim"]
+    return config.get("dim") or config["hidden_size"]
+
+
 def _kept_values(checked: CheckedRun, transformer: nn.Module) -> int:
     """How many values of activations a forward pass keeps for the backward pass, about."""
     run, options = checked.run, checked.options
     tokens = max(prod(target) for target in run.targets) // run.blueprint.resolution_multiple**2 + TEXT_TOKENS
-    inner = getattr(transformer, "inner_dim", None) or transformer.config.dim
-    inputs = options.optimization.train_batch_size * tokens * inner
+    inputs = options.optimization.train_batch_size * tokens * _width(transformer.config)
     blocks = sum(len(each) for each in transformer.children() if isinstance(each, nn.ModuleList))
     if options.performance.gradient_checkpointing:  # the input of each block, and one block anew
         return inputs * (blocks + KEPT_IN_A_BLOCK)

@@ -314,6 +314,19 @@ WITH_PROCESSORS: dict[str, Callable[..., DiffusionPipeline]] = {
 """Pipelines whose text encoders see images, which transformers prepares by means of torchvision."""
 
 
+SIDES = {
+    "qwen_edit": 64,
+    "qwen_edit_plus": 64,
+    "sana": 32,
+    "lumina2": 32,
+}
+"""Side of the smallest square in pixels, where it is not 16."""
+SIZED = {
+    "sana": {"use_resolution_binning": False},
+}
+"""What makes a pipeline generate the size that it is asked for."""
+
+
 def make(name: str, folder, seed: int = 0) -> DiffusionPipeline:
     """One of the pipelines, its weights from a seed; the folder takes the files of a tokenizer."""
     torch.manual_seed(seed)

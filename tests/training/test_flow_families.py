@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from helpers.flow_zoo import PIPELINES, WITH_PROCESSORS, make
+from helpers.flow_zoo import PIPELINES, SIDES, SIZED, WITH_PROCESSORS, make
 from helpers.scripts import ROOT
 from PIL import Image
 from torch import Tensor
@@ -26,13 +26,6 @@ from ether_diffusion.training.tokens import from_tokens, join_patches
 
 SHAPES = [(1, 1), (1, 2), (2, 1)]
 """Sizes of images, in sides of the smallest square."""
-SIDES = {
-    "qwen_edit": 64,
-    "qwen_edit_plus": 64,
-    "sana": 32,
-    "lumina2": 32,
-}
-"""Side of the smallest square in pixels, where it is not 16."""
 PROMPTS = ["a red dog on a mat", "", "hut"]
 WITHOUT_GUIDANCE = {
     "z_image": {"guidance_scale": 0.0},
@@ -50,10 +43,6 @@ EDITORS = {
     "qwen_edit_plus": {},
 }
 """Pipelines that take a reference image, and what keeps its size."""
-SIZED = {
-    "sana": {"use_resolution_binning": False},
-}
-"""What makes a pipeline generate the size that it is asked for."""
 READS_REFERENCES = tuple(WITH_PROCESSORS)
 """Editors whose text encoders see the reference image, without which they do nothing."""
 TAKEN_AT = {(64, 64): (1024, 1024), (64, 256): (512, 2048)}

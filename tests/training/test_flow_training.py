@@ -1,13 +1,14 @@
 """Training of transformers with flow matching, from the script's command line to a stock pipeline."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
-from helpers.flow_zoo import PIPELINES, make
+from helpers.flow_zoo import PIPELINES, SIDES, SIZED, make
 from helpers.pipelines import ONE_GREY_LEVEL
 from helpers.scripts import DREAMBOOTH, launch, refusal
 from PIL import Image
@@ -20,7 +21,9 @@ from ether_diffusion.training.options import ValidationOptions
 from ether_diffusion.training.preview import Preview
 
 ENCODERS_TO_TRAIN = [name for name in PIPELINES if name in ("flux", "kontext", "sd3")]
-QUICK = ("--resolution", 16, "--max_train_steps", 2, "--train_batch_size", 2)
+MOST_USED = ("flux", "klein", "sd3", "qwen", "z_image")
+"""On which everything is tried in the quick run."""
+QUICK = ("--max_train_steps", 2, "--train_batch_size", 2)
 IMAGES = ("--num_validation_images", 1, "--num_inference_steps", 1)
 
 
@@ -43,6 +46,20 @@ def name(request) -> str:
     return request.param
 
 
+@pytest.fixture(
+    params=[each if each in MOST_USED else pytest.param(each, marks=pytest.mark.slow) for each in PIPELINES]
+)
+def each(request) -> str:
+    """The name of a pipeline, of which the most used ones are in the quick run."""
+    return request.param
+
+
+@pytest.fixture
+def on(bases) -> Callable[[str], tuple[object, ...]]:
+    """Flags that name a small pipeline and a size that it can have."""
+    return lambda name: ("--pretrained_model_name_or_path", bases(name), "--resolution", SIDES.get(name, 16))
+
+
 def adapter(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / WEIGHTS_NAME)
 
@@ -54,7 +71,8 @@ def same(one: Path, other: Path) -> bool:
 
 def painted(pipe: DiffusionPipeline, name: str) -> np.ndarray:
     pipe.set_progress_bar_config(disable=True)
-    size = {"height": 16, "width": 16} | ({"max_area": 256} if name == "kontext" else {})
+    side = SIDES.get(name, 16)
+    size = {"height": side, "width": side, **SIZED.get(name, {})} | ({"max_area": 256} if name == "kontext" else {})
     if name == "qwen":
         size["negative_prompt"] = " "  # without which it has no guidance
     generator = torch.Generator().manual_seed(3)
@@ -65,9 +83,9 @@ def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image, dtype=np.float32) / 255
 
 
-def test_two_steps_learn_and_the_result_loads_in_a_stock_pipeline(name, bases, train):
+def test_two_steps_learn_and_the_result_loads_in_a_stock_pipeline(name, bases, on, train):
     base = bases(name)
-    result, folder = train("--pretrained_model_name_or_path", base, *QUICK, *IMAGES, "--validation_steps", 1)
+    result, folder = train(*on(name), *QUICK, *IMAGES, "--validation_steps", 1)
     assert len(result.losses) == 2 and all(np.isfinite(result.losses))
     assert {path.name for path in folder.rglob("*.png")} == {"grid.png", "step-000001.png"}
     stock, plain = (DiffusionPipeline.from_pretrained(base) for _ in range(2))
@@ -78,23 +96,23 @@ def test_two_steps_learn_and_the_result_loads_in_a_stock_pipeline(name, bases, t
     assert np.array_equal(painted(stock, name), before)
 
 
-def test_sample_images_are_those_of_the_stock_pipeline_before_and_after(name, bases, train):
+def test_sample_images_are_those_of_the_stock_pipeline_before_and_after(each, bases, on, train):
     """They are made of kept prompts without text encoders in memory; a stock pipeline makes the same of text."""
-    source, options = ModelSource(str(bases(name))), ValidationOptions(num_validation_images=1, num_inference_steps=2)
-    adapted = train("--pretrained_model_name_or_path", source.path, *QUICK)[1]
+    source, options = ModelSource(str(bases(each))), ValidationOptions(num_validation_images=1, num_inference_steps=2)
+    adapted = train(*on(each), *QUICK)[1]
     family = family_at(source).load(source, torch.float32)
-    preview = Preview(family, ["a dog"], options, seed=3, target=(16, 16))
+    preview = Preview(family, ["a dog"], options, seed=3, target=(SIDES.get(each, 16),) * 2)
     family.pipe.load_ether_weights(adapted)
     grid = preview.compare()
     stock = DiffusionPipeline.from_pretrained(source.path)
-    assert grid.height > 32 and pixels(preview.base[0][0]) == pytest.approx(painted(stock, name), abs=ONE_GREY_LEVEL)
+    assert grid.height > 32 and pixels(preview.base[0][0]) == pytest.approx(painted(stock, each), abs=ONE_GREY_LEVEL)
     stock.load_ether_weights(adapted)
     tuned = preview._generate(family.pipe)[0][0]
-    assert pixels(tuned) == pytest.approx(painted(stock, name), abs=ONE_GREY_LEVEL)
+    assert pixels(tuned) == pytest.approx(painted(stock, each), abs=ONE_GREY_LEVEL)
 
 
-def test_a_run_that_was_stopped_goes_on_bit_for_bit(name, bases, train):
-    base = ("--pretrained_model_name_or_path", bases(name), "--resolution", 16, "--train_batch_size", 2)
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(each, on, train):
+    base = (*on(each), "--train_batch_size", 2)
     base += ("--checkpointing_steps", 1)
     whole = train(*base, "--max_train_steps", 4, "--caption_dropout", 0.5, output="whole")[1]
     half = train(
@@ -121,8 +139,8 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(name, bases, train):
     ],
     ids=lambda flags: flags[0],
 )
-def test_what_saves_memory_changes_nothing_that_is_learned(name, bases, train, flags):
-    base = ("--pretrained_model_name_or_path", bases(name), *QUICK)
+def test_what_saves_memory_changes_nothing_that_is_learned(each, on, train, flags):
+    base = (*on(each), *QUICK)
     kept = [flag for flag in flags if flag == "--center_crop"]
     usual, changed = train(*base, *kept, output="usual")[1], train(*base, *flags, output="changed")[1]
     for key, value in adapter(usual).items():
@@ -130,23 +148,23 @@ def test_what_saves_memory_changes_nothing_that_is_learned(name, bases, train, f
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_a_quantised_base_is_trained_and_the_adapter_loads_on_the_base_as_it_is(name, kind, bases, train):
-    base = bases(name)
+def test_a_quantised_base_is_trained_and_the_adapter_loads_on_the_base_as_it_is(each, kind, bases, on, train):
+    base = bases(each)
     if kind == "int8":
         pytest.importorskip("torchao")
-    flags = ("--pretrained_model_name_or_path", base, *QUICK, "--mixed_precision", "bf16")
+    flags = (*on(each), *QUICK, "--mixed_precision", "bf16")
     folder = train(*flags, "--quantize", kind, output=kind)[1]
     plain = train(*flags, output="plain")[1]
     assert not same(folder, plain)
     stock = DiffusionPipeline.from_pretrained(base)
     stock.load_ether_weights(folder)
-    assert np.isfinite(painted(stock, name)).all()
+    assert np.isfinite(painted(stock, each)).all()
 
 
 @pytest.mark.parametrize("name", ENCODERS_TO_TRAIN)
-def test_text_encoders_that_can_be_trained_are(name, bases, train):
+def test_text_encoders_that_can_be_trained_are(name, bases, on, train):
     base = bases(name)
-    folder = train("--pretrained_model_name_or_path", base, *QUICK, *IMAGES, "--train_text_encoder")[1]
+    folder = train(*on(name), *QUICK, *IMAGES, "--train_text_encoder")[1]
     family = family_at(ModelSource(str(base)))
     components = {key.split(".")[0] for key in adapter(folder)}
     assert components == {"transformer", *family.trained_text_encoders}
@@ -157,9 +175,9 @@ def test_text_encoders_that_can_be_trained_are(name, bases, train):
 
 
 @pytest.mark.parametrize("method", ["ether", "lora", "oft", "full"])
-def test_other_methods_train_and_load(method, bases, train):
+def test_other_methods_train_and_load(method, bases, on, train):
     base = bases("flux")
-    _, folder = train("--pretrained_model_name_or_path", base, *QUICK, "--method", method)
+    _, folder = train(*on("flux"), *QUICK, "--method", method)
     assert any(folder.rglob("*.safetensors"))
     if method == "full":
         assert np.isfinite(painted(DiffusionPipeline.from_pretrained(folder), "flux")).all()
@@ -184,23 +202,21 @@ def test_other_methods_train_and_load(method, bases, train):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
-def test_every_flag_of_flow_matching_does_something(flags, differs, bases, train):
-    base = ("--pretrained_model_name_or_path", bases("flux"), *QUICK)
+def test_every_flag_of_flow_matching_does_something(flags, differs, on, train):
+    base = (*on("flux"), *QUICK)
     usual, changed = train(*base, output="usual")[1], train(*base, *flags, output="changed")[1]
     assert same(usual, changed) != differs
 
 
-def test_dropped_captions_are_those_of_a_run_on_the_empty_prompt(bases, train):
-    base = ("--pretrained_model_name_or_path", bases("qwen"), *QUICK)
+def test_dropped_captions_are_those_of_a_run_on_the_empty_prompt(on, train):
+    base = (*on("qwen"), *QUICK)
     folders = [train(*base, "--instance_prompt", x, "--caption_dropout", 1, output=x)[1] for x in ("x", "y")]
     assert same(*folders) and not same(folders[0], train(*base, "--instance_prompt", "x", output="z")[1])
 
 
-def test_class_images_are_generated_at_the_size_of_the_training(bases, train, tmp_path):
+def test_class_images_are_generated_at_the_size_of_the_training(on, train, tmp_path):
     flags = ("--with_prior_preservation", "--class_prompt", "a toy", "--num_class_images", 2)
-    result, _ = train(
-        "--pretrained_model_name_or_path", bases("klein"), *QUICK, *flags, "--class_data_dir", tmp_path / "class"
-    )
+    result, _ = train(*on("klein"), *QUICK, *flags, "--class_data_dir", tmp_path / "class")
     sizes = {Image.open(path).size for path in (tmp_path / "class").glob("*.png")}
     assert sizes == {(16, 16)} and len(result.losses) == 2
 
@@ -208,7 +224,7 @@ def test_class_images_are_generated_at_the_size_of_the_training(bases, train, tm
 @pytest.mark.parametrize(
     ("base", "flags", "message"),
     [
-        ("flux", "--snr_gamma 5", "--snr_gamma: got 5, has no meaning for FluxPipeline"),
+        ("flux", "--snr_gamma 5", "--snr_gamma: got 5.0, has no meaning for FluxPipeline"),
         (None, "--timestep_sampling uniform", "--timestep_sampling: has no effect on StableDiffusionPipeline"),
         (None, "--timestep_shift 3", "--timestep_shift: has no effect on StableDiffusionPipeline"),
         (None, "--guidance_embedding 3", "--guidance_embedding: has no effect on StableDiffusionPipeline"),
@@ -228,44 +244,44 @@ def test_flags_without_a_meaning_are_refused_in_one_sentence(base, flags, messag
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_tells_parameters_and_memory_and_leaves_nothing(name, bases, train, capsys, tmp_path):
+def test_a_dry_run_tells_parameters_and_memory_and_leaves_nothing(name, bases, on, train, capsys, tmp_path):
     base = bases(name)
-    result, folder = train("--pretrained_model_name_or_path", base, *QUICK, "--dry_run")
+    result, folder = train(*on(name), *QUICK, "--dry_run")
     told = capsys.readouterr().out
     assert result is None and not folder.exists()
     stock = DiffusionPipeline.from_pretrained(base)
     for component in (*family_at(ModelSource(str(base))).text_encoders, "vae", "transformer"):
         size = 4 * sum(each.numel() for each in getattr(stock, component).parameters())
         assert re.search(rf"^  {component} +{re.escape(format_bytes(size))}$", told, re.M), told
-    train("--pretrained_model_name_or_path", base, *QUICK)
+    train(*on(name), *QUICK)
     count = sum(value.numel() for value in adapter(folder).values())
     assert f": {count:,} parameters at 0.05" in told and "activations" in told
 
 
-def test_a_dry_run_of_a_quantised_base_with_checkpointing_needs_less(bases, train, capsys):
+def test_a_dry_run_of_a_quantised_base_with_checkpointing_needs_less(on, train, capsys):
     told = []
     for flags in ((), ("--quantize", "fp8", "--mixed_precision", "bf16"), ("--gradient_checkpointing",)):
-        train("--pretrained_model_name_or_path", bases("flux"), *QUICK, *flags, "--dry_run")
+        train(*on("flux"), *QUICK, *flags, "--dry_run")
         lines = capsys.readouterr().out.splitlines()
         told.append({line.split()[0]: line.split()[-2:] for line in lines if line.startswith("  ")})
     assert told[1]["transformer"] != told[0]["transformer"] and told[2]["activations"] != told[0]["activations"]
     assert told[2]["transformer"] == told[0]["transformer"]
 
 
-def test_images_for_which_the_memory_is_not_enough_are_left_out_with_a_warning(bases, train, monkeypatch, caplog):
+def test_images_for_which_the_memory_is_not_enough_are_left_out_with_a_warning(on, train, monkeypatch, caplog):
     def refuse(self, *args, **options):
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(StableDiffusion3Pipeline, "__call__", refuse)
-    result, folder = train("--pretrained_model_name_or_path", bases("sd3"), *QUICK, *IMAGES)
+    result, folder = train(*on("sd3"), *QUICK, *IMAGES)
     assert len(result.losses) == 2 and (folder / WEIGHTS_NAME).is_file() and not (folder / "grid.png").exists()
     assert "no sample images: the memory is not enough (no room)" in caplog.text
 
 
 @pytest.mark.slow
-def test_the_script_trains_a_transformer_in_two_processes_as_in_one(bases, photographs, tmp_path):
-    common = ["--pretrained_model_name_or_path", bases("klein"), "--instance_data_dir", photographs]
-    common += ["--instance_prompt", "a photo of sks toy", "--resolution", 16, "--max_train_steps", 2]
+def test_the_script_trains_a_transformer_in_two_processes_as_in_one(on, photographs, tmp_path):
+    common = [*on("klein"), "--instance_data_dir", photographs]
+    common += ["--instance_prompt", "a photo of sks toy", "--max_train_steps", 2]
     common += ["--num_validation_images", 0, "--adam_epsilon", "1e-3"]
     one = launch(DREAMBOOTH, *common, "--train_batch_size", 4, "--output_dir", tmp_path / "one")
     two = launch(DREAMBOOTH, *common, "--train_batch_size", 2, "--output_dir", tmp_path / "two", processes=2)
