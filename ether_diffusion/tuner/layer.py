@@ -117,6 +117,8 @@ class EtherLayer(MergingLayer):
         if device is None:
             hook = offload_hook(self.get_base_layer())  # the base layer is on the meta device between its calls
             device = base_device if hook is None else torch.device(hook.execution_device)
+        if adapter_name not in self.ether_u:  # diffusers and PEFT ask every layer, whosever the adapter is
+            return
         follows = base_dtype == torch.float64 or not self.autocast[adapter_name] and base_dtype in PLAIN_DTYPES
         dtype = base_dtype if follows else torch.float32
         for name in self.adapter_layer_names:
