@@ -117,6 +117,8 @@ def test_splits_that_a_data_set_really_has_are_kept(tmp_path, layout):
         ([{"file_name": "a.png", "text": ["x"]}, {"file_name": "b.png", "text": 3}], "cannot be loaded"),
         ([{"file_name": "a.png", "conditioning_image": 3, "text": "x"}], "--conditioning_image_column .* no images"),
         ([{"file_name": "a.png", "conditioning_image": None, "text": "x"}], "conditioning_image: has no image"),
+        ([{"file_name": "a\0.png", "conditioning_image": "a.png", "text": "x"}], "is no path of a file"),
+        ([{"file_name": "a.png", "conditioning_image": "a.png", "text": "\ud83d"}], "is no valid Unicode|be loaded"),
         ([{"file_name": "/nowhere/a.png", "conditioning_image": "a.png", "text": "x"}], "there is no such file"),
         ([], "has no rows|has the columns"),
     ],
