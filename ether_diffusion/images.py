@@ -226,6 +226,8 @@ def _problem(error: Exception) -> str:
     """What is wrong with an image, in words, by the error that came of reading it."""
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
+    if isinstance(error, ValueError) and str(error) == "embedded null byte":
+        return "is no path of a file"
     if isinstance(error, (PermissionError, IsADirectoryError)):
         return f"cannot be read ({error.strerror})"
     if isinstance(error, (Image.DecompressionBombError, MemoryError)):

@@ -163,7 +163,7 @@ class Trainer:
         except InputError as error:
             problem = str(error)
         if self.accelerator.num_processes > 1:
-            failed = torch.tensor([bool(problem)], device=self.accelerator.device)
+            failed = torch.tensor([int(bool(problem))], device=self.accelerator.device)
             if self.accelerator.gather(failed).any():
                 problem = next(filter(None, gather_object([problem])))
         if problem:

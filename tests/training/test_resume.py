@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from helpers.scripts import DREAMBOOTH, reset_accelerate, same
+from helpers.scripts import DREAMBOOTH, refusal, reset_accelerate, same
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -251,3 +251,23 @@ def test_a_full_disk_is_told_before_any_weights_are_read(flags, tmp_path, monkey
     with pytest.raises(SystemExit):
         dreambooth.main([*flags, "--output_dir", str(tmp_path), "--checkpointing_steps", "1", *limit])
     assert f"5 MB are free, but {count} checkpoints and the adapter need up to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changed", ["instance_data_dir", "class_data_dir"])
+@pytest.mark.parametrize("meant", ["data", "instance_data_dir", "class_data_dir", None])
+def test_changed_images_go_on_where_they_are_meant_by_name(train, tmp_path, capsys, changed, meant):
+    folders = {name: tmp_path / name for name in ("instance_data_dir", "class_data_dir")}
+    for k, folder in enumerate(folders.values()):
+        folder.mkdir()
+        for view in range(2):
+            subjects()[k].view(view).render().image.save(folder / f"{view}.png")
+    words = [word for name, folder in folders.items() for word in (f"--{name}", folder)]
+    flags = (*words, "--with_prior_preservation", "--class_prompt", "a toy", "--num_class_images", 2)
+    train(*flags, "--max_train_steps", 1, "--checkpointing_steps", 1)
+    subjects()[2].view(0).render().image.save(folders[changed] / "0.png")
+    flags = (*flags, "--max_train_steps", 2, "--resume_from_checkpoint", "latest")
+    flags += () if meant is None else ("--resume_with_changed", meant)
+    if meant in ("data", changed):
+        assert len(train(*flags)[0].losses) == 2
+    else:
+        assert f"--{changed}: was 'sha256:" in refusal(capsys, train, *flags)

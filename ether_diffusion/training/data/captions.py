@@ -42,19 +42,21 @@ def captions_in(folder: Path, paths: Sequence[Path], column: str | None, flag: s
     metadata, rows = read_metadata(folder)
     if metadata is None and column is not None:
         raise InputError(f"--caption_column {column}: there is no {JSON_NAME} in {folder}, and no {CSV_NAME}")
-    name_left_out(folder, {*paths, *files, *filter(None, [metadata])}, flag)
+    where = f"NAME.txt, NAME.caption, NAME.jpg.txt, {JSON_NAME} and {CSV_NAME}"
+    name_left_out(folder, {*paths, *files, *filter(None, [metadata])}, flag, captions_from=where)
     return beside | _captions_of_rows(folder, rows, CAPTION_KEY if column is None else column)
 
 
-def name_left_out(folder: Path, used: set[Path], flag: str) -> None:
-    """Say in one line what lies in a folder and is not used, and where captions are looked for."""
+def name_left_out(
+    folder: Path, used: set[Path], flag: str, captions_from: str = f"{JSON_NAME} and {CSV_NAME}"
+) -> None:
+    """Say in one line what lies in a folder and is not used, and where captions are read from."""
     names = left_out(folder, used)
     captions = [name for name in names if Path(name).suffix.lower() in CAPTION_LIKE]
     others = [name for name in names if name not in captions]
     parts = [f"not read: {some(others)}"] if others else []
     if captions:
-        where = f"NAME.txt, NAME.caption, NAME.jpg.txt, {JSON_NAME} and {CSV_NAME}"
-        parts.append(f"not read as captions: {some(captions)} (captions come from {where})")
+        parts.append(f"not read as captions: {some(captions)} (captions come from {captions_from})")
     if parts:
         narrate("%s %s: %s", flag, folder, "; ".join(parts))
 

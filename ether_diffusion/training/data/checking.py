@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ether_diffusion.errors import InputError
 from ether_diffusion.images import some
 
-THREADS = 16  # files wait for the disk more than for the processor
+THREADS = 8  # files wait for the disk, and each may hold a large photograph
 BLOCK = 1024  # calls that wait at a time: data sets can have millions of rows
 QUIET_SECONDS = 2.0
 
@@ -45,14 +45,18 @@ def check_all(check: Callable[[int], Result], names: Callable[[int], str], count
         ThreadPoolExecutor(THREADS) as threads,
         tqdm(total=count, desc="checking images", delay=QUIET_SECONDS, leave=False, disable=hidden) as bar,
     ):
-        for start in range(0, count, BLOCK):
-            numbers = range(start, min(start + BLOCK, count))
-            for number, result in zip(numbers, threads.map(outcome, numbers), strict=True):
-                if isinstance(result, InputError):
-                    faults.append((number, result))
-                else:
-                    results.append(result)
-                bar.update()
+        try:
+            for start in range(0, count, BLOCK):
+                numbers = range(start, min(start + BLOCK, count))
+                for number, result in zip(numbers, threads.map(outcome, numbers), strict=True):
+                    if isinstance(result, InputError):
+                        faults.append((number, result))
+                    else:
+                        results.append(result)
+                    bar.update()
+        except BaseException:  # Ctrl-C is not to wait for what has not begun
+            threads.shutdown(cancel_futures=True)
+            raise
     if faults:
         raise InputError(_all_faults([error for _, error in faults], [names(number) for number, _ in faults]))
     return results

@@ -73,8 +73,17 @@ class Example:
         """The image as upright RGB. Raises `InputError` where it is damaged."""
         return self.image.read()
 
+    def check_captions(self) -> None:
+        """Make sure that captions can be written down: JSON may escape halves of characters."""
+        for caption in self.captions:
+            try:
+                caption.encode()
+            except UnicodeEncodeError as error:
+                raise InputError(f"{self.name}: its caption {caption!r} is no valid Unicode") from error
+
     def check(self) -> Size:
-        """The size of the image. Raises `InputError` for what the files show to be wrong."""
+        """The size of the image. Raises `InputError` for what captions and files show to be wrong."""
+        self.check_captions()
         size = self.image.check()
         if self.control is not None:
             self.check_shape(size, self.control.check())
@@ -131,6 +140,7 @@ class ListedExamples(Examples):
     def _look(self, number: int) -> tuple[Size, bytes]:
         """Size of an image, and a digest of it and its prompt."""
         example = self.examples[number]
+        example.check_captions()
         image = example.read()
         digest = hashlib.sha256(f"{image.size} {example.captions[0]}".encode() + image.tobytes())
         return image.size, digest.digest()
@@ -236,7 +246,7 @@ def _bytes_of(image: ImageSource) -> bytes:
     content = image.content()
     if isinstance(content, bytes):
         return content
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError):  # a zero byte is in no path
         return Path(content or "").read_bytes()
     return b""
 

@@ -153,7 +153,7 @@ class TrainingImages:
         """Number of the image, plus the count of images times number of the repeat, at each place of an epoch."""
         draw = generator(self.seed, "order", epoch)
         order = torch.randperm(len(self), generator=draw).tolist()
-        if self.examples.sizes is None:
+        if self.examples.sizes is None or len(self.targets) == 1:
             return order
         by_target: dict[Target, list[int]] = {}
         for number in order:

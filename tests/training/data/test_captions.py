@@ -94,6 +94,12 @@ def test_a_bad_csv_file_names_the_line(folder, content, message):
         find(folder)
 
 
+def test_a_caption_that_is_no_valid_unicode_is_named(folder):
+    (folder / "metadata.jsonl").write_text(r'{"file_name": "b.png", "text": "half of a \ud83d"}')
+    with pytest.raises(InputError, match=r"b.png: its caption 'half of a \\ud83d' is no valid Unicode"):
+        find(folder)
+
+
 def test_metadata_in_two_files_is_refused(folder):
     write_json(folder)
     write_csv(folder)

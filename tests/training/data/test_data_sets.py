@@ -117,6 +117,8 @@ def test_splits_that_a_data_set_really_has_are_kept(tmp_path, layout):
         ([{"file_name": "a.png", "text": ["x"]}, {"file_name": "b.png", "text": 3}], "cannot be loaded"),
         ([{"file_name": "a.png", "conditioning_image": 3, "text": "x"}], "--conditioning_image_column .* no images"),
         ([{"file_name": "a.png", "conditioning_image": None, "text": "x"}], "conditioning_image: has no image"),
+        ([{"file_name": "a\0.png", "conditioning_image": "a.png", "text": "x"}], "is no path of a file"),
+        ([{"file_name": "a.png", "conditioning_image": "a.png", "text": "\ud83d"}], "is no valid Unicode|be loaded"),
         ([{"file_name": "/nowhere/a.png", "conditioning_image": "a.png", "text": "x"}], "there is no such file"),
         ([], "has no rows|has the columns"),
     ],
@@ -126,3 +128,12 @@ def test_metadata_that_cannot_be_used_is_one_sentence(tmp_path, rows, message):
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(InputError, match=message):
         find_pairs(ControlDataOptions(train_data_dir=str(tmp_path)), seed=0)
+
+
+def test_captions_beside_the_images_of_a_data_set_are_named_with_what_is_read(tmp_path, caplog):
+    caplog.set_level("INFO")
+    draw(tmp_path, NAMES)
+    (tmp_path / "a.txt").write_text("a toy")
+    find_examples(InstanceDataOptions(instance_prompt="sks", dataset_name=str(tmp_path)))
+    where = "(captions come from metadata.jsonl and metadata.csv)"
+    assert caplog.messages == [f"--dataset_name {tmp_path}: not read as captions: a.txt {where}"]
