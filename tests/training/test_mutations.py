@@ -22,7 +22,7 @@ from ether_diffusion.training import control, dreambooth
 from ether_diffusion.training.checkpoint_files import MANIFEST_NAME
 from ether_diffusion.training.options import groups_of
 
-FEW, MANY = 14, 250
+FEW, MANY = 12, 250
 """Inputs of each kind in the fast run, and in the slow one."""
 
 FORMATS = ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"]
