@@ -148,7 +148,7 @@ FOUND = {
     "pairs": [182, 225],
     "captions": [32, 44, 53],
     "checkpoints": [18, 26, 42, 80, 165, 174, 186],
-    "bases": [72, 73, 84, 94, 157, 206],
+    "bases": [72, 73, 84, 94, 146, 157, 206],
     "adapters": [212],
 }
 """Inputs that once left a traceback."""
