@@ -101,7 +101,7 @@ def learn(
     usual = {"instance_data_dir": folder, "instance_prompt": prompt, "output_dir": output_dir}
     named = {**usual, "num_validation_images": 0, **flags}
     given = [str(word) for name, value in named.items() for word in (f"--{name}", value)]
-    return dreambooth.main([*given, *words])
+    return dreambooth.main([*given, "--overwrite_output_dir", *words])  # a benchmark's folder is its own
 
 
 @torch.no_grad()

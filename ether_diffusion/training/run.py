@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,17 +173,13 @@ class CheckedRun:
     output: OutputFolder
     hub_id: str | None
 
-    @contextmanager
-    def claimed(self) -> Iterator[None]:
+    def claimed(self) -> AbstractContextManager[None]:
         """A context in which the output folder is this run's alone; all that follows happens in it.
 
         Raises:
             InputError: another run is at work there.
         """
-        with self.output.claimed(self.run.accelerator):
-            if self.run.accelerator.is_main_process:
-                self.checkpoints.remove_others()
-            yield
+        return self.output.claimed(self.run.accelerator)
 
     def load(
         self,
@@ -295,6 +291,8 @@ class LoadedRun:
                 steps=optimization.steps,
             ),
         )
+        if run.accelerator.is_main_process:  # now that nothing of the new run can fail any more
+            self.checked.checkpoints.remove_others()
         return trainer.train({**flatten(options), "method": run.method.name})
 
     def finish(self, result: TrainingResult, *, prompt: str, images: str) -> None:

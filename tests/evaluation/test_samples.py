@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+from helpers import control_data
 from PIL import Image
 
 from ether_diffusion.errors import InputError
-from ether_diffusion.evaluation.samples import read_labels
+from ether_diffusion.evaluation.samples import read_labels, read_samples
 
 
 def test_damaged_labels_are_told_in_one_sentence_whatever_the_damage(tmp_path):
@@ -36,3 +37,12 @@ def test_labels_that_start_at_one_are_reduced(tmp_path):
     Image.fromarray(np.array([[0, 1], [150, 255]], np.uint8)).save(tmp_path / "a.png")
     assert read_labels(tmp_path / "a.png", 2, True).tolist() == [[255, 0], [149, 255]]
     assert read_labels(tmp_path / "a.png", 2, False).tolist() == [[0, 1], [150, 255]]
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
+def test_a_caption_may_hold_what_only_some_take_for_the_end_of_a_line(tmp_path, separator):
+    control_data.write(tmp_path / "data", sizes=((20, 20),))
+    index = tmp_path / "data" / "metadata.jsonl"
+    index.write_text(index.read_text().replace("image 0", f"an{separator}image"), "utf-8")
+    (sample,) = read_samples(tmp_path / "data", 16)
+    assert sample.text == f"an{separator}image"

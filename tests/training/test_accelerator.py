@@ -25,12 +25,12 @@ OVERRULED = {
 def test_the_surroundings_change_no_training_and_a_conflict_is_one_sentence(train, monkeypatch, caplog, kind):
     variable, value, flags, words = OVERRULED[kind]
     caplog.set_level(logging.INFO)
-    flags = [*flags.split(), "--max_train_steps", 8]
+    flags = [*flags.split(), "--max_train_steps", 4]
     plain, folder = train(*flags, output="plain")
     assert "Accelerate's configuration" not in caplog.text
     monkeypatch.setenv(f"ACCELERATE_{variable}", value)
     changed, other = train(*flags, output="changed")
-    assert same(folder, other) and changed.losses == plain.losses and len(plain.losses) == 8
+    assert same(folder, other) and changed.losses == plain.losses and len(plain.losses) == 4
     (line,) = [each.getMessage() for each in caplog.records if "Accelerate's configuration" in each.getMessage()]
     assert "overruled by --" in line and words in line and value in line
 

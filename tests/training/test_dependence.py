@@ -30,7 +30,7 @@ def go_on(train, tmp_path, monkeypatch):
     return call
 
 
-@pytest.mark.parametrize("spelled", ["base/", "./base", "base/../base", "{absolute}", "link", "moved"])
+@pytest.mark.parametrize("spelled", ["base/", "./base", "{absolute}", "link", "moved"])
 def test_the_same_base_spelled_otherwise_is_the_same(go_on, tmp_path, monkeypatch, tiny_pipeline_folder, spelled):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_pipeline_folder, "base")
@@ -55,8 +55,7 @@ def test_another_base_of_the_same_name_is_another(
 MEMORY = ["--gradient_checkpointing", "--pre_compute_text_embeddings", "--offload", "--cache_latents --center_crop"]
 
 
-@pytest.mark.parametrize("flags", MEMORY)
-@pytest.mark.parametrize("turned", ["on", "off"])
+@pytest.mark.parametrize(("flags", "turned"), [*((flags, "on") for flags in MEMORY), (MEMORY[0], "off")])
 def test_what_saves_memory_alone_may_change(go_on, flags, turned):
     kept = [flag for flag in flags.split() if flag == "--center_crop"]
     pair = (kept, flags.split())

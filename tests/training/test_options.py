@@ -58,6 +58,12 @@ def test_steps_and_learning_rates_become_definite():
         _ = OptimizationOptions(num_train_epochs=3).steps
 
 
+@pytest.mark.parametrize("options", [Options, control.Options])
+def test_the_default_run_keeps_a_checkpoint_before_its_end(options):
+    groups = groups_of(options)
+    assert groups["state"]().checkpointing_steps < groups["optimization"]().steps
+
+
 # Flags in a file.
 
 CONFIG = {

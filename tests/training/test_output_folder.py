@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from helpers import control_data
 from helpers.scripts import DREAMBOOTH, in_process, refusal, same
 
@@ -148,6 +148,20 @@ def test_overwriting_replaces_what_the_first_run_left_and_nothing_else(train, tm
     assert steps(folder) == [3] and (folder / "notes.txt").read_text() == "mine"
     assert (folder / "checkpoint-best" / MANIFEST_NAME).is_file()
     assert same(folder, train(output="fresh")[1])
+
+
+def test_overwriting_gives_up_nothing_where_the_new_run_does_not_come_to_its_training(train, tmp_path, monkeypatch):
+    flags = ["--max_train_steps", 1, "--checkpointing_steps", 1]
+    _, folder = train(*flags)
+    before = content(folder)
+
+    def fail(*args, **kwargs):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", fail)
+    with pytest.raises(SystemExit):
+        train(*flags, "--overwrite_output_dir", "--num_validation_images", 1)
+    assert content(folder) == before
 
 
 def test_overwriting_from_an_earlier_checkpoint_gives_up_the_later_ones_alone(train, tmp_path):
