@@ -182,7 +182,7 @@ def detach(pipe: DiffusionPipeline, adapter_names: Iterable[str]) -> None:
     """Remove ETHER adapters: vectors, replaced modules (whose own weights come back) and control encoders.
 
     A layer without any is what it wrapped again, unmerged. Where no adapter of any method is left on a model, its
-    attributes are as they were before the first.
+    attributes are as they were before the first; its parameters stay frozen, as PEFT leaves them.
 
     Raises:
         ValueError: weights that cannot be put back (offloaded, or their file has changed), or the own adapter of a

@@ -90,6 +90,7 @@ def test_two_steps_learn_and_the_result_loads_in_a_stock_pipeline(name, bases, o
     assert {path.name for path in folder.rglob("*.png")} == {"grid.png", "step-000001.png"}
     stock, plain = (DiffusionPipeline.from_pretrained(base) for _ in range(2))
     stock.load_ether_weights(folder)
+    plain.transformer.requires_grad_(False)  # as an adapter leaves it: PyTorch may round otherwise
     before, after = painted(plain, name), painted(stock, name)
     assert np.abs(after - before).max() > ONE_GREY_LEVEL
     stock.unload_ether_weights()
