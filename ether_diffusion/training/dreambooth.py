@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
 from ether_diffusion.errors import InputError
 from ether_diffusion.training.class_images import check_class_images, generate_class_images
 from ether_diffusion.training.data import TrainingImages, examples_of, find_examples
@@ -51,12 +53,14 @@ def run(options: Options, command: str) -> TrainingResult | None:
     """
     data, prior = options.data, options.prior
     planned = TrainingRun(options, command, flow=options.flow)
+    check_references(planned, options)
     examples = find_examples(data)
     if prior.with_prior_preservation:
         check_class_images(planned.source, prior, options.run.seed)
     images = TrainingImages(
         examples,
         repeats=data.repeats,
+        interpolation="lanczos",
         proportion_empty_prompts=data.caption_dropout or 0.0,
         **planned.view_options,
     )
@@ -73,6 +77,28 @@ def run(options: Options, command: str) -> TrainingResult | None:
         return train(checked, images)
 
 
+def check_references(planned: TrainingRun, options: Options) -> None:
+    """Make sure that the pipeline takes reference images where some are given, and that it has those that it needs.
+
+    Raises:
+        InputError: it does not, or has not.
+    """
+    family, name = planned.family_class, planned.family_class.pipeline_class
+    if options.data.reference_dir is not None and not family.takes_references:
+        raise InputError(f"--reference_dir: {name} takes no reference images; drop it")
+    if not family.reads_references:
+        return
+    if options.data.reference_dir is None:
+        raise InputError(f"--reference_dir: is missing; {name} reads its prompts together with reference images")
+    if options.prior.with_prior_preservation:
+        raise InputError(f"--with_prior_preservation: {name} generates nothing without reference images; drop it")
+    if not (options.performance.cache_latents or options.views.center_crop):
+        raise InputError(
+            f"--reference_dir: a {name} encodes prompts beside reference images, once; add --cache_latents or "
+            "--center_crop, so that few views come"
+        )
+
+
 def train(checked: CheckedRun, images: TrainingImages) -> TrainingResult:
     """All that takes long: the images of the class, the model, the training, and what it leaves."""
     planned, options = checked.run, checked.options
@@ -86,7 +112,12 @@ def train(checked: CheckedRun, images: TrainingImages) -> TrainingResult:
         drawn_from[derive(seed, "class pictures")] = class_images
         what += f" and {len(class_images)} of the class"
 
-    loaded = checked.load(options.validation.validation_prompt or (data.instance_prompt,), drawn_from)
+    prompts = options.validation.validation_prompt or (data.instance_prompt,)
+    reference = None
+    if data.reference_dir is not None:
+        pixels = images.reference(images.view(0)).add(1).mul(127.5).round().byte()
+        reference = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    loaded = checked.load(prompts, drawn_from, reference=reference)
     objective = DenoisingObjective(
         loaded.family,
         loaded.sets,

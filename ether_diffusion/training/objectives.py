@@ -38,8 +38,9 @@ class Sample:
     """What one prediction is asked about: latents and noise (c, h, w), and what goes with them.
 
     level: how noisy, as the family's noise has it.
-
     control: the control image (3, height, width), from 0 to 1, or None.
+    reference, seen: latents (c, h, w) of the reference image, and that image (3, height, width), from -1 to 1, where
+        the text encoders read it; or None.
     """
 
     latents: Tensor
@@ -48,6 +49,8 @@ class Sample:
     prompt: str
     framing: Framing
     control: Tensor | None = None
+    reference: Tensor | None = None
+    seen: Tensor | None = None
 
 
 class ImageSet:
@@ -62,13 +65,13 @@ class ImageSet:
 
     def __init__(self, images: TrainingImages, family: Family, *, seed: int, noise_offset: float = 0.0):
         self.images, self.family, self.seed, self.noise_offset = images, family, seed, noise_offset
-        self._statistics: dict[View, Tensor] = {}
+        self._statistics: dict[tuple[View, bool], Tensor] = {}
         self._kept_views = _KEPT_VIEWS
 
     def load(self, index: int) -> None:
         """Read the files of sample number `index`. Raises `InputError` where they are damaged."""
         view = self.images.view(index)
-        self.images.load(view, encoded=view in self._statistics)
+        self.images.load(view, encoded=(view, False) in self._statistics)
 
     def draw(self, index: int) -> Sample:
         """Sample number `index`, on the device."""
@@ -80,36 +83,63 @@ class ImageSet:
             noise += self.noise_offset * torch.randn(len(noise), 1, 1, generator=draw)
         tokens = self.family.token_count(self.images.target(view.image))
         level = self.family.noise.draw(generator(self.seed, "timestep", index), tokens)
-        control = self.images.control(view)
         return Sample(
             latents.to(device),
             noise.to(device),
             level,
             self.images.prompt(view, index),
             self.images.framing(view),
-            None if control is None else control.to(device),
+            **{name: each.to(device) for name, each in self._beside(view).items()},
         )
 
+    def _beside(self, view: View) -> dict[str, Tensor]:
+        """What a sample has of the image that goes with its image, if there is one."""
+        if not self.images.has_seconds(view):
+            return {}
+        if not self.family.takes_references:
+            return {"control": self.images.control(view)}
+        seen = {"seen": self.images.reference(view)} if self.family.reads_references else {}
+        return {"reference": self.family.latents.draw(self._encode(view, reference=True), None), **seen}
+
     @torch.no_grad()
-    def _encode(self, view: View) -> Tensor:
+    def _encode(self, view: View, reference: bool = False) -> Tensor:
         """The autoencoder's answer for a view, kept: with few images and crops most views come back.
 
         Views are encoded one by one, so that the result does not depend on the batch.
+
+        reference: of the reference image instead.
         """
-        if view not in self._statistics:
+        key = (view, reference)
+        if key not in self._statistics:
             if len(self._statistics) >= self._kept_views:
                 del self._statistics[next(iter(self._statistics))]
+            pixels = self.images.reference(view) if reference else self.images.pixels(view)
             with self.family.on_device("vae"):
-                self._statistics[view] = self.family.latents.encode(self.images.pixels(view))
-        return self._statistics[view]
+                self._statistics[key] = self.family.latents.encode(pixels)
+        return self._statistics[key]
 
     def encode_all(self) -> None:
         """Encode every view that can come; needs images with fixed or central crops. They are kept on the CPU."""
-        views = list(self.images.all_views())
+        views = [(view, False) for view in self.images.all_views()]
+        if self.family.takes_references:
+            views += [(view, True) for view, _ in views if self.images.has_seconds(view)]
         self._kept_views = len(views)
         with self.family.on_device("vae"):
-            for view in views:
-                self._statistics[view] = self._encode(view).cpu()
+            for view, reference in views:
+                self._statistics[view, reference] = self._encode(view, reference).cpu()
+
+    def prompts(self) -> dict[tuple[str, View | None], list[Tensor] | None]:
+        """Every prompt that can come, with the reference image that is read beside it, where one is.
+
+        Needs images with fixed or central crops where there are reference images.
+        """
+        if not self.family.reads_references:
+            return dict.fromkeys((prompt, None) for prompt in self.images.prompts)
+        return {
+            (prompt, view): [self.images.reference(view)]
+            for view in self.images.all_views()
+            for prompt in self.images.captions(view)
+        }
 
 
 class DenoisingObjective(nn.Module):
@@ -163,9 +193,9 @@ class DenoisingObjective(nn.Module):
 
     def _losses(self, drawn: Sequence[Sample]) -> Tensor:
         """The loss of each of these samples: (b,); one prediction for all that have one shape."""
-        by_shape: dict[torch.Size, list[int]] = {}
+        by_shape: dict[tuple[torch.Size, bool], list[int]] = {}
         for k, sample in enumerate(drawn):
-            by_shape.setdefault(sample.latents.shape, []).append(k)
+            by_shape.setdefault((sample.latents.shape, sample.reference is None), []).append(k)
         parts = [self._losses_of_one_shape([drawn[k] for k in numbers]) for numbers in by_shape.values()]
         order = [k for numbers in by_shape.values() for k in numbers]
         return torch.cat(parts)[torch.tensor(order, device=parts[0].device).argsort()]
@@ -175,25 +205,28 @@ class DenoisingObjective(nn.Module):
         latents, noise = (torch.stack(each) for each in zip(*((d.latents, d.noise) for d in drawn), strict=True))
         levels = torch.tensor([sample.level for sample in drawn], device=latents.device)
         noisy = family.noise.add(latents, noise, levels)  # (b, c, h, w)
-        prompts = self._condition([sample.prompt for sample in drawn])
+        prompts = self._condition(drawn)
         framings = family.encode_framings([sample.framing for sample in drawn])
         conditioning = [{**prompt, **framing} for prompt, framing in zip(prompts, framings, strict=True)]
-        control = None if drawn[0].control is None else torch.stack([sample.control for sample in drawn])
-        prediction = self._predict(noisy, levels, conditioning, control)
+        prediction = self._predict(noisy, levels, conditioning, drawn)
         losses = sample_losses(prediction, family.noise.target(latents, noise, levels))
         return losses if self.snr_gamma is None else losses * family.noise.min_snr_weights(levels, self.snr_gamma)
 
     def _predict(
-        self, noisy: Tensor, levels: Tensor, conditioning: Sequence[Conditioning], control: Tensor | None
+        self, noisy: Tensor, levels: Tensor, conditioning: Sequence[Conditioning], drawn: Sequence[Sample]
     ) -> Tensor:
-        """The denoiser's answer for these samples; control: their control images (b, 3, height, width), or None."""
-        return self.family.predict(noisy, levels, conditioning)
+        """The denoiser's answer for these samples."""
+        references = {}
+        if drawn[0].reference is not None:
+            references["references"] = [torch.stack([sample.reference for sample in drawn])]
+        return self.family.predict(noisy, levels, conditioning, **references)
 
-    def _condition(self, prompts: Sequence[str]) -> list[Conditioning]:
+    def _condition(self, drawn: Sequence[Sample]) -> list[Conditioning]:
         """The encoded prompts; kept where no text encoder is trained."""
-        family = self.family
+        family, prompts = self.family, [sample.prompt for sample in drawn]
         if not any(name in self.components for name in family.text_encoders):
-            return family.conditioning(family.as_trained(prompts))
+            seen = [[sample.seen] for sample in drawn] if family.reads_references else None
+            return family.conditioning(family.as_trained(prompts), seen)
         with family.on_device(*family.text_encoders):
             return family.encode_prompts(prompts)
 
@@ -207,10 +240,11 @@ class LightControlObjective(DenoisingObjective):
     """
 
     def _predict(
-        self, noisy: Tensor, levels: Tensor, conditioning: Sequence[Conditioning], control: Tensor | None
+        self, noisy: Tensor, levels: Tensor, conditioning: Sequence[Conditioning], drawn: Sequence[Sample]
     ) -> Tensor:
-        with inject(self.family.component(self.family.denoiser), self.components[ENCODER](control)):
-            return super()._predict(noisy, levels, conditioning, control)
+        features = self.components[ENCODER](control_images(drawn))
+        with inject(self.family.component(self.family.denoiser), features):
+            return super()._predict(noisy, levels, conditioning, drawn)
 
 
 class ControlNetObjective(DenoisingObjective):
@@ -220,7 +254,13 @@ class ControlNetObjective(DenoisingObjective):
     """
 
     def _predict(
-        self, noisy: Tensor, levels: Tensor, conditioning: Sequence[Conditioning], control: Tensor | None
+        self, noisy: Tensor, levels: Tensor, conditioning: Sequence[Conditioning], drawn: Sequence[Sample]
     ) -> Tensor:
-        residuals = self.family.residuals(self.components[CONTROLNET], noisy, levels, conditioning, control)
+        controlnet = self.components[CONTROLNET]
+        residuals = self.family.residuals(controlnet, noisy, levels, conditioning, control_images(drawn))
         return self.family.predict(noisy, levels, conditioning, **residuals)
+
+
+def control_images(drawn: Sequence[Sample]) -> Tensor:
+    """The control images of samples, (b, 3, height, width)."""
+    return torch.stack([sample.control for sample in drawn])

@@ -83,6 +83,7 @@ class Preview:
         options: images per prompt, steps, guidance.
         seed: of the first image of each row; the next has the next seed.
         target: (height, width) of training images.
+        reference: image that all are edited from, which the pipeline takes.
         controls: control image of each prompt, which gets a row of its own; without them, control is not trained.
     """
 
@@ -95,9 +96,12 @@ class Preview:
         controls: Sequence[Image.Image] | None = None,
         *,
         target: Target,
+        reference: Image.Image | None = None,
     ):
         self.family, self.prompts, self.options, self.seed = family, list(prompts), options, seed
-        self.controls, self.size = controls, family.size_inputs(target)
+        self.controls, self.inputs = controls, family.size_inputs(target)
+        if reference is not None:
+            self.inputs["image"] = reference
         self.base = self._generate(family.pipe)
 
     def compare(self, pipe: DiffusionPipeline | None = None) -> Image.Image:
@@ -110,6 +114,8 @@ class Preview:
         for k, prompt in enumerate(self.prompts):
             if self.controls is not None:
                 rows.append(("control", [self.controls[k]]))
+            elif "image" in self.inputs:
+                rows.append(("reference", [self.inputs["image"]]))
             name = "tuned" if self.controls is None else "controlled"
             rows += [(f"base: {prompt}", self.base[k]), (f"{name}: {prompt}", tuned[k])]
         return image_grid(rows)
@@ -138,7 +144,7 @@ class Preview:
             pipe.set_progress_bar_config(**{"disable": False, **quiet})
 
     def _image(self, pipe: DiffusionPipeline, row: int, number: int) -> Image.Image:
-        inputs: dict[str, Any] = dict(self.size)
+        inputs: dict[str, Any] = dict(self.inputs)
         if self.controls is not None:
             control = self.controls[row]
             inputs = {"width": control.width, "height": control.height}

@@ -21,6 +21,7 @@ from torch import nn
 
 from ether_diffusion.dtypes import PRECISIONS
 from ether_diffusion.errors import InputError
+from ether_diffusion.images import to_pixels
 from ether_diffusion.training.accelerator import make_accelerator, on_main_process
 from ether_diffusion.training.adaptation import Adaptation, Attached
 from ether_diffusion.training.card import GRID_NAME, CardContent, figures_of, write_card
@@ -186,6 +187,7 @@ class CheckedRun:
         prompts: Sequence[str],
         drawn_from: Mapping[int, TrainingImages],
         controls: Sequence[Image.Image] | None = None,
+        reference: Image.Image | None = None,
     ) -> LoadedRun:
         """Load the model, generate what it makes of these prompts, and attach what is trained.
 
@@ -193,6 +195,7 @@ class CheckedRun:
             prompts: of the sample images.
             drawn_from: seed -> training images.
             controls: control image of each prompt, where control is trained.
+            reference: image that the sample images are edited from, where references are trained on.
         """
         run, options, configs = self.run, self.options, self.run.adaptation.configs
         # Weights that are all trained are kept in float32; those beside adapters stay as they are, in half precision.
@@ -206,14 +209,20 @@ class CheckedRun:
         family.freeze(run.accelerator.device, offloaded=sorted(idle) if options.performance.offload else ())
         offset = options.optimization.noise_offset
         sets = [ImageSet(each, family, seed=seed, noise_offset=offset) for seed, each in drawn_from.items()]
-        self._encode(family, sets, prompts)
+        self._encode(family, sets, prompts, reference)
         preview = None
         # A sharded denoiser runs on all processes or on none.
         generates = run.accelerator.is_main_process or run.layout == "sharded"
         if options.validation.num_validation_images and generates:
             with without_memory_a_warning():
                 preview = Preview(
-                    family, prompts, options.validation, options.run.seed, controls, target=run.targets[0]
+                    family,
+                    prompts,
+                    options.validation,
+                    options.run.seed,
+                    controls,
+                    target=run.targets[0],
+                    reference=reference,
                 )
         attached = run.adaptation.attach(family, options)
         denoiser = family.component(family.denoiser)
@@ -221,7 +230,9 @@ class CheckedRun:
         family.speed_up(options.performance, [denoiser, *(model for model in deep if model is not denoiser)])
         return LoadedRun(self, family, attached, sets, preview)
 
-    def _encode(self, family: Family, sets: Sequence[ImageSet], prompts: Sequence[str]) -> None:
+    def _encode(
+        self, family: Family, sets: Sequence[ImageSet], prompts: Sequence[str], reference: Image.Image | None
+    ) -> None:
         """Encode prompts and images now, where that is asked for or saves memory, and let go what has done its work.
 
         The text encoders of transformers are large: they go before anything else is loaded.
@@ -229,9 +240,12 @@ class CheckedRun:
         options = self.options.performance
         trains_text = any(name in self.run.adaptation.configs for name in family.text_encoders)
         if options.pre_compute_text_embeddings or (family.is_flow and not trains_text):
-            learned = [prompt for each in sets for prompt in each.images.prompts]
-            learned = family.as_trained(dict.fromkeys(learned))
-            family.keep_prompts([*learned, *(prompts if family.is_flow else ())])
+            learned = {key: seen for each in sets for key, seen in each.prompts().items()}
+            shown = prompts if family.is_flow else ()
+            seen = None
+            if family.reads_references:
+                seen = [*learned.values(), *[[to_pixels(reference)]] * len(shown)]
+            family.keep_prompts([*family.as_trained([prompt for prompt, _ in learned]), *shown], seen)
         if options.cache_latents:
             for each in sets:
                 each.encode_all()

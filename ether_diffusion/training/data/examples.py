@@ -56,11 +56,12 @@ class ImageSource:
 
 @dataclass(frozen=True)
 class Example:
-    """An image with its captions and perhaps a control image.
+    """An image with its captions and perhaps one that goes with it: a control image, or a reference image.
 
     name: what to call it in a message.
     captions: one of them is drawn for each sample.
     captioned: whether they are its own, and not a prompt that stands in for one.
+    role: what the second image is.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Example:
     image: ImageSource
     control: ImageSource | None = None
     captioned: bool = True
+    role: str = "control image"
 
     def read(self) -> Image.Image:
         """The image as upright RGB. Raises `InputError` where it is damaged."""
@@ -90,11 +92,11 @@ class Example:
         return size
 
     def check_shape(self, image: Size, control: Size) -> None:
-        """Make sure that image and control image have one shape."""
+        """Make sure that the image and the one that goes with it have one shape."""
         # One pixel of difference in the longer side comes from rounding alone.
         if abs(image[0] * control[1] - image[1] * control[0]) > max(image) + max(control):
             raise InputError(
-                f"{self.name}: the control image has {control[0]}x{control[1]} pixels and the image "
+                f"{self.name}: the {self.role} has {control[0]}x{control[1]} pixels and the image "
                 f"{image[0]}x{image[1]}; the two need one shape"
             )
 
@@ -143,6 +145,10 @@ class ListedExamples(Examples):
         example.check_captions()
         image = example.read()
         digest = hashlib.sha256(f"{image.size} {example.captions[0]}".encode() + image.tobytes())
+        if example.control is not None:
+            second = example.control.read()
+            example.check_shape(image.size, second.size)
+            digest.update(f"{second.size}".encode() + second.tobytes())
         return image.size, digest.digest()
 
     def __len__(self) -> int:

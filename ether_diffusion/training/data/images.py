@@ -36,7 +36,7 @@ class TrainingImages:
         fixed_crops: one crop for each repeat of an image, the same in every epoch, so that there are few views.
         group_size: samples of one forward pass over all processes; where targets differ and the sizes of the images
             are known, the order keeps so many samples of one target together.
-        interpolation: of control images, "nearest" or "lanczos".
+        interpolation: of control or reference images, "nearest" or "lanczos".
         proportion_empty_prompts: part of the samples without a prompt.
         seed: of the run.
 
@@ -101,12 +101,25 @@ class TrainingImages:
         image, _, _ = self._images(view.image)
         return to_pixels(cut(image, view, self.target(view.image)))
 
+    def captions(self, view: View) -> list[str]:
+        """Every prompt under which the view can come."""
+        return [*self._example(view.image).captions, *([""] if self.proportion_empty_prompts else [])]
+
+    def has_seconds(self, view: View) -> bool:
+        """Whether another image goes with the one of a view."""
+        return self._example(view.image).control is not None
+
+    def reference(self, view: View) -> torch.Tensor | None:
+        """The view of the image that goes with it, as `pixels`; None where there is none."""
+        if not self.has_seconds(view):  # so that no image is read whose latents are kept
+            return None
+        _, second, _ = self._images(view.image)
+        return to_pixels(cut(second, view, self.target(view.image), self.resample))
+
     def control(self, view: View) -> torch.Tensor | None:
         """The control image's view as (3, height, width), float32, from 0 to 1; None where there is none."""
-        if self._example(view.image).control is None:  # so that no image is read whose latents are kept
-            return None
-        _, control, _ = self._images(view.image)
-        return to_pixels(cut(control, view, self.target(view.image), self.resample)).add(1).div(2)
+        pixels = self.reference(view)
+        return None if pixels is None else pixels.add(1).div(2)
 
     def load(self, view: View, *, encoded: bool = False) -> None:
         """Read the files that a view needs; what was read last is kept.

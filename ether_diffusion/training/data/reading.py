@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ether_diffusion.errors import InputError
-from ether_diffusion.images import ValueRange, find_images
+from ether_diffusion.images import ValueRange, find_images, some
 from ether_diffusion.training.data import examples
 from ether_diffusion.training.data.captions import captions_in
 from ether_diffusion.training.data.data_sets import content_of, open_data_set
@@ -26,18 +26,44 @@ def find_examples(options: InstanceDataOptions) -> ListedExamples:
         return _examples_of_data_set(options)
     folder, flag = Path(str(options.instance_data_dir)), "--instance_data_dir"
     paths = find_images(folder, flag)
-    return examples_of(paths, options.instance_prompt, captions_in(folder, paths, options.caption_column, flag))
+    captions = captions_in(folder, paths, options.caption_column, flag)
+    return examples_of(paths, options.instance_prompt, captions, _references(options.reference_dir, paths))
 
 
-def examples_of(paths: Sequence[Path], prompt: str, captions: Mapping[str, str] | None = None) -> ListedExamples:
+def examples_of(
+    paths: Sequence[Path],
+    prompt: str,
+    captions: Mapping[str, str] | None = None,
+    references: Mapping[Path, Path] | None = None,
+) -> ListedExamples:
     """Image files as examples.
 
     Args:
         paths: the files.
         prompt: of every image that has no caption.
         captions: file name -> caption.
+        references: file -> that of its reference image.
     """
-    return ListedExamples([_example(path, prompt, (captions or {}).get(path.name)) for path in paths])
+    references, captions = references or {}, captions or {}
+    return ListedExamples([_example(path, prompt, captions.get(path.name), references.get(path)) for path in paths])
+
+
+def _references(folder: str | None, paths: Sequence[Path]) -> dict[Path, Path]:
+    """The reference image of each image: the file of its name, whatever its suffix.
+
+    Raises:
+        InputError: there is none, or there are several.
+    """
+    if folder is None:
+        return {}
+    flag, named = "--reference_dir", {}
+    for path in find_images(folder, flag):
+        if path.stem in named:
+            raise InputError(f"{flag} {folder}: {named[path.stem].name} and {path.name} have one name; remove one")
+        named[path.stem] = path
+    if missing := [path.name for path in paths if path.stem not in named]:
+        raise InputError(f"{flag} {folder}: has no image of the name of {some(missing)}")
+    return {path: named[path.stem] for path in paths}
 
 
 def find_pairs(options: ControlDataOptions, *, seed: int, value_range: ValueRange | None = None) -> Examples:
@@ -80,9 +106,11 @@ def find_pairs(options: ControlDataOptions, *, seed: int, value_range: ValueRang
     return examples.StoredExamples(rows, pair, options.caption_column)
 
 
-def _example(path: Path, prompt: str, caption: str | None) -> Example:
+def _example(path: Path, prompt: str, caption: str | None, reference: Path | None) -> Example:
     image = ImageSource(str(path), lambda: path)
-    return Example(str(path), (caption or prompt,), image, captioned=caption is not None)
+    second = None if reference is None else ImageSource(str(reference), lambda: reference)
+    captions = (caption or prompt,)
+    return Example(str(path), captions, image, second, captioned=caption is not None, role="reference image")
 
 
 def _examples_of_data_set(options: InstanceDataOptions) -> ListedExamples:

@@ -46,6 +46,8 @@ class Family:
         trained_text_encoders: those of them that can be adapted.
         targets: the denoiser's layers that are adapted by default, as PEFT takes them.
         is_flow: whether noise is added by flow matching.
+        takes_references: whether the denoiser sees reference images, as `predict` takes them.
+        reads_references: whether the text encoders see them, too, without which they do nothing.
     """
 
     pipeline_class: ClassVar[str]
@@ -54,6 +56,8 @@ class Family:
     trained_text_encoders: ClassVar[Sequence[str]]
     targets: ClassVar[Sequence[str] | str] = ATTENTION
     is_flow: ClassVar[bool] = False
+    takes_references: ClassVar[bool] = False
+    reads_references: ClassVar[bool] = False
     noise: DiscreteNoise | FlowNoise
     latents: LatentSpace
 

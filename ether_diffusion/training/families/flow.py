@@ -48,7 +48,6 @@ class FlowFamily(Family):
         native_resolution: side in pixels of the images that the transformer was made for.
         negative_prompt: that the pipeline's guidance steers away from; None where it has no such guidance.
         guidance_argument: of the pipeline.
-        reads_references: whether the text encoders see the reference images, too.
         distilled_classes: pipelines of distilled models of this architecture, which training does not cover.
         unread: the last block's layers on which the answer does not depend, a pattern of their names in the block.
 
@@ -65,7 +64,6 @@ class FlowFamily(Family):
     native_resolution: int = 1024
     negative_prompt: ClassVar[str | None] = ""
     guidance_argument: ClassVar[str] = "guidance_scale"
-    reads_references: ClassVar[bool] = False
     distilled_classes: ClassVar[Sequence[str]] = ()
     unread: ClassVar[str | None] = None
 

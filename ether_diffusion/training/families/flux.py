@@ -70,7 +70,8 @@ class FluxKontext(Flux):
     """FLUX.1-Kontext, which edits a reference image."""
 
     pipeline_class = "FluxKontextPipeline"
+    takes_references = True
 
     def size_inputs(self, target: Target) -> dict[str, Any]:
-        # Without the area, the pipeline would generate another size of the same proportions.
-        return {**super().size_inputs(target), "max_area": prod(target)}
+        # Without them, the pipeline would take and generate other sizes of about the same proportions.
+        return {**super().size_inputs(target), "max_area": prod(target), "_auto_resize": False}

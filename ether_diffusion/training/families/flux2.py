@@ -26,6 +26,7 @@ class Flux2Klein(FlowFamily):
     """
 
     pipeline_class = "Flux2KleinPipeline"
+    takes_references = True
     text_encoders = ("text_encoder",)
     targets = DENOISER_TARGETS["Flux2Transformer2DModel"] + r"|.*\.(add_[qkv]_proj|to_add_out)"
 

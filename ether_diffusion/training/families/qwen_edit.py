@@ -20,7 +20,7 @@ class QwenImageEdit(QwenImage):
     """
 
     pipeline_class = "QwenImageEditPipeline"
-    reads_references = True
+    takes_references = reads_references = True
     seen_area: ClassVar[int] = 1024**2
 
     def encode_prompts(

@@ -68,6 +68,14 @@ class InstanceDataOptions(OptionGroup):
         None,
         free=True,
     )
+    reference_dir: str | None = option(
+        "Folder with a reference image for every image, of its name and shape, for pipelines that edit images: they "
+        "learn to make the image of the reference.",
+        None,
+        needs="instance_data_dir",
+        free=True,
+        path=True,
+    )
     caption_dropout: float | None = option(
         "Part of the samples that are trained without a prompt, drawn anew at each of them. Default: none.",
         None,
