@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from accelerate.utils.memory import should_reduce_batch_size
-
 from ether_diffusion.errors import InputError, RunError, printable
+from ether_diffusion.training.memory import is_out_of_memory
 from ether_diffusion.training.options import parse_options
 from ether_diffusion.training.stop_signals import Interrupted
 
@@ -76,7 +75,7 @@ def run_script(
         _tell(f"error: {error}")
         raise SystemExit(FAILED) from error
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
+        if not is_out_of_memory(error):
             raise
         _tell(f"error: the memory is not enough ({error}); {LESS_MEMORY}")
         raise SystemExit(FAILED) from error

@@ -7,8 +7,16 @@ from pathlib import Path
 
 import psutil
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 
 STATUS = Path("/proc/self/status")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory is not enough, as Python, PyTorch or a device tell it."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, Exception) and should_reduce_batch_size(error)
 
 
 def start_measuring(device: torch.device | str) -> None:

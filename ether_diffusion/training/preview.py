@@ -19,6 +19,7 @@ from ether_diffusion.errors import InputError
 from ether_diffusion.images import image_grid
 from ether_diffusion.training.data.views import Target
 from ether_diffusion.training.families import Family, ModelSource
+from ether_diffusion.training.memory import is_out_of_memory
 from ether_diffusion.training.options import SEEDS, ValidationOptions
 from ether_diffusion.training.trackers import log_images
 
@@ -30,7 +31,9 @@ def without_memory_a_warning() -> Iterator[None]:
     """A context whose work is given up with a warning where the memory is not enough: images are worth no run."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         logger.warning(
             "no sample images: the memory is not enough (%s); --vae_tiling, --offload or a smaller --resolution need "
             "less. The run goes on.",

@@ -82,7 +82,7 @@ def test_no_prompt_breaks_the_card(tmp_path):
     )
     read = ModelCard(text, ignore_metadata_errors=False)
     assert read.data.instance_prompt == NASTY and read.data.library_name == "diffusers"
-    assert code_of(text).splitlines()[-1] == f"image = pipe({NASTY!r}).images[0]"
+    assert code_of(text).splitlines()[-1] == f"image = pipe(prompt={NASTY!r}).images[0]"
     compile(code_of(text), "card", "exec")
     (row,) = (line for line in read.text.splitlines() if line.startswith("| steps"))
     assert len(re.findall(r"(?<!\\)\|", row)) == 3

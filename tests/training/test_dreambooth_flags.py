@@ -108,7 +108,13 @@ def test_the_flag_changes_nothing_that_is_learned(train, flags):
 def test_cached_latents_are_encoded_once_for_each_view_and_prompts_once(train, oblong, monkeypatch):
     encoded, prompts = [], []
     encode, encode_prompts = LatentSpace.encode, StableDiffusion.encode_prompts
-    monkeypatch.setattr(LatentSpace, "encode", lambda self, pixels: (encoded.append(1), encode(self, pixels))[1])
+
+    def count(self, pixels):
+        if not self.get_vae().device.type == "meta":  # where the parts of the base are tried together
+            encoded.append(1)
+        return encode(self, pixels)
+
+    monkeypatch.setattr(LatentSpace, "encode", count)
     monkeypatch.setattr(
         StableDiffusion, "encode_prompts", lambda self, texts: (prompts.extend(texts), encode_prompts(self, texts))[1]
     )

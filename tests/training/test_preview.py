@@ -53,7 +53,7 @@ def test_images_are_due_after_steps_or_epochs_and_not_at_the_end(given, generate
 def test_samples_are_generated_with_the_scheduler_asked_for_and_the_pipeline_keeps_its_own(tiny_pipeline, name):
     found = tiny_pipeline.scheduler
     options = ValidationOptions(num_validation_images=1, num_inference_steps=4, validation_scheduler=name)
-    made = Preview(family_of(tiny_pipeline), ["a dog"], options, 0).base[0][0]
+    made = Preview(family_of(tiny_pipeline), ["a dog"], options, 0, target=(16, 16)).base[0][0]
     assert tiny_pipeline.scheduler is found
     tiny_pipeline.scheduler = getattr(diffusers, name).from_config(found.config)
     draw = torch.Generator().manual_seed(0)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline
 from torch import nn
 
@@ -18,6 +17,7 @@ from ether_diffusion.errors import InputError
 from ether_diffusion.files import MINIATURE_NAME, is_miniature
 from ether_diffusion.training.data.views import Target
 from ether_diffusion.training.families.single_file import configs_of, is_single_file
+from ether_diffusion.training.memory import is_out_of_memory
 from ether_diffusion.training.options import ModelOptions, ViewOptions, parse_buckets
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
@@ -135,7 +135,7 @@ def _reading(flag: str, path: str, what: str) -> Iterator[None]:
     except (InputError, MemoryError):
         raise
     except Exception as error:
-        if should_reduce_batch_size(error):
+        if is_out_of_memory(error):
             raise
         # Whatever the libraries raise on configs and weights that are not in order
         told = str(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
