@@ -35,7 +35,7 @@ from ether_diffusion.training.data.checking import check_all
 from ether_diffusion.training.data.views import Target
 from ether_diffusion.training.entry import narrate
 from ether_diffusion.training.families import Family, ModelSource
-from ether_diffusion.training.options import PriorOptions
+from ether_diffusion.training.options import PerformanceOptions, PriorOptions
 from ether_diffusion.training.seeds import generator
 from ether_diffusion.training.state import random_state, set_random_state
 
@@ -108,6 +108,7 @@ def generate_class_images(
     precision: str,
     seed: int,
     target: Target,
+    performance: PerformanceOptions | None = None,
     num_inference_steps: int = 50,
 ) -> list[Path]:
     """Generate the class images that are missing, with the base model, and return the paths of all of them.
@@ -123,6 +124,7 @@ def generate_class_images(
         options: the prompt, where the images lie, and how many there are to be.
         accelerator, precision, seed: of the training; `prior_generation_precision` goes before its precision.
         target: (height, width) of training images.
+        performance: how the model is kept and decoded with.
         num_inference_steps: denoising steps per image.
 
     Raises:
@@ -142,7 +144,7 @@ def generate_class_images(
         try:
             with _errors_with_progress(options):
                 _generate(
-                    family.load(source, dtype),
+                    _load(source, family, dtype, performance),
                     share,
                     options,
                     accelerator,
@@ -184,6 +186,16 @@ def _check_origin(paths: Sequence[Path], origin: Origin, folder: Path) -> None:
             )
     if silent:
         narrate("--class_data_dir %s: taken as your own, as nothing says what made them: %s", folder, some(silent))
+
+
+def _load(
+    source: ModelSource, family: type[Family], dtype: torch.dtype, performance: PerformanceOptions | None
+) -> Family:
+    if performance is None:
+        return family.load(source, dtype)
+    loaded = family.load(source, dtype, performance.quantize)
+    loaded.vae_tiling = performance.vae_tiling
+    return loaded
 
 
 def _check_writable(folder: Path, missing: int) -> None:

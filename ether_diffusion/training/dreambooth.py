@@ -71,7 +71,8 @@ def run(options: Options, command: str) -> TrainingResult | None:
         later=["class_data_dir"] if prior.with_prior_preservation else (),
     )
     if options.run.dry_run:
-        print(describe_run(checked, examples.describe()))
+        per_sample, references = 1 + prior.with_prior_preservation, int(data.reference_dir is not None)
+        print(describe_run(checked, examples.describe(), per_sample=per_sample, references=references))
         return None
     with checked.claimed():
         return train(checked, images)
@@ -140,6 +141,7 @@ def generated_class_images(planned: TrainingRun, prior: PriorOptions) -> Trainin
         precision=planned.precision,
         seed=planned.options.run.seed,
         target=planned.targets[0],
+        performance=planned.options.performance,
     )
     return TrainingImages(examples_of(paths, str(prior.class_prompt)), **planned.view_options)
 

@@ -22,20 +22,25 @@ KEPT_IN_A_BLOCK = 17
 
 Source: arXiv:2205.05198, section 4.1, without the attention's scores, which no backend here keeps.
 """
+ACTIVATIONS = "activations"
 TEXT_TOKENS = 512
 """Of a prompt, at most."""
 
 
-def describe_run(checked: CheckedRun, images: str) -> str:
+def describe_run(checked: CheckedRun, images: str, *, per_sample: int = 1, references: int = 0) -> str:
     """What would be trained and written, and an estimate of the memory by part, as lines for people.
 
-    images: what is trained on, in words.
+    Args:
+        images: what is trained on, in words.
+        per_sample: images in a sample: two with one of the class.
+        references: reference images beside each.
     """
     run, optimization = checked.run, checked.options.optimization
     count, processes = run.adaptation.parameter_count, run.accelerator.num_processes
     sizes = ", ".join(f"{width}x{height}" for height, width in run.targets)
     components = ", ".join(run.adaptation.configs) or "no component"
-    parts = memory_parts(checked)
+    parts = memory_parts(checked, per_sample=per_sample, references=references)
+    name, peak = peak_of(checked, parts)
     width = max(map(len, parts))
     return "\n".join(
         [
@@ -45,15 +50,17 @@ def describe_run(checked: CheckedRun, images: str) -> str:
             f"steps: {optimization.steps}, each of {optimization.samples_per_step(processes)} images",
             f"files in {run.output_dir}: the weights, {format_bytes(4 * count)} in float32; {CARD_NAME}; {GRID_NAME}",
             "memory of each process, an estimate by part (no weights were read):",
-            *(f"  {name:{width}}  {format_bytes(size):>8}" for name, size in parts.items()),
+            *(f"  {part:{width}}  {format_bytes(size):>8}" for part, size in parts.items()),
+            f"peak: {format_bytes(peak)}, {name}{'' if ACTIVATIONS in parts else '; activations are not estimated'}",
         ]
     )
 
 
-def memory_parts(checked: CheckedRun) -> dict[str, int]:
+def memory_parts(checked: CheckedRun, *, per_sample: int = 1, references: int = 0) -> dict[str, int]:
     """Part -> bytes of the weights, of what is trained with its gradients and optimiser, and of kept activations.
 
-    Text encoders that are not trained leave before a transformer comes, so not all parts are there at once.
+    Args:
+        per_sample, references: as for `describe_run`.
     """
     run, options = checked.run, checked.options
     dtype = torch.float32 if None in run.adaptation.configs.values() else PRECISIONS[run.precision]
@@ -63,8 +70,24 @@ def memory_parts(checked: CheckedRun) -> dict[str, int]:
     states = OPTIMIZER_STATES[options.optimization.optimizer]
     parts["trained, gradients, optimiser"] = 4 * run.adaptation.parameter_count * (2 + states)
     if run.family_class.is_flow:
-        parts["activations"] = width * _kept_values(checked, run.blueprint.models[denoiser])
+        images = per_sample * options.optimization.train_batch_size
+        values = _kept_values(checked, run.blueprint.models[denoiser], images, shown=1 + references)
+        parts[ACTIVATIONS] = width * values
     return parts
+
+
+def peak_of(checked: CheckedRun, parts: Mapping[str, int]) -> tuple[str, int]:
+    """When the most memory is needed, and how much.
+
+    The text encoders of transformers leave before the denoiser comes, if none of them is trained.
+    """
+    family = checked.run.family_class
+    encoders = [name for name in family.text_encoders if name in parts]
+    if not family.is_flow or set(encoders) & set(checked.run.adaptation.configs):
+        return "with all parts in memory", sum(parts.values())
+    encoding = sum(parts[name] for name in encoders)
+    training = sum(parts.values()) - encoding
+    return max(("while prompts are encoded", encoding), ("in the training", training), key=lambda each: each[1])
 
 
 def _width(config: Mapping[str, Any]) -> int:
@@ -74,11 +97,11 @@ def _width(config: Mapping[str, Any]) -> int:
     return config.get("dim") or config["hidden_size"]
 
 
-def _kept_values(checked: CheckedRun, transformer: nn.Module) -> int:
+def _kept_values(checked: CheckedRun, transformer: nn.Module, images: int, *, shown: int) -> int:
     """How many values of activations a forward pass keeps for the backward pass, about."""
     run, options = checked.run, checked.options
-    tokens = max(prod(target) for target in run.targets) // run.blueprint.resolution_multiple**2 + TEXT_TOKENS
-    inputs = options.optimization.train_batch_size * tokens * _width(transformer.config)
+    tokens = max(prod(target) for target in run.targets) // run.blueprint.resolution_multiple**2
+    inputs = images * (shown * tokens + TEXT_TOKENS) * _width(transformer.config)
     blocks = sum(len(each) for each in transformer.children() if isinstance(each, nn.ModuleList))
     if options.performance.gradient_checkpointing:  # the input of each block, and one block anew
         return inputs * (blocks + KEPT_IN_A_BLOCK)

@@ -85,7 +85,9 @@ class TrainingRun:
         }
         if hint := family.distilled(self.source):
             logger.warning("%s", hint)
-        self.flow.check_meaning(family.is_flow, for_steps, family.pipeline_class)
+        config = blueprint.models[family.denoiser].config
+        has_guidance = bool(config.get("guidance_embeds", False))
+        self.flow.check_meaning(family.is_flow, for_steps, family.pipeline_class, has_guidance=has_guidance)
         self.adaptation = adaptation(options, self.method, self.family_class, blueprint)
         if self.adaptation.default_learning_rate is None and options.optimization.learning_rate is None:
             raise InputError(f"--learning_rate: is missing; there is no default for {self.method.title}")
@@ -97,7 +99,8 @@ class TrainingRun:
         layout = claim_layout()
         self.accelerator = make_accelerator(options.run, options.performance, options.optimization)
         self.layout = layout if self.accelerator.num_processes > 1 else "replicated"
-        check_quantization(options.performance.quantize, self.accelerator.device)
+        if not options.run.dry_run:  # which may be made on another machine
+            check_quantization(options.performance.quantize, self.accelerator.device)
         if options.performance.quantize and (self.method.name == "full" or self.layout == "sharded"):
             kind = options.performance.quantize
             raise InputError(f"--quantize {kind}: needs weights that stay frozen and undivided; drop it")
@@ -143,6 +146,8 @@ class TrainingRun:
         given[base] = with_fingerprint(given[base], self.source.path)
         beside = {"pretrained_vae_model_name_or_path": self.source.vae, "config_name_or_path": self.source.configs}
         given |= {flag: with_fingerprint(path, path) for flag, path in beside.items() if path is not None}
+        if self.family_class.is_flow:
+            given |= self.flow.resolved()
         given |= {"mixed_precision": self.precision, "num_processes": self.accelerator.num_processes}
         if options.adapter.adapter_config is not None:
             content = Path(options.adapter.adapter_config).read_bytes()
@@ -250,6 +255,8 @@ class CheckedRun:
             for each in sets:
                 each.encode_all()
             family.offload("vae")
+        else:
+            family.component("vae")  # whatever is wrong with it shows before the denoiser is read
 
 
 @dataclass(frozen=True)

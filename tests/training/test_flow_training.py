@@ -1,7 +1,10 @@
 """Training of transformers with flow matching, from the script's command line to a stock pipeline."""
 
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from helpers.flow_zoo import PIPELINES, SIDES, SIZED, WITH_PROCESSORS, make
 from helpers.pipelines import ONE_GREY_LEVEL
 from helpers.scripts import DREAMBOOTH, launch, refusal
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers.utils import is_torchvision_available
 
 from ether_diffusion.adapters.schema import WEIGHTS_NAME
@@ -21,6 +24,7 @@ from ether_diffusion.images import to_pixels
 from ether_diffusion.training.data import TrainingImages, find_examples
 from ether_diffusion.training.data.views import cut, shrink
 from ether_diffusion.training.families import ModelSource, family_at
+from ether_diffusion.training.families.flow import FlowFamily
 from ether_diffusion.training.memory import format_bytes
 from ether_diffusion.training.objectives import ImageSet
 from ether_diffusion.training.options import InstanceDataOptions, ValidationOptions
@@ -76,14 +80,19 @@ def same(one: Path, other: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def painted(pipe: DiffusionPipeline, name: str) -> np.ndarray:
-    pipe.set_progress_bar_config(disable=True)
+def inputs_of(name: str) -> dict[str, object]:
+    """What a stock pipeline is called with."""
     side = SIDES.get(name, 16)
     size = {"height": side, "width": side, **SIZED.get(name, {})} | ({"max_area": 256} if name == "kontext" else {})
     if name == "qwen":
         size["negative_prompt"] = " "  # without which it has no guidance
+    return {"prompt": "a dog", "num_inference_steps": 2, **size}
+
+
+def painted(pipe: DiffusionPipeline, name: str) -> np.ndarray:
+    pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(3)
-    return pipe(prompt="a dog", num_inference_steps=2, generator=generator, output_type="np", **size).images[0]
+    return pipe(generator=generator, output_type="np", **inputs_of(name)).images[0]
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -320,6 +329,9 @@ def test_references_that_do_not_fit_are_refused(name, change, message, on, train
         (None, "--timestep_shift 3", "--timestep_shift: has no effect on StableDiffusionPipeline"),
         (None, "--guidance_embedding 3", "--guidance_embedding: has no effect on StableDiffusionPipeline"),
         ("flux", "--timestep_shift -1", "--timestep_shift: got '-1', needs \"auto\" or a number above 0"),
+        ("sd3", "--guidance_embedding 3", "--guidance_embedding: has no effect, this StableDiffusion3Pipeline has no"),
+        ("sd3", "--resolution 512", "--resolution: got 512, the model takes sides of up to 32 pixels"),
+        ("flux", "--target_modules attention to_q", "--target_modules attention to_q: attention stands alone"),
         ("qwen", "--train_text_encoder", "--train_text_encoder: QwenImagePipeline has a language model"),
         ("klein", "--quantize nf4", "--quantize nf4: "),
         ("flux", "--quantize fp8 --method full", "--quantize fp8: needs weights that stay frozen"),
@@ -333,6 +345,99 @@ def test_flags_without_a_meaning_are_refused_in_one_sentence(base, flags, messag
     size = () if "--resolution" in flags else ("--resolution", 16)
     assert message in refusal(capsys, train, *given, *size, *flags.split())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("transformer", "its transformer lacks weights that its config asks for: "),
+        ("text_encoder_2", "its text_encoder_2 lacks weights that its config asks for: "),
+        ("vae", "its vae lacks weights that its config asks for: "),
+        ("tokenizer", "its tokenizer is missing or has no vocabulary"),
+        ("tokenizer_2", "its tokenizer_2 is missing or has no vocabulary"),
+    ],
+)
+def test_a_base_that_lacks_a_part_is_told_in_one_sentence(damage, message, bases, train, capsys, tmp_path):
+    base = shutil.copytree(bases("flux"), tmp_path / "base")
+    if damage.startswith("tokenizer"):
+        shutil.rmtree(base / damage)
+    else:
+        (file,) = (base / damage).glob("*.safetensors")
+        tensors = load_file(file)
+        del tensors[next(key for key in sorted(tensors) if key.endswith("weight") and tensors[key].ndim > 1)]
+        save_file(tensors, file, {"format": "pt"})
+    flags = ("--pretrained_model_name_or_path", base, "--resolution", 16, *QUICK)
+    with pytest.raises(SystemExit) as stop:
+        train(*flags)
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stop.value.code == 2 and message in told
+
+
+def test_text_encoders_go_before_the_transformer_comes(each, on, train, monkeypatch, tmp_path):
+    """At every moment at which weights are read: what is in memory then, for training, class and sample images."""
+    seen, component = [], FlowFamily.component
+
+    def watch(self, name):
+        found = component(self, name)
+        if self._skeletons:  # before that, the pipeline has no weights at all
+            seen.append(set(self.modules()))
+        return found
+
+    monkeypatch.setattr(FlowFamily, "component", watch)
+    prior = ("--with_prior_preservation", "--class_prompt", "toy", "--num_class_images", 1)
+    train(*on(each), *QUICK, *IMAGES, *prior, "--class_data_dir", tmp_path / "class")
+    encoders = {name for names in seen for name in names if name.startswith("text_encoder")}
+    assert encoders and any("transformer" in names for names in seen)
+    assert not any("transformer" in names and names & encoders for names in seen)
+
+
+def test_class_images_are_generated_by_the_base_as_it_is_trained(on, train, monkeypatch, tmp_path):
+    loaded, load = [], FlowFamily.load.__func__
+
+    def watch(cls, source, dtype, quantize=None):
+        loaded.append(quantize)
+        return load(cls, source, dtype, quantize)
+
+    monkeypatch.setattr(FlowFamily, "load", classmethod(watch))
+    prior = ("--with_prior_preservation", "--class_prompt", "toy", "--num_class_images", 1)
+    flags = (*prior, "--class_data_dir", tmp_path / "class", "--quantize", "fp8", "--mixed_precision", "bf16")
+    train(*on("klein"), *QUICK, *flags)
+    assert loaded == ["fp8", "fp8"]
+
+
+def test_defaults_that_are_named_go_on_from_a_run_that_did_not_name_them(on, train):
+    train(*on("sd3"), "--max_train_steps", 1, "--checkpointing_steps", 1)
+    named = ("--timestep_shift", "auto", "--timestep_sampling", "logit_normal", "--resume_from_checkpoint", "latest")
+    result, _ = train(*on("sd3"), "--max_train_steps", 2, "--checkpointing_steps", 1, *named)
+    assert len(result.losses) == 2
+
+
+LOADING = """
+import sys, numpy, torch
+from diffusers import DiffusionPipeline
+import ether_diffusion
+for line in sys.stdin.read().splitlines():
+    base, adapter, image, inputs = line.split("\t")
+    pipe = DiffusionPipeline.from_pretrained(base)
+    pipe.load_ether_weights(adapter)
+    numpy.save(image, pipe(generator=torch.Generator().manual_seed(3), output_type="np", **eval(inputs)).images[0])
+"""
+
+
+def test_the_adapters_of_all_families_generate_the_same_in_a_new_process(bases, on, train, tmp_path):
+    lines, here = [], {}
+    for name in PIPELINES:
+        folder = train(*on(name), *QUICK, output=name)[1]
+        pipe = DiffusionPipeline.from_pretrained(bases(name))
+        pipe.load_ether_weights(folder)
+        here[name] = painted(pipe, name)
+        lines.append("\t".join(map(str, (bases(name), folder, tmp_path / f"{name}.npy", inputs_of(name)))))
+    command = [sys.executable, "-c", LOADING]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    there = subprocess.run(command, input="\n".join(lines), text=True, capture_output=True, env=environment)
+    assert there.returncode == 0, there.stderr
+    for name, image in here.items():
+        assert np.abs(np.load(tmp_path / f"{name}.npy") - image).max() <= ONE_GREY_LEVEL
 
 
 def test_a_dry_run_tells_parameters_and_memory_and_leaves_nothing(name, bases, on, train, capsys, tmp_path):
@@ -351,12 +456,41 @@ def test_a_dry_run_tells_parameters_and_memory_and_leaves_nothing(name, bases, o
 
 def test_a_dry_run_of_a_quantised_base_with_checkpointing_needs_less(on, train, capsys):
     told = []
-    for flags in ((), ("--quantize", "fp8", "--mixed_precision", "bf16"), ("--gradient_checkpointing",)):
+    for flags in ((), ("--quantize", "nf4", "--mixed_precision", "bf16"), ("--gradient_checkpointing",)):
         train(*on("flux"), *QUICK, *flags, "--dry_run")
         lines = capsys.readouterr().out.splitlines()
         told.append({line.split()[0]: line.split()[-2:] for line in lines if line.startswith("  ")})
     assert told[1]["transformer"] != told[0]["transformer"] and told[2]["activations"] != told[0]["activations"]
     assert told[2]["transformer"] == told[0]["transformer"]
+
+
+def bytes_of(told: str, part: str) -> float:
+    """What a dry run tells of a part."""
+    size, unit = re.search(rf"{part}:? +([\d.]+) (B|kB|MB|GB)", told).groups()
+    return float(size) * {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}[unit]
+
+
+def test_the_peak_of_a_dry_run_counts_what_is_in_memory_together(on, train, capsys, references, tmp_path):
+    def told(*flags):
+        train(*on("kontext"), *QUICK, *flags, "--dry_run")
+        return capsys.readouterr().out
+
+    usual, trained = told(), told("--train_text_encoder")
+    parts = {line.strip().split("  ")[0] for line in usual.splitlines() if line.startswith("  ")}
+    sizes = {part: bytes_of(usual, part) for part in parts}
+    encoding = sizes["text_encoder"] + sizes["text_encoder_2"]
+    peak = max(encoding, sum(sizes.values()) - encoding)
+    assert bytes_of(usual, "peak") == pytest.approx(peak, rel=0.05)
+    assert bytes_of(trained, "peak") == pytest.approx(sum(bytes_of(trained, part) for part in parts), rel=0.05)
+    prior = ("--with_prior_preservation", "--class_prompt", "toy", "--class_data_dir", tmp_path / "class")
+    activations = sizes["activations"]
+    assert bytes_of(told(*prior), "activations") == pytest.approx(2 * activations, rel=0.05)
+    assert bytes_of(told("--reference_dir", references), "activations") > activations
+
+
+def test_a_dry_run_says_of_a_unet_that_activations_are_not_estimated(train, capsys):
+    train("--dry_run")
+    assert "with all parts in memory; activations are not estimated" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.utils import is_torchvision_available
 
 from ether_diffusion.errors import InputError
-from ether_diffusion.images import to_pixels, to_rgb
+from ether_diffusion.images import some, to_pixels, to_rgb
 from ether_diffusion.training.data.views import Target
 from ether_diffusion.training.families.base import Conditioning, Family
 from ether_diffusion.training.families.quantization import loading_config, quantize_loaded
@@ -85,8 +85,12 @@ class FlowFamily(Family):
         models = read_models(source, [*present, "vae", cls.denoiser])
         counts, multiple = parameter_counts(models), side_factor(models["vae"]) * cls.patch
         source.check_variant({*models} - ({"vae"} if source.vae else set()))
+        for name in present:
+            _check_tokenizer(source, index, name.replace("text_encoder", "tokenizer"))
         adaptable = {name: models[name] for name in (cls.denoiser, *cls.trained_text_encoders)}
-        return Blueprint(adaptable, cls.native_resolution, multiple, counts)
+        positions = getattr(models[cls.denoiser].config, "pos_embed_max_size", None)
+        largest = None if positions is None else positions * multiple
+        return Blueprint(adaptable, cls.native_resolution, multiple, counts, largest)
 
     @classmethod
     def load(cls, source: ModelSource, dtype: torch.dtype, quantize: str | None = None) -> FlowFamily:
@@ -108,14 +112,17 @@ class FlowFamily(Family):
             kind = quantize if name == cls.denoiser else None
             config = loading_config(kind, dtype)
             with source.reading():
-                component = type(skeletons[name]).from_pretrained(
+                component, found = type(skeletons[name]).from_pretrained(
                     source.path,
                     subfolder=name,
                     dtype=dtype,
                     revision=source.revision,
                     variant=source.variant,
+                    output_loading_info=True,
                     **({} if config is None else {"quantization_config": config}),
                 )
+                if missing := sorted(found["missing_keys"]):
+                    raise ValueError(f"its {name} lacks weights that its config asks for: {some(missing)}")
             quantize_loaded(component, kind, dtype)
             return component
 
@@ -306,6 +313,21 @@ def read_models(source: ModelSource, names: Sequence[str]) -> dict[str, nn.Modul
                 config = kind.config_class.from_pretrained(**source.config_place, subfolder=name)
                 models[name] = kind(config)
     return models
+
+
+def _check_tokenizer(source: ModelSource, index: Mapping[str, Any], name: str) -> None:
+    """Make sure that a tokenizer is there, if the pipeline has one of this name."""
+    kind = _class_of(index, name)
+    if kind is None or kind.__name__.endswith("Processor"):
+        return
+    where = f"{source.given}: its {name}"
+    try:
+        tokenizer = kind.from_pretrained(**source.config_place, subfolder=name)
+        read = tokenizer.decode(tokenizer("a photo").input_ids, skip_special_tokens=True).strip()
+    except Exception as error:  # of many kinds
+        raise InputError(f"{where} is damaged ({type(error).__name__}: {error})") from error
+    if not read:  # what transformers makes of a folder without its files
+        raise InputError(f"{where} is missing or has no vocabulary, and without it prompts cannot be read")
 
 
 def _check_processors(source: ModelSource, index: Mapping[str, Any]) -> None:

@@ -29,7 +29,7 @@ class Sana(FlowFamily):
 
     @classmethod
     def base_of(cls, source: ModelSource) -> str | None:
-        if source.config()["_class_name"] in cls.distilled_classes or "sprint" in source.name.lower():
+        if source.config()["_class_name"] in cls.distilled_classes or source.is_called("sprint"):
             return "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers"
         return None
 

@@ -24,7 +24,7 @@ class StableDiffusion3(FlowFamily):
 
     @classmethod
     def base_of(cls, source: ModelSource) -> str | None:
-        return "stabilityai/stable-diffusion-3.5-large" if "turbo" in source.name.lower() else None
+        return "stabilityai/stable-diffusion-3.5-large" if source.is_called("turbo") else None
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
         """States of all encoders (tokens, width) and pooled text of both CLIPs (width,) of each prompt."""

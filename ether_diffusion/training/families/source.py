@@ -63,6 +63,11 @@ class ModelSource:
             return MINIATURE_NAME
         return Path(self.path).resolve().name if Path(self.path).exists() else self.path
 
+    def is_called(self, word: str) -> bool:
+        """Whether a word is in the model's name, or in what the Hub's cache calls the folders around it."""
+        parts = Path(self.path).resolve().parts[-3:] if Path(self.path).exists() else (self.path,)
+        return word in "/".join(parts).lower()
+
     @property
     def on_hub(self) -> bool:
         return not self.is_miniature and not Path(self.path).exists()
@@ -155,12 +160,14 @@ class Blueprint:
     native_resolution: side in pixels of the images that the denoiser was made for.
     resolution_multiple: what the side of a training image must be divisible by.
     parameters: how many each component of the pipeline has that training needs.
+    largest_side: of a training image in pixels; None where there is no bound.
     """
 
     models: dict[str, nn.Module]
     native_resolution: int
     resolution_multiple: int
     parameters: Mapping[str, int]
+    largest_side: int | None = None
 
     def targets(self, options: ViewOptions) -> list[Target]:
         """The (height, width) that training images can have: the buckets or the resolution asked for, or the native
@@ -177,6 +184,8 @@ class Blueprint:
             targets, flag = [(side, side)], "--resolution"
         factor = self.resolution_multiple
         for side in (side for target in targets for side in target):
+            if self.largest_side is not None and side > self.largest_side:
+                raise InputError(f"{flag}: got {side}, the model takes sides of up to {self.largest_side} pixels")
             if side % factor:
                 below = side // factor * factor
                 fits = " or ".join(str(size) for size in (below, below + factor) if size)

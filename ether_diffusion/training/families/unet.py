@@ -43,11 +43,6 @@ def latent_side(unet: nn.Module, where: str) -> int:
     )
 
 
-def scaled(latents: Tensor, vae: AutoencoderKL) -> Tensor:
-    """Latents of an autoencoder as its UNet knows them."""
-    return (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
-
-
 def _check_tokenizer(source: ModelSource, name: str, encoder: CLIPTextConfig) -> None:
     """Make sure that a tokenizer is there and that a text encoder knows all of its tokens."""
     where = f"{source.given}: its {name}"

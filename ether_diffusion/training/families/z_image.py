@@ -22,7 +22,7 @@ class ZImage(FlowFamily):
 
     @classmethod
     def base_of(cls, source: ModelSource) -> str | None:
-        return "Tongyi-MAI/Z-Image" if "turbo" in source.name.lower() else None
+        return "Tongyi-MAI/Z-Image" if source.is_called("turbo") else None
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
         """States (tokens, width) of each prompt."""

@@ -128,6 +128,8 @@ def _targets(names: Sequence[str] | None, default: Sequence[str] | str) -> list[
         return default if isinstance(default, str) else list(default)
     if tuple(names) == (ALL_LINEAR,):
         return ALL_LINEAR
+    for word in {ATTENTION_LAYERS, ALL_LINEAR} & set(names):
+        raise InputError(f"--target_modules {' '.join(names)}: {word} stands alone; name layers, or give it by itself")
     if len(names) == 1 and set(names[0]) & PATTERN_CHARACTERS:
         return names[0]
     return list(names)

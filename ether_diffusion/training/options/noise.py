@@ -52,10 +52,20 @@ class FlowOptions(OptionGroup):
     def guidance(self) -> float:
         return GUIDANCE if self.guidance_embedding is None else self.guidance_embedding
 
-    def check_meaning(self, is_flow: bool, for_steps: Mapping[str, Any], pipeline: str) -> None:
+    def resolved(self) -> dict[str, str | float]:
+        """What the options come to: flag -> value."""
+        return {
+            "timestep_sampling": self.sampling,
+            "timestep_shift": self.shift or AUTO,
+            "guidance_embedding": self.guidance,
+        }
+
+    def check_meaning(self, is_flow: bool, for_steps: Mapping[str, Any], pipeline: str, *, has_guidance: bool) -> None:
         """Make sure that no option is given which has no meaning for a pipeline.
 
-        for_steps: flag -> value, of those that have one for noise in discrete timesteps alone.
+        Args:
+            for_steps: flag -> value, of those that have one for noise in discrete timesteps alone.
+            has_guidance: whether the model has an embedding of the guidance.
 
         Raises:
             InputError: one is.
@@ -65,6 +75,8 @@ class FlowOptions(OptionGroup):
                 raise InputError(
                     f"--{flag}: got {value}, has no meaning for {pipeline}, which is trained by flow matching; drop it"
                 )
+        if is_flow and self.guidance_embedding is not None and not has_guidance:
+            raise InputError(f"--guidance_embedding: has no effect, this {pipeline} has no such embedding; drop it")
         for each in fields(self):
             if not is_flow and getattr(self, each.name) is not None:
                 raise InputError(f"--{each.name}: has no effect on {pipeline}, which is no flow matching; drop it")
