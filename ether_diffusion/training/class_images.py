@@ -50,6 +50,8 @@ Origin = Mapping[str, str | int]
 def origin_of(source: ModelSource, options: PriorOptions, seed: int) -> Origin:
     """What the images follow from that a run generates; of a local base model what it holds, wherever it lies."""
     base = with_fingerprint("", source.path).strip() or f"{source.path} {source.revision or ''}".strip()
+    if source.vae is not None:
+        base += f", with the autoencoder {with_fingerprint(source.vae, source.vae)}"
     return {"class_prompt": str(options.class_prompt), "pretrained_model_name_or_path": base, "seed": seed}
 
 
