@@ -30,6 +30,7 @@ from ether_diffusion.control.encoder import CONTROL, ControlEncoder
 from ether_diffusion.control.pipelines import Control
 from ether_diffusion.tuner.config import EtherConfig
 from ether_diffusion.tuner.layer import EtherLayer
+from ether_diffusion.tuner.merging import check_unmergeable
 from ether_diffusion.tuner.model import layer_class
 
 
@@ -198,7 +199,7 @@ def detach(pipe: DiffusionPipeline, adapter_names: Iterable[str]) -> None:
     ]
     layers = [layer for model in models.values() for _, layer in ether_layers(model) if layer.merged]
     for layer in layers:
-        layer.check_unmergeable()
+        check_unmergeable(layer)
     for component, model in models.items():
         if own := [record.name for record in chosen if component in record.configs]:
             _detach_layers(model, own)
@@ -312,8 +313,9 @@ def _execution_device(path: str, base: nn.Module) -> torch.device | None:
 
 
 def _write(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, parameter in parameters.items():
+    for name, parameter in parameters.items():
+        # What was made in inference mode can be written over in it alone, and what was made outside also outside.
+        with torch.inference_mode() if parameter.is_inference() else torch.no_grad():
             parameter.copy_(tensors[name])
 
 

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from ether_diffusion.adapters.components import ether_layers, models_of, named, names_of, records_of
 from ether_diffusion.adapters.schema import bytes_of, canonical_path, without_base_layer
 from ether_diffusion.adapters.stacks import Place, refuse_merged_above, refuse_unless_lowest
+from ether_diffusion.control.pipelines import is_number
 from ether_diffusion.tuner.layer import EtherLayer
+from ether_diffusion.tuner.merging import check_unmergeable
 
 KEEP_ORIGINAL = ("device", "cpu", "disk")
 
@@ -50,11 +52,13 @@ def fuse_ether(
             which must stay; each is compared with its file before it is changed).
 
     Raises:
-        ValueError: nothing to fuse, an unknown component or adapter, an unmerged adapter of another method below, a
-            broken weight, or weights that are not those on disk.
+        ValueError: nothing to fuse, an unknown component or adapter, a scale that is no finite number, an unmerged
+            adapter of another method below, a broken weight, or weights that are not those on disk.
     """
     if keep_original not in KEEP_ORIGINAL:
         raise ValueError(f"keep_original={keep_original!r}: there are {', '.join(KEEP_ORIGINAL)}")
+    if not is_number(ether_scale):
+        raise ValueError(f"ether_scale={ether_scale!r}: a finite number fits")
     adapter_names = named(adapter_names or [], records_of(self))
     chosen = [
         (layer, names, place)
@@ -105,7 +109,7 @@ def unfuse_ether(self: DiffusionPipeline, components: Sequence[str] | str | None
     chosen = [(layer, place) for layer, place in _chosen_layers(self, components) if layer.merged]
     refuse_merged_above(chosen)
     for layer, _ in chosen:
-        layer.check_unmergeable()
+        check_unmergeable(layer)
     for layer, _ in chosen:
         layer.unmerge()
 
