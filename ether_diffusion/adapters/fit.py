@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.models.attention_processor import Attention
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -24,6 +23,7 @@ from ether_diffusion.adapters.schema import AdapterFile, ModuleWeights
 from ether_diffusion.control.encoder import CONTROL, ControlEncoder
 from ether_diffusion.errors import EtherFileError
 from ether_diffusion.tuner.config import EtherConfig
+from ether_diffusion.tuner.guards import projects_at_once
 
 
 @dataclass
@@ -193,7 +193,7 @@ def _obstacle(modules: Mapping[str, nn.Module], name: str) -> str | None:
     """Why the module of this name cannot carry ETHER, in words, or None where it can."""
     base, steps = base_of(modules[name]), name.split(".")
     around = [modules.get(".".join(steps[:k])) for k in range(1, len(steps))]
-    if around and _projects_at_once(around[-1]) and re.match(r"(to|add)_(q|k|v)", steps[-1]):
+    if around and projects_at_once(around[-1]) and re.match(r"(to|add)_(q|k|v)", steps[-1]):
         return "is fused with others into one projection here: call unfuse_qkv_projections first"
     if any(isinstance(module, BaseTunerLayer) for module in around):
         return "is a part of another adapter here, not a layer of the model"
@@ -204,13 +204,6 @@ def _obstacle(modules: Mapping[str, nn.Module], name: str) -> str | None:
     if _width(base, "") is None or _width(base, "_out") is None:
         return f"is a {type(base).__name__} here, not a Linear or Conv2d to adapt"
     return None
-
-
-def _projects_at_once(attention: nn.Module | None) -> bool:
-    """Whether queries, keys and values come from one fused projection, past the three layers."""
-    if isinstance(attention, Attention):  # whose flag stays when its projections are unfused
-        return type(attention.processor).__name__.startswith("Fused")
-    return bool(getattr(attention, "fused_projections", False))
 
 
 def _width(base: nn.Module, vector: str) -> int | None:

@@ -25,10 +25,11 @@ from ether_diffusion.adapters.components import (
     tuner_layers,
 )
 from ether_diffusion.adapters.strength import stock
-from ether_diffusion.adapters.undo import restored_on_error
 from ether_diffusion.control.pipelines import is_number
+from ether_diffusion.tuner.guards import check_projections
 from ether_diffusion.tuner.layer import EtherLayer
 from ether_diffusion.tuner.merging import check_unmergeable
+from ether_diffusion.tuner.undo import restored_on_error
 
 stock_save_pretrained = DiffusionPipeline.save_pretrained  # before `install` puts ours in its place
 
@@ -205,17 +206,18 @@ def load_lora_weights(self: DiffusionPipeline, *args, **kwargs) -> None:
 
 
 def fuse_qkv_projections(self: DiffusionPipeline, *args, **kwargs) -> None:
-    """Diffusers' `fuse_qkv_projections`; the one projection that it makes of three would have no adapter.
+    """Diffusers' `fuse_qkv_projections`; every model that it goes over is checked before the first one changes.
 
     Raises:
-        ValueError: an adapter is on the pipeline.
+        ValueError: a projection of a model that is to be fused carries ETHER, which would be lost.
     """
-    if names := peft_adapters(self):
-        raise ValueError(
-            f"fuse_qkv_projections: {', '.join(names)} would be lost without a word; merge adapters, or delete "
-            "them first"
-        )
-    stock(self, "fuse_qkv_projections")(*args, **kwargs)
+    method = stock(self, "fuse_qkv_projections")
+    given = inspect.signature(method).bind(*args, **kwargs)
+    given.apply_defaults()
+    for component, model in models_of(self).items():
+        if given.arguments.get(component):
+            check_projections(model)
+    method(*args, **kwargs)
 
 
 def save_pretrained(self: DiffusionPipeline, *args, **kwargs) -> None:

@@ -16,11 +16,11 @@ from ether_diffusion.adapters.attach import attach
 from ether_diffusion.adapters.components import check_removable, ether_layers, models_of, records_of
 from ether_diffusion.adapters.locate import find_adapter_file
 from ether_diffusion.adapters.schema import WEIGHTS_NAME
-from ether_diffusion.adapters.undo import restored_on_error
 from ether_diffusion.dtypes import DTYPES
 from ether_diffusion.export.changes import check_acting, check_alone
 from ether_diffusion.files import new_path
 from ether_diffusion.tuner.base_layer import PLAIN_DTYPES, put_values
+from ether_diffusion.tuner.undo import restored_on_error
 
 logger = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ def restored_on_error(models: Iterable[nn.Module], written_over: Iterable[Tensor
         (value, value.copy()) for _, each in attributes for value in each.values() if type(value) in COLLECTIONS
     ]
     tensors = [t for model in models for t in (*model.parameters(), *model.buffers()) if is_plain(t)]
-    data = [(tensor, tensor.data) for tensor in tensors]
+    data = [(tensor, tensor.data, tensor.requires_grad) for tensor in tensors]
     copies = [(tensor.data, tensor.detach().to("cpu", copy=True)) for tensor in written_over if is_plain(tensor)]
     try:
         yield
@@ -42,9 +42,10 @@ def restored_on_error(models: Iterable[nn.Module], written_over: Iterable[Tensor
         for value, before in collections:
             value.clear()
             value.extend(before) if isinstance(value, list) else value.update(before)
-        for tensor, before in data:
+        for tensor, before, requires_grad in data:
             if tensor.data.data_ptr() != before.data_ptr() or tensor.dtype != before.dtype:
                 tensor.data = before
+            tensor.requires_grad = requires_grad
         with torch.inference_mode():  # where tensors made in it can be written over, too
             for tensor, before in copies:
                 tensor.copy_(before)
