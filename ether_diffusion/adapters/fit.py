@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ether_diffusion.adapters.components import (
+    as_names,
     base_of,
     base_weights,
     models_of,
@@ -48,9 +49,10 @@ def restrict(pipe: DiffusionPipeline, file: AdapterFile, components: Sequence[st
     """The part of an adapter file that is for the named components of a pipeline.
 
     Raises:
-        EtherFileError: no name, or one of which the file holds nothing; a file without names fits none of them.
+        ValueError: no name or list of names.
+        EtherFileError: an empty list, or one of which the file holds nothing; a file without names fits none of them.
     """
-    wanted = [components] if isinstance(components, str) else list(components)
+    wanted = as_names("components", components)
     if None in file.configs:
         models = models_of(pipe)
         held = list(models)

@@ -16,6 +16,7 @@ from torch import nn
 
 from ether_diffusion.adapters.attach import forget
 from ether_diffusion.adapters.components import (
+    as_names,
     check_removable,
     ether_layers,
     models_of,
@@ -143,7 +144,7 @@ def _loadable(
     """
     if components is None:
         components = inspect.signature(stock(pipe, call)).parameters["components"].default
-    components = [components] if isinstance(components, str) else list(components or ())
+    components = as_names("components", [] if components is None else components)
     if unknown := [name for name in components if name not in pipe._lora_loadable_modules]:
         raise ValueError(
             f"{call}: {', '.join(map(str, unknown))} is no component that a LoRA can be on here; those are "

@@ -43,10 +43,11 @@ def restored_on_error(models: Iterable[nn.Module], written_over: Iterable[Tensor
             value.clear()
             value.extend(before) if isinstance(value, list) else value.update(before)
         for tensor, before, requires_grad in data:
-            if tensor.data.data_ptr() != before.data_ptr() or tensor.dtype != before.dtype:
-                tensor.data = before
-            tensor.requires_grad = requires_grad
-        with torch.inference_mode():  # where tensors made in it can be written over, too
-            for tensor, before in copies:
+            with torch.inference_mode(tensor.is_inference()):  # what was made in it is changed in it alone
+                if tensor.data.data_ptr() != before.data_ptr() or tensor.dtype != before.dtype:
+                    tensor.data = before
+                tensor.requires_grad = requires_grad
+        for tensor, before in copies:
+            with torch.inference_mode(tensor.is_inference()):
                 tensor.copy_(before)
         raise
