@@ -29,7 +29,9 @@ from ether_diffusion.adapters.schema import AdapterFile, Document, without_base_
 from ether_diffusion.control.encoder import CONTROL, ControlEncoder
 from ether_diffusion.control.pipelines import Control
 from ether_diffusion.tuner.config import EtherConfig
+from ether_diffusion.tuner.guards import guard
 from ether_diffusion.tuner.layer import EtherLayer
+from ether_diffusion.tuner.merging import check_unmergeable
 from ether_diffusion.tuner.model import layer_class
 
 
@@ -198,7 +200,7 @@ def detach(pipe: DiffusionPipeline, adapter_names: Iterable[str]) -> None:
     ]
     layers = [layer for model in models.values() for _, layer in ether_layers(model) if layer.merged]
     for layer in layers:
-        layer.check_unmergeable()
+        check_unmergeable(layer)
     for component, model in models.items():
         if own := [record.name for record in chosen if component in record.configs]:
             _detach_layers(model, own)
@@ -231,6 +233,7 @@ def _attach_layers(
     Not by PEFT's `inject_adapter_in_model`: it takes paths for endings of names, draws random numbers, and changes
     PyTorch's classes while it runs, which other threads would see.
     """
+    guard(model)
     modules = dict(model.named_modules())
     if not tuner_layers(model):
         model.requires_grad_(False)  # as PEFT's first adapter does
@@ -248,14 +251,20 @@ def _attach_layers(
         layer._move_adapter_to_device_of_base_layer(adapter_name, device)
     kept = EtherConfig(**{name: getattr(config, name) for name in ("method", "num_blocks", "sides", "target_modules")})
     kept.inference_mode = True
-    if kept.target_modules is None:
-        kept.target_modules = set(layers)
+    targets = kept.target_modules
+    if targets is None or not isinstance(targets, str) and not all(_is_ending(each, layers) for each in targets):
+        kept.target_modules = set(layers)  # the file's are as another release of transformers names them
     if not hasattr(model, "peft_config"):
         model.peft_config = {}
     model.peft_config[adapter_name] = kept
     if hasattr(type(model), "_hf_peft_config_loaded"):
         model._hf_peft_config_loaded = True
     _maybe_remove_and_reapply_group_offloading(model)
+
+
+def _is_ending(target: str, paths: Iterable[str]) -> bool:
+    """Whether PEFT takes a target to mean one of these paths."""
+    return any(f".{path}".endswith(f".{target}") for path in paths)
 
 
 def _activate(model: nn.Module, adapter_name: str) -> None:
@@ -312,8 +321,9 @@ def _execution_device(path: str, base: nn.Module) -> torch.device | None:
 
 
 def _write(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, parameter in parameters.items():
+    for name, parameter in parameters.items():
+        # What was made in inference mode can be written over in it alone, and what was made outside also outside.
+        with torch.inference_mode() if parameter.is_inference() else torch.no_grad():
             parameter.copy_(tensors[name])
 
 

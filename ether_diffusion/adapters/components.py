@@ -169,13 +169,29 @@ def drop_record(pipe: DiffusionPipeline, name: str) -> None:
             model.__dict__.pop(RECORDS, None)
 
 
+def as_names(what: str, value: Sequence[str] | str) -> list[str]:
+    """One name, or several, as a list.
+
+    what: the argument, for the error.
+
+    Raises:
+        ValueError: something else, such as a number or None.
+    """
+    if isinstance(value, str):
+        return [value]
+    names = list(value) if isinstance(value, Iterable) else [None]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{what}={value!r}: a name fits, or a list of names")
+    return names
+
+
 def named(adapter_names: Sequence[str] | str, known: Iterable[str]) -> list[str]:
     """The names as a list.
 
     Raises:
-        ValueError: one that is not known, with those that are.
+        ValueError: no names, or one that is not known, with those that are.
     """
-    names, known = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names), list(known)
+    names, known = as_names("adapter_names", adapter_names), list(known)
     if unknown := [name for name in names if name not in known]:
         raise ValueError(
             f"there is no adapter {', '.join(map(str, unknown))}; loaded are {', '.join(known) or 'none'}"

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.models.attention_processor import Attention
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ether_diffusion.adapters.components import (
+    as_names,
     base_of,
     base_weights,
     models_of,
@@ -24,6 +24,7 @@ from ether_diffusion.adapters.schema import AdapterFile, ModuleWeights
 from ether_diffusion.control.encoder import CONTROL, ControlEncoder
 from ether_diffusion.errors import EtherFileError
 from ether_diffusion.tuner.config import EtherConfig
+from ether_diffusion.tuner.guards import projects_at_once
 
 
 @dataclass
@@ -48,9 +49,10 @@ def restrict(pipe: DiffusionPipeline, file: AdapterFile, components: Sequence[st
     """The part of an adapter file that is for the named components of a pipeline.
 
     Raises:
-        EtherFileError: no name, or one of which the file holds nothing; a file without names fits none of them.
+        ValueError: no name or list of names.
+        EtherFileError: an empty list, or one of which the file holds nothing; a file without names fits none of them.
     """
-    wanted = [components] if isinstance(components, str) else list(components)
+    wanted = as_names("components", components)
     if None in file.configs:
         models = models_of(pipe)
         held = list(models)
@@ -193,7 +195,7 @@ def _obstacle(modules: Mapping[str, nn.Module], name: str) -> str | None:
     """Why the module of this name cannot carry ETHER, in words, or None where it can."""
     base, steps = base_of(modules[name]), name.split(".")
     around = [modules.get(".".join(steps[:k])) for k in range(1, len(steps))]
-    if around and _projects_at_once(around[-1]) and re.match(r"(to|add)_(q|k|v)", steps[-1]):
+    if around and projects_at_once(around[-1]) and re.match(r"(to|add)_(q|k|v)", steps[-1]):
         return "is fused with others into one projection here: call unfuse_qkv_projections first"
     if any(isinstance(module, BaseTunerLayer) for module in around):
         return "is a part of another adapter here, not a layer of the model"
@@ -204,13 +206,6 @@ def _obstacle(modules: Mapping[str, nn.Module], name: str) -> str | None:
     if _width(base, "") is None or _width(base, "_out") is None:
         return f"is a {type(base).__name__} here, not a Linear or Conv2d to adapt"
     return None
-
-
-def _projects_at_once(attention: nn.Module | None) -> bool:
-    """Whether queries, keys and values come from one fused projection, past the three layers."""
-    if isinstance(attention, Attention):  # whose flag stays when its projections are unfused
-        return type(attention.processor).__name__.startswith("Fused")
-    return bool(getattr(attention, "fused_projections", False))
 
 
 def _width(base: nn.Module, vector: str) -> int | None:

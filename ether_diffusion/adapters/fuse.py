@@ -18,10 +18,12 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ether_diffusion.adapters.components import ether_layers, models_of, named, names_of, records_of
+from ether_diffusion.adapters.components import as_names, ether_layers, models_of, named, names_of, records_of
 from ether_diffusion.adapters.schema import bytes_of, canonical_path, without_base_layer
 from ether_diffusion.adapters.stacks import Place, refuse_merged_above, refuse_unless_lowest
+from ether_diffusion.control.pipelines import is_number
 from ether_diffusion.tuner.layer import EtherLayer
+from ether_diffusion.tuner.merging import check_unmergeable
 
 KEEP_ORIGINAL = ("device", "cpu", "disk")
 
@@ -50,12 +52,14 @@ def fuse_ether(
             which must stay; each is compared with its file before it is changed).
 
     Raises:
-        ValueError: nothing to fuse, an unknown component or adapter, an unmerged adapter of another method below, a
-            broken weight, or weights that are not those on disk.
+        ValueError: nothing to fuse, an unknown component or adapter, a scale that is no finite number, an unmerged
+            adapter of another method below, a broken weight, or weights that are not those on disk.
     """
     if keep_original not in KEEP_ORIGINAL:
         raise ValueError(f"keep_original={keep_original!r}: there are {', '.join(KEEP_ORIGINAL)}")
-    adapter_names = named(adapter_names or [], records_of(self))
+    if not is_number(ether_scale):
+        raise ValueError(f"ether_scale={ether_scale!r}: a finite number fits")
+    adapter_names = named([] if adapter_names is None else adapter_names, records_of(self))
     chosen = [
         (layer, names, place)
         for layer, place in _chosen_layers(self, components)
@@ -105,7 +109,7 @@ def unfuse_ether(self: DiffusionPipeline, components: Sequence[str] | str | None
     chosen = [(layer, place) for layer, place in _chosen_layers(self, components) if layer.merged]
     refuse_merged_above(chosen)
     for layer, _ in chosen:
-        layer.check_unmergeable()
+        check_unmergeable(layer)
     for layer, _ in chosen:
         layer.unmerge()
 
@@ -117,8 +121,8 @@ def _chosen_layers(
         name: model for name, model in models_of(pipe).items() if any(True for _ in ether_layers(model))
     }
     names = names_of(pipe)
-    components = [components] if isinstance(components, str) else components
-    chosen = list(carrying) if components is None else list(dict.fromkeys(names.get(c, c) for c in components))
+    asked_for = carrying if components is None else as_names("components", components)
+    chosen = list(dict.fromkeys(names.get(name, name) for name in asked_for))
     if not carrying or set(chosen) - set(carrying):
         asked = f"{', '.join(chosen)}: " if chosen else ""
         raise ValueError(f"{asked}components that carry ETHER are {', '.join(carrying) or 'none'}")

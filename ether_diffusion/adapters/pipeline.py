@@ -214,7 +214,13 @@ METHODS = (
     strength.set_ether_device,
     stacks.save_pretrained,
 )
-GUARDS = (stacks.load_lora_weights, stacks.fuse_lora, stacks.unload_lora_weights, stacks.fuse_qkv_projections)
+GUARDS = (
+    stacks.load_lora_weights,
+    stacks.fuse_lora,
+    stacks.unfuse_lora,
+    stacks.unload_lora_weights,
+    stacks.fuse_qkv_projections,
+)
 
 
 class _OnSome:

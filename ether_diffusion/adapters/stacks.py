@@ -7,6 +7,7 @@ the weight, `(W + BA)H`; one loaded after it is added, `WH + BA`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 
 from diffusers import DiffusionPipeline
@@ -15,14 +16,21 @@ from torch import nn
 
 from ether_diffusion.adapters.attach import forget
 from ether_diffusion.adapters.components import (
+    as_names,
     check_removable,
     ether_layers,
     models_of,
+    named,
     peft_adapters,
     records_of,
+    tuner_layers,
 )
 from ether_diffusion.adapters.strength import stock
+from ether_diffusion.control.pipelines import is_number
+from ether_diffusion.tuner.guards import check_projections
 from ether_diffusion.tuner.layer import EtherLayer
+from ether_diffusion.tuner.merging import check_unmergeable
+from ether_diffusion.tuner.undo import restored_on_error
 
 stock_save_pretrained = DiffusionPipeline.save_pretrained  # before `install` puts ours in its place
 
@@ -70,7 +78,7 @@ def refuse_merged_above(chosen: Iterable[tuple[EtherLayer, Place]]) -> None:
 
 def fuse_lora(
     self: DiffusionPipeline,
-    components: list[str] | None = None,
+    components: Sequence[str] | str | None = None,
     lora_scale: float = 1.0,
     safe_fusing: bool = False,
     adapter_names: Sequence[str] | str | None = None,
@@ -81,20 +89,69 @@ def fuse_lora(
     Without `adapter_names` it fuses every active adapter, ETHER's too.
 
     Raises:
-        ValueError: an adapter would be merged above one that is not, or below one that is, which is not what the
+        ValueError: an unknown component or adapter, a scale that is no finite number, a weight that cannot be merged,
+            or an adapter that would be merged above one that is not, or below one that is, which is not what the
             unfused adapters compute; says what to fuse or unfuse first. Nothing has changed then.
     """
     adapter_names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-    options = kwargs if components is None else kwargs | {"components": components}
-    for component, model in models_of(self).items() if records_of(self) else ():
-        if components is None or component in components:
-            for path, stack in stacks(model):
-                _check_order(f"{component}: {path}", stack, adapter_names)
-    if records_of(self):
-        for component, model in models_of(self).items():
-            if component in self._lora_loadable_modules and (components is None or component in components):
-                _merge_from_below(model, lora_scale, safe_fusing, adapter_names)
-    stock(self, "fuse_lora")(lora_scale=lora_scale, safe_fusing=safe_fusing, adapter_names=adapter_names, **options)
+    options = {"lora_scale": lora_scale, "safe_fusing": safe_fusing, "adapter_names": adapter_names} | kwargs
+    if not records_of(self):
+        options |= {} if components is None else {"components": components}
+        return stock(self, "fuse_lora")(**options)
+    if not is_number(lora_scale):
+        raise ValueError(f"lora_scale={lora_scale!r}: a finite number fits")
+    if adapter_names is not None:
+        adapter_names = options["adapter_names"] = named(adapter_names, peft_adapters(self))
+    components, chosen = _loadable(self, "fuse_lora", components)
+    merging = []
+    for component, model in chosen.items():
+        for path, stack in stacks(model):
+            _check_order(f"{component}: {path}", stack, adapter_names)
+            merging += [la for la in stack if _merging(la, adapter_names) and not isinstance(la, EtherLayer)]
+    # Most methods add to a weight in place; ETHER writes another tensor and keeps the old one itself.
+    weights = [p for layer in merging for p in layer.get_base_layer().parameters(recurse=False)]
+    with restored_on_error(chosen.values(), weights):
+        for model in chosen.values():
+            _merge_from_below(model, lora_scale, safe_fusing, adapter_names)
+        stock(self, "fuse_lora")(components=components, **options)
+    return None
+
+
+def unfuse_lora(self: DiffusionPipeline, components: Sequence[str] | str | None = None, **kwargs) -> None:
+    """Diffusers' `unfuse_lora`; every component is checked before the first one changes.
+
+    Raises:
+        ValueError: an unknown component, or a fused layer whose own weight cannot be put back (offloaded since, or
+            the file with it has changed). Nothing has changed then.
+    """
+    if not records_of(self):
+        return stock(self, "unfuse_lora")(**kwargs | ({} if components is None else {"components": components}))
+    components, chosen = _loadable(self, "unfuse_lora", components)
+    for model in chosen.values():
+        for layer in tuner_layers(model):
+            if layer.merged:
+                check_unmergeable(layer)
+    return stock(self, "unfuse_lora")(components=components, **kwargs)
+
+
+def _loadable(
+    pipe: DiffusionPipeline, call: str, components: Sequence[str] | str | None
+) -> tuple[list[str], dict[str, nn.Module]]:
+    """The components that a stock call goes over, by default those of its own signature, and the models they are.
+
+    Raises:
+        ValueError: one onto which diffusers loads no LoRA.
+    """
+    if components is None:
+        components = inspect.signature(stock(pipe, call)).parameters["components"].default
+    components = as_names("components", [] if components is None else components)
+    if unknown := [name for name in components if name not in pipe._lora_loadable_modules]:
+        raise ValueError(
+            f"{call}: {', '.join(map(str, unknown))} is no component that a LoRA can be on here; those are "
+            f"{', '.join(pipe._lora_loadable_modules)}"
+        )
+    models = models_of(pipe)
+    return components, {name: models[name] for name in components if name in models}
 
 
 def _merge_from_below(model: nn.Module, scale: float, safe: bool, adapter_names: Sequence[str] | None) -> None:
@@ -104,7 +161,7 @@ def _merge_from_below(model: nn.Module, scale: float, safe: bool, adapter_names:
     """
     for _, stack in stacks(model):
         for layer in stack if len(stack) > 1 else ():
-            if names := [name for name in adapter_names or layer.active_adapters if name in _unmerged(layer)]:
+            if names := _merging(layer, adapter_names):
                 layer.scale_layer(scale)
                 layer.merge(safe_merge=safe, adapter_names=names)
                 layer.unscale_layer(scale)  # diffusers scales it again
@@ -112,7 +169,7 @@ def _merge_from_below(model: nn.Module, scale: float, safe: bool, adapter_names:
 
 def _check_order(where: str, stack: list[BaseTunerLayer], adapter_names: Sequence[str] | None) -> None:
     """Refuse a merge after which the merged layers would not be the bottom of the stack."""
-    merging = [bool(set(adapter_names or layer.active_adapters) & _unmerged(layer)) for layer in stack]
+    merging = [bool(_merging(layer, adapter_names)) for layer in stack]
     for k, layer in enumerate(stack):
         if not merging[k]:
             continue
@@ -126,8 +183,10 @@ def _check_order(where: str, stack: list[BaseTunerLayer], adapter_names: Sequenc
             raise ValueError(f"{where}: {_described(layer)} lies below {_described(above)}, which is fused: unfuse it")
 
 
-def _unmerged(layer: BaseTunerLayer) -> set[str]:
-    return set(layer._get_available_adapters()) - set(layer.merged_adapters)
+def _merging(layer: BaseTunerLayer, adapter_names: Sequence[str] | None) -> list[str]:
+    """Those of the named adapters, else of the active ones, that are on a layer and not merged yet."""
+    unmerged = set(layer._get_available_adapters()) - set(layer.merged_adapters)
+    return [name for name in adapter_names or layer.active_adapters if name in unmerged]
 
 
 def _described(layer: BaseTunerLayer) -> str:
@@ -148,17 +207,18 @@ def load_lora_weights(self: DiffusionPipeline, *args, **kwargs) -> None:
 
 
 def fuse_qkv_projections(self: DiffusionPipeline, *args, **kwargs) -> None:
-    """Diffusers' `fuse_qkv_projections`; the one projection that it makes of three would have no adapter.
+    """Diffusers' `fuse_qkv_projections`; every model that it goes over is checked before the first one changes.
 
     Raises:
-        ValueError: an adapter is on the pipeline.
+        ValueError: a projection of a model that is to be fused carries ETHER, which would be lost.
     """
-    if names := peft_adapters(self):
-        raise ValueError(
-            f"fuse_qkv_projections: {', '.join(names)} would be lost without a word; merge adapters, or delete "
-            "them first"
-        )
-    stock(self, "fuse_qkv_projections")(*args, **kwargs)
+    method = stock(self, "fuse_qkv_projections")
+    given = inspect.signature(method).bind(*args, **kwargs)
+    given.apply_defaults()
+    for component, model in models_of(self).items():
+        if given.arguments.get(component):
+            check_projections(model)
+    method(*args, **kwargs)
 
 
 def save_pretrained(self: DiffusionPipeline, *args, **kwargs) -> None:

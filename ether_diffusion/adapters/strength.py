@@ -109,6 +109,9 @@ def set_adapters(
             f"adapter_weights: {', '.join(unknown)} is no component of this {type(self).__name__}; those that carry "
             f"an adapter are {', '.join(carrying)}"
         )
+    for name, weight in zip(names, by_component, strict=True):
+        for component, value in weight.items():
+            _check_numbers(name, component, value)
     strengths = {}
     for name, weight in zip(names, by_component, strict=True):
         value = weight.get(CONTROL)
@@ -136,9 +139,11 @@ def _strengths_of_layers(
 ) -> list[tuple[BaseTunerLayer, dict[str, float]]]:
     """The strength of every named adapter on each adapted layer that has it, all of them checked."""
     expand = _SET_ADAPTER_SCALE_FN_MAPPING.get(type(model).__name__)  # of UNets, blocks to paths
+    check = _check_paths if expand is None else _check_blocks
+    for name, weight in zip(names, weights, strict=True):
+        if isinstance(weight, Mapping):
+            check(component, model, name, weight)
     by_path = expand(model, list(weights)) if names and expand else weights
-    if expand is None:
-        _check_paths(component, model, names, weights)
     found = []
     for path, layer in model.named_modules():
         if not isinstance(layer, BaseTunerLayer):
@@ -167,15 +172,44 @@ def _lies_in(path: str, part: str) -> bool:
     return f".{part}." in f".{path}."
 
 
-def _check_paths(component: str, model: nn.Module, names: Sequence[str], weights: Sequence[Any]) -> None:
+def _check_numbers(name: str, component: str, value: Any, *, outer: bool = True) -> None:
+    """Refuse a strength that is none, wherever it stands, and whether or not it will act."""
+    if isinstance(value, Mapping | list):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            _check_numbers(name, component, inner, outer=False)
+    elif not is_number(value) and not (outer and value is None):
+        raise ValueError(f"adapter_weights: {name}: got {value!r} for {component}, needs a finite number")
+
+
+def _check_paths(component: str, model: nn.Module, name: str, weight: Mapping[str, Any]) -> None:
     """Refuse strengths by module path that would act nowhere."""
-    paths = [path for path, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
-    for name, weight in zip(names, weights, strict=True):
-        for prefix in weight if isinstance(weight, Mapping) else ():
-            if not any(_lies_in(path, prefix) for path in paths):
+    paths = [
+        path
+        for path, layer in model.named_modules()
+        if isinstance(layer, BaseTunerLayer) and name in layer._get_available_adapters()
+    ]
+    for prefix in weight:
+        if not any(_lies_in(path, prefix) for path in paths):
+            there = f"those there are {', '.join(paths[:2])}, …" if paths else "it has none there"
+            raise ValueError(f"adapter_weights: {name}: {component} has no layer {prefix} of this adapter; {there}")
+
+
+def _check_blocks(component: str, model: nn.Module, name: str, weight: Mapping[str, Any]) -> None:
+    """Refuse names of blocks that a UNet does not have, or that have no attention, which is all that is set there."""
+    known = {
+        part: [
+            f"block_{k}" for k, block in enumerate(getattr(model, f"{part}_blocks")) if hasattr(block, "attentions")
+        ]
+        for part in ("down", "up")
+    }
+    for part, value in weight.items():
+        if part not in (*known, "mid"):
+            raise ValueError(f"adapter_weights: {name}: {component} has no blocks {part!r}; there are down, mid, up")
+        for block in value if isinstance(value, Mapping) else ():
+            if block not in known.get(part, ()):
                 raise ValueError(
-                    f"adapter_weights: {name}: {component} has no adapted layer {prefix}; those there are "
-                    f"{', '.join(paths[:2])}, …"
+                    f"adapter_weights: {name}: {component} has no attention in {part}: {block!r}; those that have "
+                    f"are {', '.join(known.get(part, ())) or 'not numbered, so give one number'}"
                 )
 
 

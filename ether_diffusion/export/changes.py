@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,16 +107,46 @@ def changes_of(pipe: DiffusionPipeline, adapter_names: Sequence[str] | str | Non
     check_alone(pipe)
     known = records_of(pipe)
     adapter_names = None if adapter_names is None else named(adapter_names, known)
-    changes = []
+    changes = [
+        _change(component, path, layer, acting)
+        for component, path, layer in _layers(pipe)
+        if (acting := _acting(layer, adapter_names))
+    ]
+    if not changes:
+        raise _nothing("export", adapter_names or known)
+    return changes
+
+
+def check_acting(pipe: DiffusionPipeline, verb: str, adapter_names: Sequence[str] | None) -> None:
+    """Raise where none of the named adapters (default: the active ones) changes a layer.
+
+    Raises:
+        ValueError: says what to do; or an unknown adapter.
+    """
+    known = records_of(pipe)
+    adapter_names = None if adapter_names is None else named(adapter_names, known)
+    if not any(_acting(layer, adapter_names) for _, _, layer in _layers(pipe)):
+        raise _nothing(verb, adapter_names or known)
+
+
+def _layers(pipe: DiffusionPipeline) -> Iterator[tuple[str, str, EtherLayer]]:
     models = models_of(pipe)
     for component, first in names_of(pipe).items():  # a model under two names is written under both
-        for path, layer in ether_layers(models[first]):
-            wanted = layer.acting_adapters if adapter_names is None else adapter_names
-            if acting := [name for name in wanted if name in layer.ether_u and layer.scaling[name] != 0]:
-                changes.append(_change(component, path, layer, acting))
-    if not changes:
-        raise ValueError(f"nothing to export: of {', '.join(adapter_names or known) or 'no adapters'} none acts")
-    return changes
+        yield from ((component, path, layer) for path, layer in ether_layers(models[first]))
+
+
+def _acting(layer: EtherLayer, adapter_names: Sequence[str] | None) -> list[str]:
+    wanted = layer.acting_adapters if adapter_names is None else adapter_names
+    return [name for name in wanted if name in layer.ether_u and layer.scaling[name] != 0]
+
+
+def _nothing(verb: str, names: Iterable[str]) -> ValueError:
+    if not names:
+        return ValueError(f"nothing to {verb}: this pipeline holds no ETHER adapter: load one first")
+    return ValueError(
+        f"nothing to {verb}: none of {', '.join(names)} acts: switch on what is meant (enable_ether, set_adapters), "
+        "at a strength other than 0"
+    )
 
 
 def check_alone(pipe: DiffusionPipeline) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -31,11 +30,10 @@ from ether_diffusion.export.lora_files import (
 )
 from ether_diffusion.export.names import UNREAD_BY_DIFFUSERS, Place, family_of, kohya_place, own_place
 from ether_diffusion.files import new_path
+from ether_diffusion.tuner.guards import FUSED_PROJECTION
 
 RECORD = "ether_export"
 """The entry of a file's safetensors metadata that says, as JSON, what it was made from."""
-FUSED_PROJECTION = re.compile(r"\.to_(added_)?(qkv|kv)$")
-"""Paths of the layers that `fuse_qkv_projections` adds to a model."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +184,7 @@ def _place(pipe: DiffusionPipeline, change: Change, to: str) -> Place:
                 f"{change.component}: a LoRA file of diffusers' {type(pipe).__name__} holds "
                 f"{', '.join(held) or 'nothing'}; peft-lora fits every component"
             )
-        if FUSED_PROJECTION.search(change.path):
+        if FUSED_PROJECTION.fullmatch(change.path.rpartition(".")[2]):
             raise ValueError(
                 f"{change.component}.{change.path} is a projection that fuse_qkv_projections made, which a pipeline "
                 "does not have when it is loaded: adapt the layers that it was made of (unfuse_qkv_projections)"

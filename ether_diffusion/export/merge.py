@@ -16,8 +16,11 @@ from ether_diffusion.adapters.attach import attach
 from ether_diffusion.adapters.components import check_removable, ether_layers, models_of, records_of
 from ether_diffusion.adapters.locate import find_adapter_file
 from ether_diffusion.adapters.schema import WEIGHTS_NAME
-from ether_diffusion.export.changes import check_alone
+from ether_diffusion.dtypes import DTYPES
+from ether_diffusion.export.changes import check_acting, check_alone
 from ether_diffusion.files import new_path
+from ether_diffusion.tuner.base_layer import PLAIN_DTYPES, put_values
+from ether_diffusion.tuner.undo import restored_on_error
 
 logger = logging.getLogger(__name__)
 
@@ -80,40 +83,55 @@ def merge_adapters(
     output_dir: str | Path,
     *,
     adapter_names: Sequence[str] | str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
 ) -> Path:
     """Write the whole pipeline with adapters merged into its weights: a stock pipeline, which needs no ETHER to open.
 
-    The pipeline passed in is left with merged weights, in `dtype`, and without adapters.
+    The pipeline passed in is left with merged weights, in `dtype`, and without adapters. Where anything raises, a full
+    disk too, it is as it was, and nothing is left on the disk; the weights as they were are kept until then.
 
     Args:
         output_dir: a new folder.
         adapter_names: in the order in which they act. Default: the active adapters.
-        dtype: of what is written, except for modules that a model declares to need float32.
+        dtype: of what is written, except for modules that a model declares to need float32: torch.float32, float16 or
+            bfloat16, or its name.
 
     Raises:
-        ValueError: nothing to merge, another method's adapter on the pipeline, a component that is a `PeftModel`, a
-            quantised or offloaded weight, or NaN or infinity in a merged weight.
+        ValueError: another dtype, nothing to merge (no adapter that acts), another method's adapter on the pipeline, a
+            component that is a `PeftModel`, a quantised or offloaded weight, or NaN or infinity in a merged weight.
         FileExistsError: there is something under that name; nothing is overwritten.
     """
+    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen not in PLAIN_DTYPES:
+        raise ValueError(f"dtype={dtype!r}: there are {', '.join(DTYPES)}, as names or as torch's own (torch.float32)")
     check_alone(pipe)
     check_removable(pipe, records_of(pipe))
-    with new_path(Path(output_dir)) as partial:
+    check_acting(pipe, "merge", adapter_names)
+    models = models_of(pipe).values()
+    replaced = {name: each for record in records_of(pipe).values() for name, each in record.replaced.items()}
+    written_over = [
+        parameter
+        for component, each in replaced.items()
+        for parameter in each.parameters(models_of(pipe)[component], list(records_of(pipe))).values()
+    ]
+    with new_path(Path(output_dir)) as partial, restored_on_error(models, written_over):
         pipe.fuse_ether(safe_fusing=True, adapter_names=adapter_names)
-        layers = [layer for model in models_of(pipe).values() for _, layer in ether_layers(model) if layer.merged]
+        layers = [layer for model in models for _, layer in ether_layers(model) if layer.merged]
         merged = [(layer.get_base_layer(), layer.get_base_layer().weight.data) for layer in layers]
         pipe.unload_ether_weights()  # takes the adapters off, and brings the base weights back
         for base, weight in merged:
-            base.weight.data = weight
-        for model in models_of(pipe).values():
-            _cast(model, dtype)
+            put_values(base, "weight", weight)
+        for model in models:
+            _cast(model, chosen)
         pipe.save_pretrained(partial)
     return Path(output_dir)
 
 
+@torch.inference_mode(False)
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast what a model saves, but for the modules that it declares to need float32."""
     exact, saved = set(getattr(model, "_keep_in_fp32_modules", None) or ()), model.state_dict().keys()
-    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+    for name, tensor in list(itertools.chain(model.named_parameters(), model.named_buffers())):
         if name in saved and tensor.is_floating_point() and exact.isdisjoint(name.split(".")):
-            tensor.data = tensor.data.to(dtype)
+            path, _, last = name.rpartition(".")
+            put_values(model.get_submodule(path), last, tensor.data.to(dtype))

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
 from torch import Tensor, nn
 
+from ether_diffusion.tuner.guards import projects_at_once
+
 BACKENDS = ("sdpa", "xformers")
 STOCK = (AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor)
 
@@ -38,13 +40,18 @@ def enable_ether_attention(model: nn.Module, backend: str = "sdpa") -> None:
         backend: "sdpa" (PyTorch's scaled_dot_product_attention) or "xformers" (memory_efficient_attention).
 
     Raises:
-        ValueError: unknown backend, a pipeline in place of a model, or no block with a stock processor (names the
-            processors there are).
+        ValueError: unknown backend, a pipeline in place of a model, projections that are fused into one, or no block
+            with a stock processor (names the processors there are).
         ImportError: xformers is not installed.
     """
     check_backend(backend)
     _check_model("enable_ether_attention", model)
     blocks = [module for module in model.modules() if isinstance(module, Attention)]
+    if any(projects_at_once(block) for block in blocks):
+        raise ValueError(
+            f"enable_ether_attention: the projections of this {type(model).__name__} are fused into one: call "
+            "unfuse_qkv_projections first"
+        )
     fitting = [block for block in blocks if isinstance(block.processor, (*STOCK, EtherAttnProcessor))]
     if not fitting:
         own = {type(module.processor).__name__ for module in model.modules() if hasattr(module, "processor")}

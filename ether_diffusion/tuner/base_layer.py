@@ -16,6 +16,20 @@ def is_plain(weight: Tensor) -> bool:
     return type(weight) in (Tensor, nn.Parameter) and weight.dtype in PLAIN_DTYPES and not weight.is_meta
 
 
+def put_values(module: nn.Module, name: str, values: Tensor) -> None:
+    """Give a parameter or buffer of a module other values: another tensor, so that the old one can be kept.
+
+    One that was made in inference mode is itself exchanged: it has no version that could follow new data.
+    """
+    old = getattr(module, name)
+    if not old.is_inference():
+        old.data = values
+    elif isinstance(old, nn.Parameter):
+        module._parameters[name] = nn.Parameter(values, requires_grad=False)
+    else:
+        module._buffers[name] = values
+
+
 def offload_hook(module: nn.Module) -> AlignDevicesHook | None:
     """The hook by which Accelerate keeps a module's parameters elsewhere between calls, if one does."""
     hook = getattr(module, "_hf_hook", None)

@@ -175,14 +175,21 @@ class EtherLayer(MergingLayer):
         self.scaling[adapter] = self.strength[adapter]
 
     def scale_layer(self, scale: float) -> None:
-        """Multiply what applies now by `scale`, for the active adapters."""
+        """Multiply what applies now by `scale`, for the active adapters.
+
+        Raises:
+            ValueError: no finite number.
+        """
+        if not _is_finite(scale):
+            raise ValueError(f"scale={scale!r}: a finite number fits")
         for name in self._own(self.active_adapters):
             self.scaling[name] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Undo `scale_layer(scale)`; without a number, all of them."""
         for name in self._own(self.active_adapters):
-            restored = self.scaling[name] / scale if scale else self.strength[name]
+            # Diffusers also ends the call that `scale_layer` has refused to begin.
+            restored = self.scaling[name] / scale if _is_finite(scale) and scale else self.strength[name]
             # Pipelines scale and unscale at every step; rounding must not add up.
             unscaled = math.isclose(restored, self.strength[name], rel_tol=1e-12)
             self.scaling[name] = self.strength[name] if unscaled else restored
@@ -263,6 +270,13 @@ def _present(vectors: nn.ParameterDict, adapter_name: str) -> Tensor | None:
     if vector is None or not vector.is_meta or (hook := offload_hook(vectors)) is None:
         return vector
     return hook.weights_map[adapter_name].to(hook.execution_device)
+
+
+def _is_finite(scale: Any) -> bool:
+    try:
+        return math.isfinite(scale)  # of NumPy and tensors, too
+    except TypeError:
+        return False
 
 
 def _random_directions(n: int, width: int) -> Tensor:

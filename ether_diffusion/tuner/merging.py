@@ -12,7 +12,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor
 
-from ether_diffusion.tuner.base_layer import is_plain
+from ether_diffusion.tuner.base_layer import is_plain, put_values
 from ether_diffusion.tuner.operators import adapted_weight
 from ether_diffusion.tuner.transforms import Adaptation, low_rank_delta
 
@@ -66,19 +66,6 @@ class MergingLayer(BaseTunerLayer):
             return self.weight.data
         return self.original_weight() if callable(self.original_weight) else self.original_weight
 
-    def check_unmergeable(self) -> None:
-        """Make sure that `unmerge` can put the original weight back.
-
-        Raises:
-            ValueError: the layer has been offloaded since, or the file with the original is gone or has changed.
-        """
-        if self.get_base_layer().weight.is_meta:
-            raise ValueError(
-                "a layer that was fused has been offloaded since, so its weight cannot be put back: end the "
-                "offloading first (remove_all_hooks, accelerate.hooks.remove_hook_from_module)"
-            )
-        self.unmerged_weight()
-
     def plain_weight(self) -> Tensor:
         """`unmerged_weight`, where it can be read and written as it is.
 
@@ -94,6 +81,7 @@ class MergingLayer(BaseTunerLayer):
             )
         return weight
 
+    @torch.inference_mode(False)  # what is made in it could not be computed with outside
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the adapted weight into the base layer; keeps the old weight, so that `unmerge` is exact.
@@ -129,10 +117,12 @@ class MergingLayer(BaseTunerLayer):
         self.original_weight = original if self.original_weight is None else self.original_weight
         self.merged_adaptations = adaptations
         # Its own tensor, even if nothing was adapted: what is written to the weight must not reach the original.
-        weight.data = _laid_out_as(weight, merged) if merged is not original else merged.clone()
-        self._written = _checksum(weight.data) if added is None else None
+        values = _laid_out_as(weight, merged) if merged is not original else merged.clone()
+        put_values(self.get_base_layer(), "weight", values)
+        self._written = _checksum(values) if added is None else None
         self.merged_adapters.extend(names)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put the weight back as it was before the first merge, bit for bit.
@@ -142,7 +132,7 @@ class MergingLayer(BaseTunerLayer):
         if not self.merged:
             warnings.warn("nothing is merged, so there is nothing to unmerge", stacklevel=2)
             return
-        self.get_base_layer().weight.data = self._weight_without_merged()
+        put_values(self.get_base_layer(), "weight", self._weight_without_merged())
         self._start_unmerged()
 
     def _weight_without_merged(self) -> Tensor:
@@ -180,6 +170,21 @@ class MergingLayer(BaseTunerLayer):
                     f"{', '.join(sorted(acting))}, loaded before the ETHER adapter that is fused, has become active "
                     "since, and fused ETHER cannot reflect it: call unfuse_ether first"
                 )
+
+
+def check_unmergeable(layer: BaseTunerLayer) -> None:
+    """Make sure that `unmerge` can put the original weight of a layer back, whatever method the layer is of.
+
+    Raises:
+        ValueError: the layer has been offloaded since, or the file with the original is gone or has changed.
+    """
+    if layer.get_base_layer().weight.is_meta:
+        raise ValueError(
+            "a layer that was fused has been offloaded since, so its weight cannot be put back: end the "
+            "offloading first (remove_all_hooks, accelerate.hooks.remove_hook_from_module)"
+        )
+    if isinstance(layer, MergingLayer):
+        layer.unmerged_weight()
 
 
 def _laid_out_as(weight: Tensor, values: Tensor) -> Tensor:

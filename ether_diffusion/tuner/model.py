@@ -14,7 +14,9 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import Tensor, nn
 
 from ether_diffusion.tuner.config import ETHER, EtherConfig
+from ether_diffusion.tuner.guards import check_separate, guard
 from ether_diffusion.tuner.layer import NO_MIXED_BATCHES, EtherConv2d, EtherLayer, EtherLinear
+from ether_diffusion.tuner.undo import restored_on_error
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 CLIP_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -63,10 +65,20 @@ class EtherModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """PEFT's `inject_adapter`, with what `autocast_adapter_dtype=False` says, which it leaves to its callers."""
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        if not autocast_adapter_dtype:
-            self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        """PEFT's `inject_adapter`, of which nothing stays where it raises.
+
+        It also does what `autocast_adapter_dtype=False` says, which PEFT leaves to its callers.
+        """
+        first = not hasattr(model, "peft_config")
+        flag = (
+            vars(model).pop("_hf_peft_config_loaded", None) if first else None
+        )  # set already, where that is too soon
+        with restored_on_error([model]):
+            if flag is not None:
+                model._hf_peft_config_loaded = flag
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            if not autocast_adapter_dtype:
+                self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Vectors in float32, or with `autocast_adapter_dtype=False` in the dtype of the base layers."""
@@ -80,6 +92,12 @@ class EtherModel(BaseTuner):
             targets = self._default_targets(model_config)
             peft_config.target_modules = targets if isinstance(targets, str) else set(targets)
         return peft_config
+
+    def _prepare_model(self, peft_config: EtherConfig, model: nn.Module) -> None:
+        """PEFT's last step before it changes the model."""
+        every = peft_config.target_modules == "all-linear"  # PEFT makes names of it later
+        check_separate(model, lambda path: every or bool(self._check_target_module_exists(peft_config, path)))
+        guard(model)
 
     def _default_targets(self, model_config: dict) -> list[str] | str:
         kind = model_config.get("model_type")

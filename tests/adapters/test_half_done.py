@@ -45,12 +45,74 @@ def test_an_adapter_loaded_in_inference_mode_is_exchanged_and_fused_outside_it(t
     assert all(torch.equal(held[name], tensor.flip(-1)) for name, tensor in vectors.items())
 
 
-@pytest.mark.parametrize("call", ["unfuse_ether", "unload_ether_weights"])
-def test_what_was_fused_and_then_offloaded_stays_as_it_is(tiny_pipeline, vectors, call):
+@pytest.fixture(scope="module")
+def images(tiny_pipeline_folder):
+    """Of the tiny pipeline and of it with the adapter of `vectors`."""
+    pipe = open_pipeline(tiny_pipeline_folder)
+    return generate(pipe), generate(adapt(pipe, "ether_plus"))
+
+
+@pytest.mark.parametrize("made", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("generated", [True, False])
+@pytest.mark.parametrize(
+    ("fuse", "unfuse", "options"),
+    [
+        ("fuse_ether", "unfuse_ether", {}),
+        ("fuse_ether", "unfuse_ether", {"keep_original": "cpu"}),
+        ("fuse_ether", "unfuse_ether", {"keep_original": "disk"}),
+        ("fuse_lora", "unfuse_lora", {}),
+    ],
+)
+def test_a_pipeline_generates_whatever_was_done_to_it_in_inference_mode(
+    tiny_pipeline_folder, vectors, images, made, fused, generated, fuse, unfuse, options
+):
+    """True: made, fused and unfused, or asked for images in inference mode."""
+    base, adapted = images
+    with torch.inference_mode(made):
+        pipe = open_pipeline(tiny_pipeline_folder)
+        pipe.load_ether_weights(vectors)
+    with torch.inference_mode(fused):
+        getattr(pipe, fuse)(**options)
+    with torch.inference_mode(generated):
+        assert abs(generate(pipe) - adapted).max() < 1e-3
+        pipe.disable_ether()
+        assert abs(generate(pipe) - base).max() < 1e-3
+        pipe.enable_ether()
+    with torch.inference_mode(fused):
+        getattr(pipe, unfuse)()
+    with torch.inference_mode(generated):
+        assert (generate(pipe) == adapted).all()
+        pipe.unload_ether_weights()
+        assert (generate(pipe) == base).all()
+
+
+@pytest.mark.parametrize("made", [True, False])
+@pytest.mark.parametrize("loaded", [True, False])
+def test_modules_are_replaced_and_put_back_whatever_was_made_in_inference_mode(
+    tiny_pipeline, tiny_pipeline_folder, tmp_path, images, made, loaded
+):
+    with torch.no_grad():
+        tiny_pipeline.unet.conv_in.weight.add_(0.1)
+    adapt(tiny_pipeline)
+    tiny_pipeline.save_ether_weights(tmp_path, replaced_modules={"unet": ["conv_in"]})
+    with torch.inference_mode(made):
+        pipe = open_pipeline(tiny_pipeline_folder)
+    with torch.inference_mode(loaded):
+        pipe.load_ether_weights(tmp_path)
+    assert (generate(pipe) == generate(tiny_pipeline)).all()
+    with torch.inference_mode(loaded):
+        pipe.unload_ether_weights()
+    assert (generate(pipe) == images[0]).all()
+
+
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+@pytest.mark.parametrize("call", ["unfuse_ether", "unload_ether_weights", "unfuse_lora"])
+def test_what_was_fused_and_then_offloaded_stays_as_it_is(tiny_pipeline, vectors, call, component):
     tiny_pipeline.load_ether_weights(vectors, "dog")
     tiny_pipeline.fuse_ether()
     count = fused(tiny_pipeline)
-    accelerate.cpu_offload(tiny_pipeline.unet, execution_device="cpu")
+    accelerate.cpu_offload(getattr(tiny_pipeline, component), execution_device="cpu")
     with pytest.raises(ValueError, match="has been offloaded since"):
         getattr(tiny_pipeline, call)()
     assert fused(tiny_pipeline) == count and list(tiny_pipeline.ether_adapters) == ["dog"]

@@ -125,6 +125,109 @@ def test_a_pipeline_without_ether_is_left_to_diffusers(tiny_pipeline):
     assert not any(tiny_pipeline.get_list_adapters().values())
 
 
+@pytest.mark.parametrize("beside", [None, {"unet": 0.5}])
+@pytest.mark.parametrize("component", ["vae", "control_encoder", "safety_checker"])
+@pytest.mark.parametrize(
+    "weight", [float("nan"), float("inf"), "1", True, {"down": float("nan")}, {"up": {"block_1": "a"}}]
+)
+def test_a_strength_that_is_none_is_refused_where_it_would_not_act_either(two, component, weight, beside):
+    two.set_adapters(["second"], 0.75)
+    with pytest.raises(ValueError, match=f"adapter_weights: default: got .* for {component}, needs a finite number"):
+        two.set_adapters(["default", "second"], [{component: weight} | (beside or {}), 1.0])
+    assert strengths(two, "unet", "second") == {0.75} and two.get_active_adapters() == ["second"]
+
+
+def test_a_strength_that_is_none_is_refused_where_another_adapter_lies(tiny_pipeline):
+    tiny_pipeline.unet.add_adapter(EtherConfig(init_weights=False), adapter_name="dog")
+    tiny_pipeline.text_encoder.add_adapter(EtherConfig(init_weights=False), adapter_name="cat")
+    with pytest.raises(ValueError, match="adapter_weights: dog: got nan for text_encoder"):
+        tiny_pipeline.set_adapters(["dog", "cat"], [{"unet": 1.0, "text_encoder": float("nan")}, 0.5])
+    assert strengths(tiny_pipeline, "text_encoder", "cat") == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        ({"doown": 0.5}, "unet has no blocks 'doown'; there are down, mid, up"),
+        ({"down_blocks": 0.5}, "unet has no blocks 'down_blocks'"),
+        ({"down.block_0": 0.5}, "unet has no blocks 'down.block_0'"),
+        ({3: 0.5}, "unet has no blocks 3"),
+        ({"down": {"block_9": 0.5}}, "unet has no attention in down: 'block_9'; those that have are block_0$"),
+        ({"down": {"block_1": 0.5}}, "unet has no attention in down: 'block_1'"),
+        ({"up": {"block_0": 0.5}}, "unet has no attention in up: 'block_0'; those that have are block_1$"),
+        ({"mid": 0.5, "up": {"block_1": 0.5, "1": 0.5}}, "unet has no attention in up: '1'"),
+        ({"mid": {"block_0": 0.5}}, "unet has no attention in mid: 'block_0'; .* give one number"),
+        ({"down": {"block_0": [1.0, 1.0, 1.0]}}, "Expected 1 scales for down.block_0"),
+    ],
+)
+def test_a_block_that_a_unet_does_not_have_is_told_before_anything_changes(two, weight, message):
+    two.set_adapters(["second"], 0.75)
+    with pytest.raises(ValueError, match=message):
+        two.set_adapters(["second", "default"], [0.25, {"unet": weight}])
+    assert strengths(two, "unet", "second") == {0.75} and two.get_active_adapters() == ["second"]
+
+
+def test_strengths_by_path_are_for_layers_of_the_adapter_that_is_named(tiny_pipeline):
+    pipe = flux(tiny_pipeline)
+    parts = {"dog": r"transformer_blocks\..*to_q", "cat": r"single_transformer_blocks\..*to_q"}
+    for name, target in parts.items():
+        pipe.transformer.add_adapter(EtherConfig(target_modules=target, init_weights=False), adapter_name=name)
+    pipe.text_encoder.add_adapter(EtherConfig(init_weights=False), adapter_name="bird")
+    for component, paths, there in [
+        ("transformer", {"single_transformer_blocks.0": 0.5}, "those there are transformer_blocks"),
+        ("transformer", {"transformer_blocks.0": 0.5, "proj_out": 0.5}, "those there are transformer_blocks"),
+        ("text_encoder", {"q_proj": 0.5}, "it has none there"),
+    ]:
+        with pytest.raises(ValueError, match=f"dog: {component} has no layer .* of this adapter; {there}"):
+            pipe.set_adapters(["cat", "dog"], [0.25, {component: paths}])
+        assert pipe.get_active_adapters() != ["cat", "dog"]
+    pipe.set_adapters(["cat", "dog"], [{"transformer": {"single_transformer_blocks.0": 0.5}}, 0.75])
+    scales = {name: {la.scaling[name] for la in ether_layers_of(pipe) if name in la.ether_u} for name in parts}
+    assert scales == {"cat": {0.5}, "dog": {0.75}}
+
+
+NO_NAMES = [5, 2.5, True, [3], ["default", None], [["default"]]]
+
+
+@pytest.mark.parametrize("names", [*NO_NAMES, None])
+@pytest.mark.parametrize("call", ["set_adapters", "delete_adapters", "set_ether_device"])
+def test_what_is_no_name_is_told_in_a_sentence(two, call, names):
+    more = ["cpu"] if call == "set_ether_device" else []
+    with pytest.raises(ValueError, match="adapter_names=.*: a name fits, or a list of names"):
+        getattr(two, call)(names, *more)
+    assert two.get_list_adapters()["unet"] == ["default", "second"]
+
+
+@pytest.mark.parametrize("names", NO_NAMES)
+@pytest.mark.parametrize("argument", ["components", "adapter_names"])
+@pytest.mark.parametrize("call", ["fuse_ether", "unfuse_ether", "fuse_lora", "unfuse_lora", "load_ether_weights"])
+def test_what_is_no_name_is_not_fused_or_loaded(two, call, argument, names):
+    if argument == "adapter_names" and not call.startswith("fuse"):
+        argument = "components"  # the others take no adapters
+    vectors = [two.ether_state_dict("default")] if call == "load_ether_weights" else []
+    with pytest.raises(ValueError, match=f"{argument}=.*: a name fits, or a list of names"):
+        getattr(two, call)(*vectors, **{argument: names})
+    assert two.get_list_adapters()["unet"] == ["default", "second"]
+    assert not any(layer.merged for layer in ether_layers_of(two))
+
+
+@pytest.mark.parametrize("build", [lambda tiny: tiny, sdxl, flux])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "0.5"])
+def test_a_calls_scale_that_is_no_finite_number_spoils_no_later_call(build, tiny_pipeline, scale):
+    pipe = build(tiny_pipeline)
+    components = ["transformer"] if build is flux else ["unet", "text_encoder"]
+    argument = "joint_attention_kwargs" if build is flux else "cross_attention_kwargs"
+    adapt_components(pipe, *components, method="ether")
+    pipe.set_adapters("default", 0.4)
+    image = generate(pipe, height=16, width=16)
+    with pytest.raises(ValueError, match="scale=.*: a finite number fits"):
+        generate(pipe, height=16, width=16, **{argument: {"scale": scale}})
+    assert {la.scaling["default"] for la in ether_layers_of(pipe)} == {0.4}
+    assert np.array_equal(generate(pipe, height=16, width=16), image)
+    for number in (np.float32(0.5), torch.tensor(0.5)):
+        assert not np.array_equal(generate(pipe, height=16, width=16, **{argument: {"scale": number}}), image)
+
+
 # Enabling, deleting, moving -----------------------------------------------------------------------------------
 
 

@@ -92,7 +92,7 @@ def test_active_adapters_are_exported_at_their_strengths(tiny_pipeline, tmp_path
     assert report.strengths == {"c": [1.0], "a": [0.5]}
     assert "c: strength 1\na: strength 0.5" in str(report)
     tiny_pipeline.set_adapters(["c", "a"], [0.0, 0.0])
-    with pytest.raises(ValueError, match="nothing to export: of a, b, c none acts"):
+    with pytest.raises(ValueError, match="nothing to export: none of a, b, c acts: switch on"):
         export_lora(tiny_pipeline, tmp_path / "none", to="diffusers-lora")
     with pytest.raises(ValueError, match="there is no adapter d; loaded are a, b, c"):
         export_lora(tiny_pipeline, tmp_path / "none", to="diffusers-lora", adapter_names=["d"])

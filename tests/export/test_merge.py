@@ -7,11 +7,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from helpers.lora import generate_any, record_of, run_command
 from helpers.pipelines import ONE_GREY_LEVEL, assert_unchanged, generate, open_pipeline, snapshot
 from peft import LoraConfig
 from safetensors.torch import load_file
+from transformers import CLIPTextModel
 
 from ether_diffusion import EtherConfig
 from ether_diffusion.adapters.components import ether_layers, models_of
@@ -43,7 +44,7 @@ def test_a_merged_pipeline_opens_without_this_package(one, tiny_pipeline_folder,
     run_command(merge_command, arguments)
     code = f"""
 import sys, numpy as np, torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 pipe = DiffusionPipeline.from_pretrained({str(tmp_path / "merged")!r})
 image = pipe("a dog", num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="np").images[0]
 assert "ether_diffusion" not in sys.modules and "peft" not in str(type(pipe.unet.conv_in))
@@ -127,3 +128,120 @@ def test_a_name_by_itself_is_one_name_wherever_names_are_taken(tiny_pipeline, tm
         getattr(tiny_pipeline, undo)()
     merge_adapters(tiny_pipeline, tmp_path / "merged", adapter_names="dog")
     assert (tmp_path / "merged" / "model_index.json").is_file()
+
+
+# A merge that raises ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapted(one, tiny_pipeline):
+    """The tiny pipeline with two adapters, one of them active."""
+    for name in ("dog", "cat"):
+        tiny_pipeline.load_ether_weights(one, name)
+    tiny_pipeline.set_adapters("cat", 0.5)
+    return tiny_pipeline
+
+
+class Full(OSError):
+    """No space left on the device."""
+
+
+def fill_disk(monkeypatch, component: str) -> None:
+    """Let the writing of one component end in an error of the disk."""
+
+    def full(*args, **kwargs):
+        raise Full(28, "No space left on device")
+
+    kind = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel, "vae": AutoencoderKL}[component]
+    monkeypatch.setattr(kind, "save_pretrained", full)
+
+
+def assert_as_before(pipe, before: dict, image, folder) -> None:
+    assert_unchanged(pipe, before)
+    assert list(pipe.ether_adapters) == ["dog", "cat"] and pipe.get_active_adapters() == ["cat"]
+    assert np.array_equal(generate(pipe), image)
+    assert not [path for path in folder.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("component", ["unet", "text_encoder", "vae"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", torch.bfloat16])
+@pytest.mark.parametrize("names", [None, ["cat", "dog"]])
+def test_a_merge_that_cannot_be_written_leaves_the_pipeline(adapted, tmp_path, monkeypatch, component, dtype, names):
+    before, image = snapshot(adapted), generate(adapted)
+    with monkeypatch.context() as patched:
+        fill_disk(patched, component)
+        with pytest.raises(Full):
+            merge_adapters(adapted, tmp_path / "out", dtype=dtype, adapter_names=names)
+    assert_as_before(adapted, before, image, tmp_path)
+    merge_adapters(adapted, tmp_path / "out", adapter_names=names)
+    assert not adapted.ether_adapters
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "int8", torch.int8, torch.float8_e4m3fn, torch.complex64, None, 16, []])
+def test_a_merge_in_a_dtype_that_weights_cannot_have_is_refused_first(adapted, tmp_path, dtype):
+    before, image = snapshot(adapted), generate(adapted)
+    with pytest.raises(ValueError, match="dtype=.*: there are float32, float16, bfloat16, as names or"):
+        merge_adapters(adapted, tmp_path / "out", dtype=dtype)
+    assert_as_before(adapted, before, image, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_dtype_by_its_name_is_that_dtype(adapted, tmp_path, dtype):
+    merge_adapters(adapted, tmp_path / "out", dtype=dtype)
+    written = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in written.values()} == {getattr(torch, dtype)}
+
+
+def test_a_merge_that_cannot_be_written_puts_replaced_modules_back(tiny_pipeline_folder, tmp_path, monkeypatch):
+    pipe = open_pipeline(tiny_pipeline_folder)
+    with torch.no_grad():
+        pipe.unet.conv_in.weight.add_(0.1)
+    pipe.unet.add_adapter(EtherConfig(target_modules=["to_q"], init_weights=False), adapter_name="dog")
+    file = pipe.save_ether_weights(tmp_path / "file", replaced_modules={"unet": ["conv_in"]})
+    pipe = open_pipeline(tiny_pipeline_folder)
+    pipe.load_ether_weights(file, "dog")
+    before, image = snapshot(pipe), generate(pipe)
+    fill_disk(monkeypatch, "vae")
+    with pytest.raises(Full):
+        merge_adapters(pipe, tmp_path / "out")
+    assert_unchanged(pipe, before)
+    assert np.array_equal(generate(pipe), image) and pipe.ether_adapters["dog"].replaced
+
+
+@pytest.mark.parametrize(
+    "rest", [lambda p: p.disable_ether(), lambda p: p.set_adapters("cat", 0.0), lambda p: p.set_adapters([])]
+)
+@pytest.mark.parametrize("verb", ["merge", *WRITERS])
+def test_adapters_that_do_not_act_are_neither_merged_nor_exported(adapted, tmp_path, rest, verb):
+    rest(adapted)
+    before = snapshot(adapted)
+    with pytest.raises(ValueError, match="nothing to (merge|export): none of dog, cat acts: switch on"):
+        if verb == "merge":
+            merge_adapters(adapted, tmp_path / "out")
+        else:
+            export_lora(adapted, tmp_path / "out", to=verb)
+    assert_unchanged(adapted, before)
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("verb", ["merge", *WRITERS])
+def test_a_pipeline_without_adapters_is_told_so(tiny_pipeline, tmp_path, verb):
+    with pytest.raises(ValueError, match="nothing to (merge|export): this pipeline holds no ETHER adapter"):
+        if verb == "merge":
+            merge_adapters(tiny_pipeline, tmp_path / "out")
+        else:
+            export_lora(tiny_pipeline, tmp_path / "out", to=verb)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_pipeline_that_was_made_in_inference_mode_is_merged(one, tiny_pipeline_folder, tmp_path, dtype):
+    """Its weights cannot be written over outside of it."""
+    expected = open_pipeline(tiny_pipeline_folder)
+    expected.load_ether_weights(one)
+    image = generate(expected)
+    with torch.inference_mode():
+        pipe = open_pipeline(tiny_pipeline_folder)
+    pipe.load_ether_weights(one)
+    merge_adapters(pipe, tmp_path / "out", dtype=dtype)
+    assert np.abs(generate(pipe.to(torch.float32)) - image).max() <= 2 * ONE_GREY_LEVEL
+    assert np.abs(generate(open_pipeline(tmp_path / "out").to(torch.float32)) - image).max() <= 2 * ONE_GREY_LEVEL

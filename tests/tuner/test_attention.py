@@ -328,3 +328,19 @@ def test_xformers_answers_as_sdpa_does(kind, mask):
     stock = model(**given)
     enable_ether_attention(model, "xformers")
     torch.testing.assert_close(model(**given), stock, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("component", ["unet", "vae"])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_fused_projections_are_named_with_the_call_that_parts_them(tiny_pipeline, component, adapted):
+    model = getattr(tiny_pipeline, component)
+    model.fuse_qkv_projections()
+    if adapted:
+        model.add_adapter(EtherConfig(target_modules=["to_out.0"]), adapter_name="dog")
+    with pytest.raises(
+        ValueError, match="enable_ether_attention: the projections .* call unfuse_qkv_projections first"
+    ):
+        enable_ether_attention(model)
+    model.unfuse_qkv_projections()
+    enable_ether_attention(model)
