@@ -66,7 +66,7 @@ def test_a_component_that_is_not_named_stays_as_it_is(file, tiny_pipeline_folder
         (["unet", "unett"], "components: unett: .* can be loaded onto .*unet"),
         ("unett", "components: unett: "),
         ([], "components: no name: "),
-        ([None], "components: None: "),
+        ([None], r"components=\[None\]: a name fits, or a list of names"),
     ],
 )
 @pytest.mark.parametrize("hotswap", [False, True])
