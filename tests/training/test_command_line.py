@@ -105,7 +105,7 @@ def test_a_run_with_them_is_the_run_without_them(train):
 
 PATHS = {
     "--pretrained_model_name_or_path", "--config_name_or_path", "--pretrained_vae_model_name_or_path",
-    "--instance_data_dir",
+    "--instance_data_dir", "--reference_dir",
     "--class_data_dir", "--output_dir", "--logging_dir", "--resume_from_checkpoint", "--adapter_config",
     "--dataset_name", "--train_data_dir", "--controlnet_model_name_or_path", "--validation_image",
 }  # fmt: skip
