@@ -181,6 +181,7 @@ def test_strengths_by_module_path_act_there_and_paths_without_an_adapter_are_ref
     scales = {path: layer.scaling["dog"] for path, layer in layers.items()}
     assert scales == {path: 0.5 if path.startswith(f"{first}.") else 1.0 for path in layers}
     for wrong in ("down", "mid", f"{first}0", "to_k"):
-        with pytest.raises(ValueError, match=f"dog: transformer has no layer {wrong} of this adapter; those there are .*to_q"):
+        told = f"dog: transformer has no layer {wrong} of this adapter; those there are .*to_q"
+        with pytest.raises(ValueError, match=told):
             pipe.set_adapters("dog", {"transformer": {first: 0.1, wrong: 0.2}})
     assert {path: layer.scaling["dog"] for path, layer in layers.items()} == scales
