@@ -1,40 +1,27 @@
 """Lumina Image 2: states of Gemma 2 after a system prompt, latents as they are, and time that runs to the image."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from ether_diffusion.training.families.base import Conditioning
-from ether_diffusion.training.families.flow import FlowFamily
+from ether_diffusion.training.families.prefixed import PrefixedFamily
 from ether_diffusion.training.tokens import pad_rows
 
-LENGTH = 256
-"""Tokens of the system prompt and the prompt, in the pipeline."""
 
-
-class Lumina2(FlowFamily):
+class Lumina2(PrefixedFamily):
     """Lumina Image 2.
 
     Source: its pipeline in diffusers.
     """
 
     pipeline_class = "Lumina2Pipeline"
-    text_encoders = ("text_encoder",)
+    length = 256
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
         """States (tokens, width) of the system prompt and each prompt."""
         states, mask, _, _ = self.pipe.encode_prompt(list(prompts), False, device=self.device)
         return [{"prompt_embeds": row[seen.bool()]} for row, seen in zip(states, mask, strict=True)]
-
-    def encode_negative(self, references: Sequence[Tensor] = ()) -> Conditioning:
-        """States (tokens, width) of the negative prompt, which has no system prompt before it."""
-        _, _, states, mask = self.pipe.encode_prompt("", True, self.negative_prompt, device=self.device)
-        return {"prompt_embeds": states[0, mask[0].bool()]}
-
-    def prompt_inputs(self, conditioning: Sequence[Conditioning]) -> dict[str, Any]:
-        states, mask = pad_rows([row["prompt_embeds"] for row in conditioning], LENGTH)
-        return {"prompt_embeds": states, "prompt_attention_mask": mask.long()}
 
     def predict(self, noisy: Tensor, levels: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
         """The velocity, in the shape of the latents."""

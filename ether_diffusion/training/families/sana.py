@@ -8,22 +8,19 @@ from torch import Tensor
 
 from ether_diffusion.training.data.views import Target
 from ether_diffusion.training.families.base import Conditioning
-from ether_diffusion.training.families.flow import FlowFamily
+from ether_diffusion.training.families.prefixed import PrefixedFamily
 from ether_diffusion.training.families.source import ModelSource
 from ether_diffusion.training.tokens import pad_rows
 
-LENGTH = 300
-"""Tokens of a prompt, in the pipeline."""
 
-
-class Sana(FlowFamily):
+class Sana(PrefixedFamily):
     """Sana and Sana 1.5.
 
     Source: its pipeline in diffusers.
     """
 
     pipeline_class = "SanaPipeline"
-    text_encoders = ("text_encoder",)
+    length = 300
     patch = 1
     distilled_classes = ("SanaSprintPipeline",)
 
@@ -42,19 +39,10 @@ class Sana(FlowFamily):
         )
         return [{"prompt_embeds": row[seen.bool()]} for row, seen in zip(states, mask, strict=True)]
 
-    def encode_negative(self, references: Sequence[Tensor] = ()) -> Conditioning:
-        """States (tokens, width) of the negative prompt, which has no instruction before it."""
-        _, _, states, mask = self.pipe.encode_prompt("", True, self.negative_prompt, device=self.device)
-        return {"prompt_embeds": states[0, mask[0].bool()]}
-
-    def prompt_inputs(self, conditioning: Sequence[Conditioning]) -> dict[str, Any]:
-        states, mask = pad_rows([row["prompt_embeds"] for row in conditioning], LENGTH)
-        return {"prompt_embeds": states, "prompt_attention_mask": mask.long()}
-
     def size_inputs(self, target: Target) -> dict[str, Any]:
         """What the pipeline is told to generate images of this (height, width)."""
         # It would generate the nearest of its own sizes, and resize the image.
-        return {**dict(zip(("height", "width"), target, strict=True)), "use_resolution_binning": False}
+        return {**super().size_inputs(target), "use_resolution_binning": False}
 
     def predict(self, noisy: Tensor, levels: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
         """The velocity, in the shape of the latents."""
