@@ -88,30 +88,8 @@ def set_adapters(
     names, models, controls = named(adapter_names, _known(self)), _adapted_models(self), _controls(self)
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"adapter_names: {', '.join(twice)} is named more than once: an adapter acts once")
-    if isinstance(adapter_weights, tuple):
-        raise ValueError(
-            f"adapter_weights: got a tuple, needs a number, numbers by component, or a list: {list(adapter_weights)}"
-        )
-    weights = list(adapter_weights) if isinstance(adapter_weights, list) else [adapter_weights] * len(names)
-    if len(weights) != len(names):
-        raise ValueError(f"{len(names)} adapters ({', '.join(names)}), but {len(weights)} weights")
     carrying = [*models, *([CONTROL] if controls else [])]
-    first = names_of(self)
-    by_component = [
-        {first.get(component, component): value for component, value in weight.items()}
-        if isinstance(weight, Mapping)
-        else dict.fromkeys(carrying, weight)
-        for weight in weights
-    ]
-    given = {component for weight in by_component for component in weight}
-    if unknown := sorted(map(str, given - {*self.components, CONTROL})):
-        raise ValueError(
-            f"adapter_weights: {', '.join(unknown)} is no component of this {type(self).__name__}; those that carry "
-            f"an adapter are {', '.join(carrying)}"
-        )
-    for name, weight in zip(names, by_component, strict=True):
-        for component, value in weight.items():
-            _check_numbers(name, component, value)
+    by_component = _weights_by_component(self, names, adapter_weights, carrying)
     strengths = {}
     for name, weight in zip(names, by_component, strict=True):
         value = weight.get(CONTROL)
@@ -122,6 +100,7 @@ def set_adapters(
     for component, model in models.items():
         own = [1.0 if weight.get(component) is None else weight[component] for weight in by_component]
         planned += _strengths_of_layers(component, model, names, own)
+    given = {component for weight in by_component for component in weight}
     if idle := sorted(given - set(carrying)):  # such as the text encoder's, where another pipeline has encoded
         logger.warning("adapter_weights: no adapter is on %s; the strength for it is ignored", ", ".join(idle))
     for layer, scales in planned:
@@ -132,6 +111,39 @@ def set_adapters(
         control.active = name in names
         control.weight = float(strengths.get(name, control.weight))
     return None
+
+
+def _weights_by_component(
+    pipe: DiffusionPipeline, names: Sequence[str], adapter_weights: Weight | list[Weight], carrying: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Component -> strength of each adapter, as `set_adapters` takes them; every number in them is finite.
+
+    carrying: the components that carry an adapter.
+    """
+    if isinstance(adapter_weights, tuple):
+        raise ValueError(
+            f"adapter_weights: got a tuple, needs a number, numbers by component, or a list: {list(adapter_weights)}"
+        )
+    weights = list(adapter_weights) if isinstance(adapter_weights, list) else [adapter_weights] * len(names)
+    if len(weights) != len(names):
+        raise ValueError(f"{len(names)} adapters ({', '.join(names)}), but {len(weights)} weights")
+    first = names_of(pipe)
+    by_component = [
+        {first.get(component, component): value for component, value in weight.items()}
+        if isinstance(weight, Mapping)
+        else dict.fromkeys(carrying, weight)
+        for weight in weights
+    ]
+    given = {component for weight in by_component for component in weight}
+    if unknown := sorted(map(str, given - {*pipe.components, CONTROL})):
+        raise ValueError(
+            f"adapter_weights: {', '.join(unknown)} is no component of this {type(pipe).__name__}; those that carry "
+            f"an adapter are {', '.join(carrying)}"
+        )
+    for name, weight in zip(names, by_component, strict=True):
+        for component, value in weight.items():
+            _check_numbers(name, component, value)
+    return by_component
 
 
 def _strengths_of_layers(
