@@ -1,5 +1,6 @@
 """What holds for every test of training."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -8,8 +9,10 @@ import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 from helpers.class_images import SEED, STEPS, Watched, prior
+from helpers.flow_zoo import SIDES, make
 from helpers.scripts import reset_accelerate
 from helpers.zoo import sdxl
+from PIL import Image
 
 from ether_diffusion.training.class_images import generate_class_images
 from ether_diffusion.training.families import ModelSource
@@ -64,3 +67,32 @@ def generate(tiny_pipeline_folder, accelerator, watched):
         )  # fmt: skip
 
     return call
+
+
+@pytest.fixture(scope="session")
+def flow_bases(tmp_path_factory):
+    """Name -> folder of a small pipeline, made once."""
+    made: dict[str, Path] = {}
+
+    def base(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name) / name
+            make(name, made[name].parent).save_pretrained(made[name])
+        return made[name]
+
+    return base
+
+
+@pytest.fixture
+def on(flow_bases) -> Callable[[str], tuple[object, ...]]:
+    """Flags that name a small pipeline and a size that it can have."""
+    return lambda name: ("--pretrained_model_name_or_path", flow_bases(name), "--resolution", SIDES.get(name, 16))
+
+
+@pytest.fixture(scope="session")
+def references(tmp_path_factory, photographs) -> Path:
+    """A reference image for each photograph, of its name and another kind."""
+    folder = tmp_path_factory.mktemp("references")
+    for k, path in enumerate(sorted(photographs.iterdir())):
+        Image.open(path).convert("L").rotate(90 * k).convert("RGB").save(folder / f"{path.stem}.jpg")
+    return folder

@@ -1,55 +1,30 @@
 """Training of transformers with flow matching, from the script's command line to a stock pipeline."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
-from helpers.flow_zoo import PIPELINES, SIDES, SIZED, WITH_PROCESSORS, make
+from helpers.flow_runs import IMAGES, QUICK
+from helpers.flow_zoo import PIPELINES, SIDES, SIZED
 from helpers.pipelines import ONE_GREY_LEVEL
-from helpers.scripts import DREAMBOOTH, launch, refusal
+from helpers.scripts import DREAMBOOTH, launch, refusal, same, tensors
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers.utils import is_torchvision_available
 
 from ether_diffusion.adapters.schema import WEIGHTS_NAME
-from ether_diffusion.images import to_pixels
-from ether_diffusion.training.data import TrainingImages, find_examples
-from ether_diffusion.training.data.views import cut, shrink
 from ether_diffusion.training.families import ModelSource, family_at
 from ether_diffusion.training.families.flow import FlowFamily
-from ether_diffusion.training.memory import format_bytes
-from ether_diffusion.training.objectives import ImageSet
-from ether_diffusion.training.options import InstanceDataOptions, ValidationOptions
+from ether_diffusion.training.options import ValidationOptions
 from ether_diffusion.training.preview import Preview
 
-EDITORS = ("kontext", "klein", "flux2")
 ENCODERS_TO_TRAIN = [name for name in PIPELINES if name in ("flux", "kontext", "sd3")]
 MOST_USED = ("flux", "klein", "sd3", "qwen", "z_image")
 """On which everything is tried in the quick run."""
-QUICK = ("--max_train_steps", 2, "--train_batch_size", 2)
-IMAGES = ("--num_validation_images", 1, "--num_inference_steps", 1)
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    """Name -> folder of a small pipeline, made once."""
-    made: dict[str, Path] = {}
-
-    def base(name: str) -> Path:
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name) / name
-            make(name, made[name].parent).save_pretrained(made[name])
-        return made[name]
-
-    return base
 
 
 @pytest.fixture(params=list(PIPELINES))
@@ -63,21 +38,6 @@ def name(request) -> str:
 def each(request) -> str:
     """The name of a pipeline, of which the most used ones are in the quick run."""
     return request.param
-
-
-@pytest.fixture
-def on(bases) -> Callable[[str], tuple[object, ...]]:
-    """Flags that name a small pipeline and a size that it can have."""
-    return lambda name: ("--pretrained_model_name_or_path", bases(name), "--resolution", SIDES.get(name, 16))
-
-
-def adapter(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / WEIGHTS_NAME)
-
-
-def same(one: Path, other: Path) -> bool:
-    a, b = adapter(one), adapter(other)
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def inputs_of(name: str) -> dict[str, object]:
@@ -99,8 +59,8 @@ def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image, dtype=np.float32) / 255
 
 
-def test_two_steps_learn_and_the_result_loads_in_a_stock_pipeline(name, bases, on, train):
-    base = bases(name)
+def test_two_steps_learn_and_the_result_loads_in_a_stock_pipeline(name, flow_bases, on, train):
+    base = flow_bases(name)
     result, folder = train(*on(name), *QUICK, *IMAGES, "--validation_steps", 1)
     assert len(result.losses) == 2 and all(np.isfinite(result.losses))
     assert {path.name for path in folder.rglob("*.png")} == {"grid.png", "step-000001.png"}
@@ -113,9 +73,12 @@ def test_two_steps_learn_and_the_result_loads_in_a_stock_pipeline(name, bases, o
     assert np.array_equal(painted(stock, name), before)
 
 
-def test_sample_images_are_those_of_the_stock_pipeline_before_and_after(each, bases, on, train):
+def test_sample_images_are_those_of_the_stock_pipeline_before_and_after(each, flow_bases, on, train):
     """They are made of kept prompts without text encoders in memory; a stock pipeline makes the same of text."""
-    source, options = ModelSource(str(bases(each))), ValidationOptions(num_validation_images=1, num_inference_steps=2)
+    source, options = (
+        ModelSource(str(flow_bases(each))),
+        ValidationOptions(num_validation_images=1, num_inference_steps=2),
+    )
     adapted = train(*on(each), *QUICK)[1]
     family = family_at(source).load(source, torch.float32)
     preview = Preview(family, ["a dog"], options, seed=3, target=(SIDES.get(each, 16),) * 2)
@@ -160,13 +123,13 @@ def test_what_saves_memory_changes_nothing_that_is_learned(each, on, train, flag
     base = (*on(each), *QUICK)
     kept = [flag for flag in flags if flag == "--center_crop"]
     usual, changed = train(*base, *kept, output="usual")[1], train(*base, *flags, output="changed")[1]
-    for key, value in adapter(usual).items():
-        torch.testing.assert_close(adapter(changed)[key], value, atol=1e-6, rtol=1e-5)
+    for key, value in tensors(usual).items():
+        torch.testing.assert_close(tensors(changed)[key], value, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_a_quantised_base_is_trained_and_the_adapter_loads_on_the_base_as_it_is(each, kind, bases, on, train):
-    base = bases(each)
+def test_a_quantised_base_is_trained_and_the_adapter_loads_on_the_base_as_it_is(each, kind, flow_bases, on, train):
+    base = flow_bases(each)
     if kind == "int8":
         pytest.importorskip("torchao")
     flags = (*on(each), *QUICK, "--mixed_precision", "bf16")
@@ -179,11 +142,11 @@ def test_a_quantised_base_is_trained_and_the_adapter_loads_on_the_base_as_it_is(
 
 
 @pytest.mark.parametrize("name", ENCODERS_TO_TRAIN)
-def test_text_encoders_that_can_be_trained_are(name, bases, on, train):
-    base = bases(name)
+def test_text_encoders_that_can_be_trained_are(name, flow_bases, on, train):
+    base = flow_bases(name)
     folder = train(*on(name), *QUICK, *IMAGES, "--train_text_encoder")[1]
     family = family_at(ModelSource(str(base)))
-    components = {key.split(".")[0] for key in adapter(folder)}
+    components = {key.split(".")[0] for key in load_file(folder / WEIGHTS_NAME)}
     assert components == {"transformer", *family.trained_text_encoders}
     stock = DiffusionPipeline.from_pretrained(base)
     before = painted(stock, name)
@@ -192,8 +155,8 @@ def test_text_encoders_that_can_be_trained_are(name, bases, on, train):
 
 
 @pytest.mark.parametrize("method", ["ether", "lora", "oft", "full"])
-def test_other_methods_train_and_load(method, bases, on, train):
-    base = bases("flux")
+def test_other_methods_train_and_load(method, flow_bases, on, train):
+    base = flow_bases("flux")
     _, folder = train(*on("flux"), *QUICK, "--method", method)
     assert any(folder.rglob("*.safetensors"))
     if method == "full":
@@ -238,89 +201,6 @@ def test_class_images_are_generated_at_the_size_of_the_training(on, train, tmp_p
     assert sizes == {(16, 16)} and len(result.losses) == 2
 
 
-@pytest.fixture(scope="module")
-def references(tmp_path_factory, photographs) -> Path:
-    """A reference image for each photograph, of its name and another kind."""
-    folder = tmp_path_factory.mktemp("references")
-    for k, path in enumerate(sorted(photographs.iterdir())):
-        Image.open(path).convert("L").rotate(90 * k).convert("RGB").save(folder / f"{path.stem}.jpg")
-    return folder
-
-
-@pytest.mark.parametrize("name", EDITORS)
-@pytest.mark.parametrize("flags", [(), ("--cache_latents",)], ids=["", "cached"])
-def test_editors_learn_from_reference_images(name, flags, bases, train, references):
-    base = ("--pretrained_model_name_or_path", bases(name), "--resolution", 64, *QUICK, "--center_crop")
-    plain = train(*base, output="plain")[1]
-    result, folder = train(*base, *flags, *IMAGES, "--reference_dir", references, output="references")
-    assert len(result.losses) == 2 and not same(plain, folder) and (folder / "grid.png").is_file()
-    again = train(*base, "--reference_dir", references, output="again")[1]
-    assert same(folder, again), "what is encoded before gives the same as what is encoded when its turn comes"
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not is_torchvision_available(), reason="transformers prepares images by means of torchvision")
-@pytest.mark.parametrize("name", WITH_PROCESSORS)
-def test_editors_whose_text_encoder_sees_the_reference_learn(name, bases, train, references, capsys):
-    base = ("--pretrained_model_name_or_path", bases(name), "--resolution", 64, *QUICK)
-    shown = ("--reference_dir", references)
-    assert "--reference_dir: is missing" in refusal(capsys, train, *base)
-    assert "add --cache_latents or --center_crop" in refusal(capsys, train, *base, *shown)
-    kept = train(*base, *shown, "--center_crop", "--cache_latents", "--caption_dropout", 0.5, output="kept")[1]
-    again = train(*base, *shown, "--center_crop", "--caption_dropout", 0.5, *IMAGES, output="again")[1]
-    assert same(kept, again) and (again / "grid.png").is_file()
-
-
-def test_what_an_editor_is_shown_is_the_reference_under_the_view_of_its_image(bases, photographs, references):
-    source = ModelSource(str(bases("klein")))
-    family = family_at(source).load(source, torch.float32)
-    options = InstanceDataOptions(
-        instance_data_dir=str(photographs), instance_prompt="a toy", reference_dir=str(references)
-    )
-    images = TrainingImages(find_examples(options), targets=[(32, 32)], random_flip=True, interpolation="lanczos")
-    drawn = ImageSet(images, family, seed=0)
-    for index in range(6):
-        view, sample = images.view(index), drawn.draw(index)
-        image = Image.open(references / f"{sorted(photographs.iterdir())[view.image].stem}.jpg")
-        square = cut(shrink(image, (32, 32)), view, (32, 32))
-        expected = family.latents.draw(family.latents.encode(to_pixels(square)), None)
-        torch.testing.assert_close(sample.reference, expected)
-        assert sample.control is None and sample.seen is None
-
-
-def test_changed_references_are_other_data(bases, train, references, tmp_path, capsys):
-    flags = ("--pretrained_model_name_or_path", bases("klein"), "--resolution", 64, "--checkpointing_steps", 1)
-    train(*flags, "--max_train_steps", 2, "--reference_dir", references)
-    other = tmp_path / "other"
-    shutil.copytree(references, other)
-    next(other.iterdir()).rename(other / "spare")
-    shutil.copy(sorted(other.glob("*.jpg"))[0], other / f"{sorted(references.iterdir())[0].stem}.jpg")
-    more = ("--reference_dir", other, "--resume_from_checkpoint", "latest", "--max_train_steps", 3)
-    assert "--instance_data_dir: was" in refusal(capsys, train, *flags, *more)
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "message"),
-    [
-        ("sd3", "", "--reference_dir: StableDiffusion3Pipeline takes no reference images; drop it"),
-        ("klein", "missing", "has no image of the name of 0.png"),
-        ("klein", "twice", "have one name; remove one"),
-        ("klein", "shape", "the reference image has 10x40 pixels and the image"),
-    ],
-)
-def test_references_that_do_not_fit_are_refused(name, change, message, on, train, references, capsys, tmp_path):
-    folder = tmp_path / "changed"
-    shutil.copytree(references, folder)
-    first = folder / "0.jpg"
-    if change == "missing":
-        first.unlink()
-    if change == "twice":
-        shutil.copy(first, folder / "0.jpeg")
-    if change == "shape":
-        Image.new("RGB", (10, 40)).save(first)
-    assert message in refusal(capsys, train, *on(name), *QUICK, "--reference_dir", folder)
-
-
 @pytest.mark.parametrize(
     ("base", "flags", "message"),
     [
@@ -340,8 +220,10 @@ def test_references_that_do_not_fit_are_refused(name, change, message, on, train
         ("flux", "--resolution 18", "--resolution: got 18, needs a multiple of 4"),
     ],
 )
-def test_flags_without_a_meaning_are_refused_in_one_sentence(base, flags, message, bases, train, capsys, tmp_path):
-    given = ("--pretrained_model_name_or_path", bases(base)) if base else ()
+def test_flags_without_a_meaning_are_refused_in_one_sentence(
+    base, flags, message, flow_bases, train, capsys, tmp_path
+):
+    given = ("--pretrained_model_name_or_path", flow_bases(base)) if base else ()
     size = () if "--resolution" in flags else ("--resolution", 16)
     assert message in refusal(capsys, train, *given, *size, *flags.split())
     assert not (tmp_path / "out").exists()
@@ -357,8 +239,8 @@ def test_flags_without_a_meaning_are_refused_in_one_sentence(base, flags, messag
         ("tokenizer_2", "its tokenizer_2 is missing or has no vocabulary"),
     ],
 )
-def test_a_base_that_lacks_a_part_is_told_in_one_sentence(damage, message, bases, train, capsys, tmp_path):
-    base = shutil.copytree(bases("flux"), tmp_path / "base")
+def test_a_base_that_lacks_a_part_is_told_in_one_sentence(damage, message, flow_bases, train, capsys, tmp_path):
+    base = shutil.copytree(flow_bases("flux"), tmp_path / "base")
     if damage.startswith("tokenizer"):
         shutil.rmtree(base / damage)
     else:
@@ -424,73 +306,20 @@ for line in sys.stdin.read().splitlines():
 """
 
 
-def test_the_adapters_of_all_families_generate_the_same_in_a_new_process(bases, on, train, tmp_path):
+def test_the_adapters_of_all_families_generate_the_same_in_a_new_process(flow_bases, on, train, tmp_path):
     lines, here = [], {}
     for name in PIPELINES:
         folder = train(*on(name), *QUICK, output=name)[1]
-        pipe = DiffusionPipeline.from_pretrained(bases(name))
+        pipe = DiffusionPipeline.from_pretrained(flow_bases(name))
         pipe.load_ether_weights(folder)
         here[name] = painted(pipe, name)
-        lines.append("\t".join(map(str, (bases(name), folder, tmp_path / f"{name}.npy", inputs_of(name)))))
+        lines.append("\t".join(map(str, (flow_bases(name), folder, tmp_path / f"{name}.npy", inputs_of(name)))))
     command = [sys.executable, "-c", LOADING]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     there = subprocess.run(command, input="\n".join(lines), text=True, capture_output=True, env=environment)
     assert there.returncode == 0, there.stderr
     for name, image in here.items():
         assert np.abs(np.load(tmp_path / f"{name}.npy") - image).max() <= ONE_GREY_LEVEL
-
-
-def test_a_dry_run_tells_parameters_and_memory_and_leaves_nothing(name, bases, on, train, capsys, tmp_path):
-    base = bases(name)
-    result, folder = train(*on(name), *QUICK, "--dry_run")
-    told = capsys.readouterr().out
-    assert result is None and not folder.exists()
-    stock = DiffusionPipeline.from_pretrained(base)
-    for component in (*family_at(ModelSource(str(base))).text_encoders, "vae", "transformer"):
-        size = 4 * sum(each.numel() for each in getattr(stock, component).parameters())
-        assert re.search(rf"^  {component} +{re.escape(format_bytes(size))}$", told, re.M), told
-    train(*on(name), *QUICK)
-    count = sum(value.numel() for value in adapter(folder).values())
-    assert f": {count:,} parameters at 0.05" in told and "activations" in told
-
-
-def test_a_dry_run_of_a_quantised_base_with_checkpointing_needs_less(on, train, capsys):
-    told = []
-    for flags in ((), ("--quantize", "nf4", "--mixed_precision", "bf16"), ("--gradient_checkpointing",)):
-        train(*on("flux"), *QUICK, *flags, "--dry_run")
-        lines = capsys.readouterr().out.splitlines()
-        told.append({line.split()[0]: line.split()[-2:] for line in lines if line.startswith("  ")})
-    assert told[1]["transformer"] != told[0]["transformer"] and told[2]["activations"] != told[0]["activations"]
-    assert told[2]["transformer"] == told[0]["transformer"]
-
-
-def bytes_of(told: str, part: str) -> float:
-    """What a dry run tells of a part."""
-    size, unit = re.search(rf"{part}:? +([\d.]+) (B|kB|MB|GB)", told).groups()
-    return float(size) * {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}[unit]
-
-
-def test_the_peak_of_a_dry_run_counts_what_is_in_memory_together(on, train, capsys, references, tmp_path):
-    def told(*flags):
-        train(*on("kontext"), *QUICK, *flags, "--dry_run")
-        return capsys.readouterr().out
-
-    usual, trained = told(), told("--train_text_encoder")
-    parts = {line.strip().split("  ")[0] for line in usual.splitlines() if line.startswith("  ")}
-    sizes = {part: bytes_of(usual, part) for part in parts}
-    encoding = sizes["text_encoder"] + sizes["text_encoder_2"]
-    peak = max(encoding, sum(sizes.values()) - encoding)
-    assert bytes_of(usual, "peak") == pytest.approx(peak, rel=0.05)
-    assert bytes_of(trained, "peak") == pytest.approx(sum(bytes_of(trained, part) for part in parts), rel=0.05)
-    prior = ("--with_prior_preservation", "--class_prompt", "toy", "--class_data_dir", tmp_path / "class")
-    activations = sizes["activations"]
-    assert bytes_of(told(*prior), "activations") == pytest.approx(2 * activations, rel=0.05)
-    assert bytes_of(told("--reference_dir", references), "activations") > activations
-
-
-def test_a_dry_run_says_of_a_unet_that_activations_are_not_estimated(train, capsys):
-    train("--dry_run")
-    assert "with all parts in memory; activations are not estimated" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -520,5 +349,5 @@ def test_the_script_trains_a_transformer_in_two_processes_as_in_one(on, photogra
     one = launch(DREAMBOOTH, *common, "--train_batch_size", 4, "--output_dir", tmp_path / "one")
     two = launch(DREAMBOOTH, *common, "--train_batch_size", 2, "--output_dir", tmp_path / "two", processes=2)
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
-    for key, value in adapter(tmp_path / "one").items():
-        torch.testing.assert_close(adapter(tmp_path / "two")[key], value, atol=1e-5, rtol=1e-4)
+    for key, value in tensors(tmp_path / "one").items():
+        torch.testing.assert_close(tensors(tmp_path / "two")[key], value, atol=1e-5, rtol=1e-4)
