@@ -150,11 +150,21 @@ def _nothing(verb: str, names: Iterable[str]) -> ValueError:
 
 
 def check_alone(pipe: DiffusionPipeline) -> None:
-    """Raise where adapters of another method lie on the pipeline: their modules would be written beside ETHER's.
+    """Raise where the pipeline holds what a LoRA or merged weights have no place for, beside ETHER's vectors.
+
+    That is adapters of another method, whose modules would be written as they are, and what control training leaves
+    besides: replaced modules, or an encoder that is in use, without which the adapter is not what was trained.
 
     Raises:
         ValueError: with the adapters' names and components.
     """
+    for name, record in records_of(pipe).items():
+        if record.replaced or (record.control is not None and record.control.active):
+            held = f"replaced modules of {', '.join(record.replaced)}" if record.replaced else "a control encoder"
+            raise ValueError(
+                f"{name}: holds {held}, which would be lost; only save_ether_weights writes them: delete it first "
+                "(pipe.delete_adapters)"
+            )
     for component, model in models_of(pipe).items():
         ours = {layer for _, layer in ether_layers(model)}
         others = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer) and layer not in ours]

@@ -97,8 +97,9 @@ def merge_adapters(
             bfloat16, or its name.
 
     Raises:
-        ValueError: another dtype, nothing to merge (no adapter that acts), another method's adapter on the pipeline, a
-            component that is a `PeftModel`, a quantised or offloaded weight, or NaN or infinity in a merged weight.
+        ValueError: another dtype, nothing to merge (no adapter that acts), another method's adapter on the pipeline,
+            replaced modules or a control encoder in use, a component that is a `PeftModel`, a quantised or offloaded
+            weight, or NaN or infinity in a merged weight.
         FileExistsError: there is something under that name; nothing is overwritten.
     """
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
@@ -108,13 +109,7 @@ def merge_adapters(
     check_removable(pipe, records_of(pipe))
     check_acting(pipe, "merge", adapter_names)
     models = models_of(pipe).values()
-    replaced = {name: each for record in records_of(pipe).values() for name, each in record.replaced.items()}
-    written_over = [
-        parameter
-        for component, each in replaced.items()
-        for parameter in each.parameters(models_of(pipe)[component], list(records_of(pipe))).values()
-    ]
-    with new_path(Path(output_dir)) as partial, restored_on_error(models, written_over):
+    with new_path(Path(output_dir)) as partial, restored_on_error(models):
         pipe.fuse_ether(safe_fusing=True, adapter_names=adapter_names)
         layers = [layer for model in models for _, layer in ether_layers(model) if layer.merged]
         merged = [(layer.get_base_layer(), layer.get_base_layer().weight.data) for layer in layers]

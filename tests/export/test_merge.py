@@ -14,7 +14,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
-from ether_diffusion import EtherConfig
+from ether_diffusion import ControlEncoder, EtherConfig, EtherControlPipeline
 from ether_diffusion.adapters.components import ether_layers, models_of
 from ether_diffusion.adapters.reading import read_adapter_file
 from ether_diffusion.adapters.schema import WEIGHTS_NAME, AdapterFile
@@ -192,20 +192,27 @@ def test_a_dtype_by_its_name_is_that_dtype(adapted, tmp_path, dtype):
     assert {tensor.dtype for tensor in written.values()} == {getattr(torch, dtype)}
 
 
-def test_a_merge_that_cannot_be_written_puts_replaced_modules_back(tiny_pipeline_folder, tmp_path, monkeypatch):
-    pipe = open_pipeline(tiny_pipeline_folder)
+@pytest.mark.parametrize("verb", ["merge", *WRITERS])
+@pytest.mark.parametrize("held", ["replaced modules", "a control encoder"])
+def test_what_control_training_leaves_is_not_lost_in_a_merge_or_an_export(tiny_pipeline_folder, tmp_path, held, verb):
+    pipe = EtherControlPipeline.from_pretrained(tiny_pipeline_folder)
     with torch.no_grad():
         pipe.unet.conv_in.weight.add_(0.1)
     pipe.unet.add_adapter(EtherConfig(target_modules=["to_q"], init_weights=False), adapter_name="dog")
-    file = pipe.save_ether_weights(tmp_path / "file", replaced_modules={"unet": ["conv_in"]})
-    pipe = open_pipeline(tiny_pipeline_folder)
+    more = {"replaced_modules": {"unet": ["conv_in"]}} if held == "replaced modules" else {}
+    file = pipe.save_ether_weights(tmp_path / "file", **more)
+    pipe = EtherControlPipeline.from_pretrained(tiny_pipeline_folder)
     pipe.load_ether_weights(file, "dog")
-    before, image = snapshot(pipe), generate(pipe)
-    fill_disk(monkeypatch, "vae")
-    with pytest.raises(Full):
-        merge_adapters(pipe, tmp_path / "out")
+    if held == "a control encoder":
+        pipe.add_control("dog", ControlEncoder.for_unet(pipe.unet, factor=pipe.vae_scale_factor))
+    before = snapshot(pipe)
+    with pytest.raises(ValueError, match=f"dog: holds {held}.* which would be lost; only save_ether_weights"):
+        if verb == "merge":
+            merge_adapters(pipe, tmp_path / "out")
+        else:
+            export_lora(pipe, tmp_path / "out", to=verb)
     assert_unchanged(pipe, before)
-    assert np.array_equal(generate(pipe), image) and pipe.ether_adapters["dog"].replaced
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize(
