@@ -10,116 +10,18 @@ again. Batches and noise are derived from the seed and the step: a run that was 
 from __future__ import annotations
 
 import argparse
-import io
-import json
-import math
-import shutil
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import miniature_models as models
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from diffusers.training_utils import EMAModel
+from miniature_export import write_pipeline
+from miniature_training import Images, Stage, log
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ether_diffusion.files import replace_file
-from ether_diffusion.miniature.render import SIZE
-from ether_diffusion.miniature.world import draw_scene
-
 STAGES = ("images", "vae", "decoder", "clip", "unet", "export")
-CHECKPOINT_SECONDS = 120
-
-
-def log(text: str) -> None:
-    print(text, flush=True)
-
-
-class Images:
-    """The training set: `count` scenes rendered once to uint8, with their captions."""
-
-    def __init__(self, folder: Path, count: int, seed: int):
-        self.path, self.caption_path = folder / "images.npy", folder / "captions.json"
-        if not self.caption_path.exists():
-            log(f"drawing {count} images")
-            pixels = np.lib.format.open_memmap(self.path, "w+", np.uint8, (count, SIZE, SIZE, 3))
-            captions = []
-            for index in range(count):
-                scene = draw_scene(seed, index)
-                pixels[index] = np.asarray(scene.render().image)
-                captions.append(scene.caption)
-            pixels.flush()
-            self.caption_path.write_text(json.dumps(captions))
-        self.pixels = np.load(self.path, mmap_mode="r")
-        self.captions: list[str] = json.loads(self.caption_path.read_text())
-        if len(self.captions) != count:
-            raise ValueError(f"{folder} holds {len(self.captions)} images, --images asks for {count}: delete it")
-
-    def batch(self, indices: Tensor) -> Tensor:
-        """(b, 3, SIZE, SIZE), in [−1, 1]."""
-        pixels = torch.from_numpy(np.array(self.pixels[indices.numpy()]))
-        return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-class Stage:
-    """One optimisation: AdamW with warm-up and cosine decay, checkpointed, every batch a function of (seed, step)."""
-
-    def __init__(self, name: str, args: argparse.Namespace, module: nn.Module, steps: int, lr: float, batch: int):
-        self.name, self.args, self.module, self.steps, self.lr, self.size = name, args, module, steps, lr, batch
-        self.path = args.work_dir / f"{name}.pt"
-        decay = [p for p in module.parameters() if p.ndim > 1]
-        rest = [p for p in module.parameters() if p.ndim <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.99)
-        )
-        self.ema = EMAModel(module.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
-        self.step = 0
-        if self.path.exists():
-            state = torch.load(self.path, map_location=args.device, weights_only=True)
-            module.load_state_dict(state["module"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.ema.load_state_dict(state["ema"])
-            self.step = state["step"]
-        self.ema.to(args.device)
-
-    def save(self) -> None:
-        parts = {"module": self.module, "optimizer": self.optimizer, "ema": self.ema}
-        state = {name: part.state_dict() for name, part in parts.items()} | {"step": self.step}
-        content = io.BytesIO()
-        torch.save(state, content)
-        replace_file(self.path, content.getvalue())
-
-    def run(self, count: int, loss_of: Callable[[Tensor, torch.Generator], Tensor]) -> None:
-        """Train to the end; `loss_of(indices, generator)` is the loss of one batch. Leaves the averaged weights."""
-        started = saved = time.monotonic()
-        while self.step < self.steps:
-            warm, progress = min(1.0, (self.step + 1) / 200), self.step / self.steps
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.lr * warm * 0.5 * (1 + math.cos(math.pi * progress))
-            generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.step)
-            indices = torch.randint(count, (self.size,), generator=generator)
-            loss = loss_of(indices, generator)
-            if not torch.isfinite(loss):
-                raise RuntimeError(f"{self.name}: the loss is {loss.item()} at step {self.step}")
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            self.ema.step(self.module.parameters())
-            self.step += 1
-            if self.step % 50 == 0:
-                pace = (time.monotonic() - started) / 50
-                started = time.monotonic()
-                log(f"{self.name} {self.step}/{self.steps} loss {loss.item():.4f} {pace:.3f} s/step")
-            if time.monotonic() - saved > CHECKPOINT_SECONDS or self.step == self.steps:
-                self.save()
-                saved = time.monotonic()
-        self.ema.copy_to(self.module.parameters())
-        self.module.eval().requires_grad_(False)
 
 
 def start(module: nn.Module, args: argparse.Namespace, name: str) -> nn.Module:
@@ -237,25 +139,6 @@ def train_unet(args: argparse.Namespace, latents: Tensor, scale: float, tokens: 
     return unet, text
 
 
-def export(args: argparse.Namespace, pipe, clip) -> None:
-    """Write the pipeline folder and, beside its parts, `clip/`: float16 files whose configs say float32.
-
-    Diffusers loads a float16 file as float32 unless told otherwise; transformers takes the type from the config.
-    """
-    partial = args.output_dir.with_name(args.output_dir.name + ".part")
-    shutil.rmtree(partial, ignore_errors=True)
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder, clip):
-        part.to("cpu", torch.float16, memory_format=torch.contiguous_format)
-    pipe.save_pretrained(partial)
-    clip.save_pretrained(partial / "clip")
-    for config in (partial / "text_encoder/config.json", partial / "clip/config.json"):
-        config.write_text(config.read_text().replace('"float16"', '"float32"'))
-    shutil.rmtree(args.output_dir, ignore_errors=True)
-    partial.rename(args.output_dir)
-    size = sum(f.stat().st_size for f in args.output_dir.rglob("*") if f.is_file())
-    log(f"{args.output_dir}: {size / 1e6:.1f} MB")
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, required=True, help="images and checkpoints")
@@ -302,7 +185,7 @@ def main() -> None:
     if {"unet", "export"} & set(done):
         unet, text = train_unet(args, latents, vae.config.scaling_factor, tokens, tokenizer)
         if "export" in done:
-            export(args, models.assemble(vae, text, tokenizer, unet), clip)
+            write_pipeline(models.assemble(vae, text, tokenizer, unet), args.output_dir, clip=clip)
 
 
 if __name__ == "__main__":

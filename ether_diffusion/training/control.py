@@ -19,11 +19,12 @@ from collections.abc import Sequence
 from PIL import Image
 
 from ether_diffusion.images import INTERPOLATIONS, read_image
-from ether_diffusion.training.control_adaptation import ControlNetAdaptation, LightControl
+from ether_diffusion.training.controlnet import ControlNetAdaptation
 from ether_diffusion.training.data import TrainingImages, find_pairs
 from ether_diffusion.training.data.views import Target, center_cut
 from ether_diffusion.training.dry_run import describe_run
 from ether_diffusion.training.entry import run_script
+from ether_diffusion.training.light_control import LightControl
 from ether_diffusion.training.loop import TrainingResult
 from ether_diffusion.training.options import ControlTrainingOptions as Options
 from ether_diffusion.training.options import parse_range

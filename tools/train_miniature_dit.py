@@ -1,0 +1,150 @@
+"""Train the second miniature's transformer from nothing, on images drawn here.
+
+    python tools/train_miniature_dit.py --work_dir work --output_dir ether_diffusion/miniature/weights_dit
+
+Autoencoder and text encoders are those of the first miniature, frozen. Stages: images, latents, prompts (both encoded
+once), transformer, export. Each goes on where it was stopped when the command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusion3Pipeline
+from miniature_dit_models import PROMPT_LENGTH, T5_LENGTH, assemble
+from miniature_export import write_pipeline
+from miniature_training import Images, Stage, log
+from torch import Tensor, nn
+
+from ether_diffusion.miniature import FOLDER
+
+
+class WeightedAttention:
+    """Diffusers' joint attention where the last text token stands for `count` equal ones.
+
+    Without T5, the pipeline gives the transformer rows of zeros after those of the prompt. They begin equal, have no
+    positions, and so stay equal: one of them, whose key counts `count` times, gives the same answers.
+    """
+
+    def __init__(self, count: int):
+        self.bias = math.log(count)
+
+    def __call__(self, attn, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask=None):
+        def heads(x: Tensor, norm: nn.Module | None = None) -> Tensor:
+            x = x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            return x if norm is None else norm(x)
+
+        text = encoder_hidden_states
+        query = [heads(attn.to_q(hidden_states), attn.norm_q), heads(attn.add_q_proj(text), attn.norm_added_q)]
+        key = [heads(attn.to_k(hidden_states), attn.norm_k), heads(attn.add_k_proj(text), attn.norm_added_k)]
+        value = [heads(attn.to_v(hidden_states)), heads(attn.add_v_proj(text))]
+        query, key, value = (torch.cat(each, dim=2) for each in (query, key, value))
+        bias = torch.zeros(1, 1, 1, key.shape[2], dtype=query.dtype)
+        bias[..., -1] = self.bias
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.device))
+        mixed = mixed.transpose(1, 2).flatten(2)
+        image, text = mixed.split([hidden_states.shape[1], text.shape[1]], dim=1)
+        image = attn.to_out[0](image)
+        return image, text if attn.context_pre_only else attn.to_add_out(text)
+
+
+@torch.no_grad()
+def encode_images(args: argparse.Namespace, pipe: StableDiffusion3Pipeline, images: Images) -> Tensor:
+    """Latent means of all images, and the autoencoder's shift and scale set to theirs."""
+    path = args.work_dir / "latents.pt"
+    if not path.exists():
+        log("encoding the images")
+        parts = []
+        for indices in torch.arange(len(images.captions)).split(256):
+            parts.append(pipe.vae.encode(images.batch(indices).to(args.device)).latent_dist.mean.half().cpu())
+        torch.save(torch.cat(parts), path)
+    latents = torch.load(path, weights_only=True)
+    some = latents[:4096].float()
+    shift, scale = round(some.mean().item(), 4), round(1 / some.std().item(), 4)
+    pipe.vae.register_to_config(shift_factor=shift, scaling_factor=scale)
+    return (latents.float() - shift).mul(scale).half()
+
+
+@torch.no_grad()
+def encode_prompts(args: argparse.Namespace, pipe: StableDiffusion3Pipeline, captions: list[str]) -> tuple:
+    """What the pipeline tells its transformer of each caption: states, without T5's zeros, and pooled text."""
+    states_path, pooled_path = args.work_dir / "states.npy", args.work_dir / "pooled.npy"
+    if not pooled_path.exists():
+        log("encoding the prompts")
+        width = pipe.transformer.config.joint_attention_dim
+        states = np.lib.format.open_memmap(states_path, "w+", np.float16, (len(captions), PROMPT_LENGTH, width))
+        pooled = []
+        for start in range(0, len(captions), 256):
+            of_text, _, of_all, _ = pipe.encode_prompt(
+                captions[start : start + 256], None, None, do_classifier_free_guidance=False
+            )
+            states[start : start + 256] = of_text[:, :PROMPT_LENGTH].half().cpu().numpy()
+            pooled.append(of_all.half().cpu().numpy())
+        states.flush()
+        np.save(pooled_path, np.concatenate(pooled))
+    return np.load(states_path, mmap_mode="r"), np.load(pooled_path)
+
+
+def train(args: argparse.Namespace, pipe: StableDiffusion3Pipeline, latents: Tensor, states, pooled) -> None:
+    """Flow matching with levels of noise from a logistic normal distribution, as SD3 is trained (arXiv:2403.03206)."""
+    transformer = pipe.transformer.to(args.device).train()
+    stock = transformer.attn_processors
+    transformer.set_attn_processor(WeightedAttention(T5_LENGTH))
+    with torch.no_grad():
+        empty, _, empty_pooled, _ = pipe.encode_prompt("", None, None, do_classifier_free_guidance=False)
+    empty = empty[:, :PROMPT_LENGTH]
+
+    def loss_of(indices: Tensor, generator: torch.Generator) -> Tensor:
+        x = latents[indices].float()
+        noise = torch.randn(x.shape, generator=generator)
+        level = torch.randn(len(x), generator=generator).sigmoid()
+        dropped = torch.rand(len(x), generator=generator) < 0.1
+        told = torch.from_numpy(states[indices.numpy()]).float()
+        told = torch.where(dropped[:, None, None], empty, told)
+        told = torch.cat([told, torch.zeros_like(told[:, :1])], dim=1)
+        summary = torch.where(dropped[:, None], empty_pooled, torch.from_numpy(pooled[indices.numpy()]).float())
+        noisy = torch.lerp(x, noise, level.view(-1, 1, 1, 1))
+        with torch.autocast(args.device.type, torch.bfloat16):
+            velocity = transformer(
+                noisy.to(args.device),
+                encoder_hidden_states=told.to(args.device),
+                pooled_projections=summary.to(args.device),
+                timestep=1000 * level.to(args.device),
+            ).sample.float()
+        return F.mse_loss(velocity, (noise - x).to(args.device))
+
+    Stage("transformer", args, transformer, args.steps, args.lr, 64).run(len(latents), loss_of)
+    transformer.set_attn_processor(stock)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work_dir", type=Path, required=True, help="images and checkpoints")
+    parser.add_argument("--output_dir", type=Path, required=True, help="where the pipeline goes")
+    parser.add_argument("--images", type=int, default=80_000)
+    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves PyTorch's choice")
+    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    args.device = torch.device(args.device)
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    images = Images(args.work_dir, args.images, args.seed)
+    pipe = assemble(FOLDER)
+    latents = encode_images(args, pipe, images)
+    states, pooled = encode_prompts(args, pipe, images.captions)
+    train(args, pipe, latents, states, pooled)
+    write_pipeline(pipe, args.output_dir)
+
+
+if __name__ == "__main__":
+    main()
