@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ether_diffusion.adapters.reading import PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME
 from ether_diffusion.adapters.schema import WEIGHTS_NAME
+from ether_diffusion.base_models import open_pipeline
 from ether_diffusion.errors import InputError
 from ether_diffusion.files import new_entries
 from ether_diffusion.training.methods.configs import Method
@@ -123,8 +124,8 @@ def load_trained(base: DiffusionPipeline | str | Path, folder: Path) -> Diffusio
     names = (WEIGHTS_NAME, LORA_NAME, DiffusionPipeline.config_name)
     ether, lora, full = ((folder / name).is_file() for name in names)
     if full and not (ether or lora):
-        return DiffusionPipeline.from_pretrained(folder)
-    pipe = base if isinstance(base, DiffusionPipeline) else DiffusionPipeline.from_pretrained(base)
+        return open_pipeline(folder)
+    pipe = base if isinstance(base, DiffusionPipeline) else open_pipeline(base)
     adapters = sorted(folder.glob(f"*/{PEFT_CONFIG_NAME}"))
     if ether:
         pipe.load_ether_weights(folder)
