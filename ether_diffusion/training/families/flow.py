@@ -259,8 +259,8 @@ class FlowFamily(Family):
                 with self.tiling(pipe):
                     return pipe(**inputs)
             finally:
-                for name, skeleton in resting.items():
-                    setattr(pipe, name, skeleton)
+                # Not set alone: a pipeline whose component was None once would be saved without it.
+                pipe.register_modules(**resting)
 
     def _encoded(
         self, prompts: Sequence[str | None], references: Sequence[Sequence[Tensor]] | None
