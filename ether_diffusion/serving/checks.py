@@ -17,6 +17,8 @@ from ether_diffusion.errors import InputError
 
 DENOISERS = ("unet", "transformer", "prior", "decoder")
 """The components that a pipeline denoises with, by name."""
+DEPRECATED = ("callback", "callback_steps")
+"""Arguments that pipelines take without a parameter of that name."""
 CHANGES_THE_MODEL = {
     "set_pag_applied_layers": "perturbed attention guidance exchanges attention processors during a call",
 }
@@ -79,9 +81,8 @@ def check_arguments(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> No
             "control_image: control encoders change the model for all requests of a forward; load the control adapter "
             "onto the pipeline itself and call it"
         )
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    known = [name for name, each in parameters.items() if each.kind is not each.VAR_KEYWORD and name != "self"]
-    if len(known) == len(parameters) - 1 and (unknown := sorted(set(arguments) - set(known))):
+    known = parameters_of(pipe)
+    if unknown := sorted(set(arguments) - set(known) - set(DEPRECATED)):
         raise InputError(
             f"{', '.join(unknown)}: {type(pipe).__name__} takes no such argument; it takes {', '.join(known)}"
         )
@@ -111,9 +112,19 @@ def check_seeds(pipe: DiffusionPipeline, arguments: Mapping[str, Any], seed: Any
 
 
 def takes(pipe: DiffusionPipeline, argument: str) -> bool:
-    """Whether a pipeline's call takes an argument, or any."""
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    return argument in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    """Whether a pipeline's call takes an argument."""
+    return argument in parameters_of(pipe)
+
+
+def parameters_of(pipe: DiffusionPipeline) -> dict[str, inspect.Parameter]:
+    """The parameters of a pipeline's call by name, also those that it passes on to the class that it derives from."""
+    found: dict[str, inspect.Parameter] = {}
+    for kind in type(pipe).__mro__:
+        if "__call__" in vars(kind):
+            for name, each in inspect.signature(kind.__call__).parameters.items():
+                if name != "self" and each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL):
+                    found.setdefault(name, each)
+    return found
 
 
 def check_timeout(timeout: Any) -> None:

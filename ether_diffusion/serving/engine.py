@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import copy
-import inspect
 import secrets
 import threading
 import time
@@ -345,7 +344,7 @@ class Engine:
 def _kind(job: Job) -> tuple[type, bool]:
     """What a request's rows for an image depend on: the pipeline, and whether it is guided."""
     request = job.request
-    default = inspect.signature(type(request.pipe).__call__).parameters.get("guidance_scale")
+    default = checks.parameters_of(request.pipe).get("guidance_scale")
     scale = request.arguments.get("guidance_scale", None if default is None else default.default)
     return type(request.pipe), is_number(scale) and scale > 1
 

@@ -1,0 +1,96 @@
+"""What cannot be served is refused in one sentence, before anything runs or waits."""
+
+import pytest
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPAGPipeline
+from helpers.pipelines import adapt, open_pipeline
+from peft import LoraConfig
+
+from ether_diffusion import EtherControlPipeline
+from ether_diffusion.errors import InputError
+from ether_diffusion.serving import Engine, EngineFull
+
+
+def refused(pipe, match: str) -> None:
+    with pytest.raises(InputError, match=match) as caught:
+        Engine(pipe, max_batch=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_adapters_that_are_attached_or_fused_are_refused(tiny_pipeline):
+    tiny_pipeline.unet.add_adapter(LoraConfig(target_modules=["to_q"]))
+    refused(tiny_pipeline, "unet has an adapter attached: unload it")
+    tiny_pipeline.unload_lora_weights()
+    adapt(tiny_pipeline)
+    refused(tiny_pipeline, "has an adapter attached")
+    tiny_pipeline.fuse_ether()
+    refused(tiny_pipeline, "has a fused adapter: unfuse it")
+
+
+def test_replaced_modules_are_refused(tiny_pipeline, tmp_path):
+    tiny_pipeline.save_ether_weights(tmp_path, "whole", replaced_modules={"unet": ["conv_in"]})
+    tiny_pipeline.load_ether_weights(tmp_path, "whole")
+    refused(tiny_pipeline, "replaced modules of the adapter 'whole': unload_ether_weights")
+
+
+def test_offloaded_and_caching_models_are_refused(tiny_pipeline):
+    from accelerate import cpu_offload
+
+    cpu_offload(tiny_pipeline.unet, execution_device="cpu")
+    refused(tiny_pipeline, "unet is offloaded")
+
+
+def test_pipelines_that_change_the_model_while_they_generate_are_refused(tiny_pipeline):
+    refused(StableDiffusionPAGPipeline.from_pipe(tiny_pipeline), "perturbed attention guidance")
+
+
+@pytest.fixture
+def engine(tiny_pipeline):
+    with Engine(tiny_pipeline, max_batch=1, max_line=2) as engine:
+        yield engine
+        engine.close(drain=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"promt": "a dog"}, "promt: StableDiffusionPipeline takes no such argument; it takes prompt"),
+        ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
+        ({"num_inference_steps": "many"}, "num_inference_steps='many'"),
+        ({"control_image": "an image"}, "control_image: control encoders change the model"),
+        ({"seed": -1}, "seed=-1"),
+        ({"seed": 1.5}, "seed=1.5"),
+        ({"seed": 2**63}, "below"),
+        ({"seed": 1, "generator": "one"}, "pass one"),
+        ({"timeout": 0}, "timeout=0"),
+        ({"adapter": "dog"}, "made without a folder of adapters"),
+        ({"adapter": {"dog": float("inf")}}, "'dog': strength inf"),
+        ({"adapter": 3}, "adapter=3"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_before_anything_waits(engine, arguments, match):
+    with pytest.raises(InputError, match=match):
+        engine.submit(**{"prompt": "a dog"} | arguments)
+    assert engine.waiting == engine.running == 0
+
+
+def test_another_pipeline_has_to_be_over_the_same_models(engine, tiny_pipeline_folder):
+    other = StableDiffusionImg2ImgPipeline.from_pipe(open_pipeline(tiny_pipeline_folder))
+    with pytest.raises(InputError, match="is not the engine's; make it with from_pipe"):
+        engine.submit(pipeline=other, prompt="a dog")
+
+
+def test_a_full_line_refuses_more(engine):
+    jobs = []
+    with pytest.raises(EngineFull, match="max_line=2"):
+        for _ in range(4):
+            jobs.append(engine.submit(prompt="a dog", num_inference_steps=900))
+    assert len(jobs) in (2, 3)
+
+
+def test_a_control_pipeline_without_control_images_is_served_as_its_stock_class(tiny_pipeline):
+    pipe = EtherControlPipeline.from_pipe(tiny_pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    with Engine(pipe, max_batch=2) as engine:
+        assert engine.submit(prompt="a dog", num_inference_steps=2).result(60).images
+        with pytest.raises(InputError, match="control_image"):
+            engine.submit(prompt="a dog", control_image="an image")
