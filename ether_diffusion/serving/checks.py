@@ -19,6 +19,8 @@ DENOISERS = ("unet", "transformer", "prior", "decoder")
 """The components that a pipeline denoises with, by name."""
 DEPRECATED = ("callback", "callback_steps")
 """Arguments that pipelines take without a parameter of that name."""
+SCALES = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
+"""Arguments by which stock pipelines take a scale for all adapters."""
 CHANGES_THE_MODEL = {
     "set_pag_applied_layers": "perturbed attention guidance exchanges attention processors during a call",
 }
@@ -32,6 +34,8 @@ def check_pipeline(pipe: DiffusionPipeline) -> None:
     """
     if getattr(pipe, "scheduler", None) is None:
         raise InputError(f"a {type(pipe).__name__} has no scheduler: the engine serves diffusion pipelines")
+    if within := [name for name, part in vars(pipe).items() if isinstance(part, DiffusionPipeline)]:
+        raise InputError(f"{type(pipe).__name__} is made of pipelines ({', '.join(within)}): serve one of them")
     for attribute, why in CHANGES_THE_MODEL.items():
         if hasattr(pipe, attribute):
             raise InputError(f"{type(pipe).__name__}: {why}, which requests beside it would see")
@@ -86,6 +90,11 @@ def check_arguments(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> No
         raise InputError(
             f"{', '.join(unknown)}: {type(pipe).__name__} takes no such argument; it takes {', '.join(known)}"
         )
+    for name in SCALES:
+        if isinstance(given := arguments.get(name), Mapping) and given.get("scale", 1.0) != 1.0:
+            raise InputError(
+                f"{name}: scale={given['scale']!r}; an adapter's strength is given as adapter={{name: …}}"
+            )
     for name in ("guidance_scale", "num_inference_steps"):
         value = arguments.get(name)
         if value is not None and not is_number(value):

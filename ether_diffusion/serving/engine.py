@@ -13,6 +13,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -250,13 +251,11 @@ class Engine:
                     self._advance()
                     self._forward()
         except BaseException as error:  # of the engine itself: nobody may wait for ever
-            with self._changed:
-                self._closing = True
-                lost = [*self._line, *(each.job for each in self._running)]
-                while self._line:
-                    self._line.take()
-            for job in lost:
-                job.finish(error=EngineClosed(f"the engine failed: {error!r}"))
+            self._closing = True
+            self._stop_all(EngineClosed(f"the engine failed: {error!r}"))
+            for running in self._running:
+                with suppress(Exception):
+                    running.advance()
             raise
 
     def _await_work(self) -> bool:
@@ -298,6 +297,7 @@ class Engine:
                 self._free_rows.append(adapter_row)
                 job.finish(error=error)
                 return
+            job.release_adapters()
         job.times["started"] = time.monotonic()
         running = Running(job, rows=rows, adapter_row=adapter_row, proxies=self._proxies, settings=self._settings)
         with self._changed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -116,11 +116,16 @@ class Job:
             self._stopped = DeadlineExceeded(f"the request was not done within its timeout of {allowed:.3g} seconds")
         return self._stopped
 
+    def release_adapters(self) -> None:
+        """Hold them no longer: they are on the device, or needed no more."""
+        self.request = replace(self.request, adapters=())
+
     def finish(self, result: Any = None, error: BaseException | None = None) -> None:
         """Set what came of it, once; what comes later is dropped."""
         if self.future.done():
             return
         self.times["done"] = time.monotonic()
+        self.release_adapters()
         if error is None:
             self.future.set_result(result)
         else:

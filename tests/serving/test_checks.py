@@ -1,6 +1,7 @@
 """What cannot be served is refused in one sentence, before anything runs or waits."""
 
 import pytest
+from accelerate import cpu_offload
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPAGPipeline
 from helpers.pipelines import adapt, open_pipeline
 from peft import LoraConfig
@@ -32,9 +33,7 @@ def test_replaced_modules_are_refused(tiny_pipeline, tmp_path):
     refused(tiny_pipeline, "replaced modules of the adapter 'whole': unload_ether_weights")
 
 
-def test_offloaded_and_caching_models_are_refused(tiny_pipeline):
-    from accelerate import cpu_offload
-
+def test_offloaded_models_are_refused(tiny_pipeline):
     cpu_offload(tiny_pipeline.unet, execution_device="cpu")
     refused(tiny_pipeline, "unet is offloaded")
 
@@ -57,6 +56,7 @@ def engine(tiny_pipeline):
         ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
         ({"num_inference_steps": "many"}, "num_inference_steps='many'"),
         ({"control_image": "an image"}, "control_image: control encoders change the model"),
+        ({"cross_attention_kwargs": {"scale": 0.5}}, "scale=0.5; an adapter's strength"),
         ({"seed": -1}, "seed=-1"),
         ({"seed": 1.5}, "seed=1.5"),
         ({"seed": 2**63}, "below"),
