@@ -63,28 +63,12 @@ def _check_model(name: str, model: nn.Module) -> None:
         raise InputError(f"{name} is a {type(model).__name__}: put its base model there")
 
 
-def check_same_models(pipe: DiffusionPipeline, served: DiffusionPipeline) -> None:
-    """Refuse a pipeline that is not made of the models that the engine serves.
-
-    Raises:
-        InputError: names the component.
-    """
-    for name, model in pipe.components.items():
-        if isinstance(model, nn.Module) and model is not served.components.get(name):
-            raise InputError(f"pipeline: its {name} is not the engine's; make it with from_pipe(engine.pipe)")
-
-
 def check_arguments(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> None:
     """Refuse arguments that the pipeline's call does not know, and those that are the engine's to give.
 
     Raises:
         InputError: names the argument, and says what fits.
     """
-    if arguments.get("control_image") is not None:
-        raise InputError(
-            "control_image: control encoders change the model for all requests of a forward; load the control adapter "
-            "onto the pipeline itself and call it"
-        )
     known = parameters_of(pipe)
     if unknown := sorted(set(arguments) - set(known) - set(DEPRECATED)):
         raise InputError(

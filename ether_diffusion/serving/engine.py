@@ -8,28 +8,28 @@ an adapter for each row. So any pipeline and scheduler of diffusers is served as
 from __future__ import annotations
 
 import atexit
-import copy
-import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ether_diffusion.control.pipelines import is_number
 from ether_diffusion.errors import InputError
 from ether_diffusion.serving import checks
+from ether_diffusion.serving.alone import run_alone
 from ether_diffusion.serving.coroutines import Coroutine
 from ether_diffusion.serving.forwards import Counts, Forwards
-from ether_diffusion.serving.job import EngineClosed, Job, Request
+from ether_diffusion.serving.job import EngineClosed, Job
 from ether_diffusion.serving.line import Line
 from ether_diffusion.serving.measure import Measurement
 from ether_diffusion.serving.probe import measure_pipeline
 from ether_diffusion.serving.proxies import CODECS, make_proxies
+from ether_diffusion.serving.requests import Requests, RowEstimates
+from ether_diffusion.serving.resident import ResidentAdapters
 from ether_diffusion.serving.running import Running, ThreadSettings
 from ether_diffusion.serving.store import Store
 
@@ -54,7 +54,6 @@ class Engine:
     Attributes:
         measurement: what "auto" measured, else None.
         max_batch: rows of a forward.
-        store: the adapters, or None.
 
     Raises:
         InputError: a pipeline that cannot be served, or arguments that do not fit.
@@ -84,26 +83,19 @@ class Engine:
             self.measurement = measure_pipeline(pipe, self._proxies, self._settings, typical)
             max_batch = self.measurement.max_batch
         self.max_batch = max_batch
-        self._adapter_rows = None
+        self._adapters = None
         if adapters is not None:
-            from ether_diffusion.serving.rows import AdapterRows
-
-            self._adapter_rows = AdapterRows(pipe, max_rows=max_batch)
-        try:
-            self.store = None if adapters is None else Store(adapters, self._adapter_rows.read, limit=host_bytes)
-        except BaseException:
-            self._adapter_rows.close()
-            raise
+            self._adapters = ResidentAdapters(pipe, adapters, max_rows=max_batch, host_bytes=host_bytes)
         self._forwards = Forwards(
             max_batch,
             [name for name in self._proxies if name.startswith(checks.DENOISERS)],
-            None if self._adapter_rows is None else self._adapter_rows.rows,
+            None if self._adapters is None else self._adapters.rows,
             [name for name, model in self._proxies.items() if _adaptable(name, model)],
         )
-        self._free_rows = list(range(max_batch, 0, -1))
-        self._per_image: dict[tuple[type, bool], float] = {}
+        self._requests, self._estimates = Requests(pipe, self._adapters), RowEstimates()
         self._line = Line(max_line)
         self._running: list[Running] = []
+        self._alone: Job | None = None
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
@@ -118,7 +110,7 @@ class Engine:
         adapter: str | Mapping[str, float] | None = None,
         seed: int | Sequence[int] | None = None,
         scheduler: Any = None,
-        pipeline: DiffusionPipeline | None = None,
+        pipeline: type[DiffusionPipeline] | None = None,
         client: str = "",
         timeout: float | None = None,
         on_step: Callable[[Job], None] | None = None,
@@ -130,12 +122,13 @@ class Engine:
             adapter: a name, or names with strengths in the order of composition; None: the base model.
             seed: of the images, or one for each; default: drawn, and `job.seed` tells.
             scheduler: in place of the pipeline's; it is copied.
-            pipeline: another pipeline over the same models, such as image-to-image made with `from_pipe(engine.pipe)`.
+            pipeline: another class of pipelines for the same models, such as StableDiffusionImg2ImgPipeline.
             client: whose request it is; clients take turns.
             timeout: seconds from now to the result.
             on_step: called with the job after each of its steps. While it runs nothing else does; if it raises, the
                 request fails with that.
-            arguments: of the pipeline's call.
+            arguments: of the pipeline's call. With a `control_image`, which Stable Diffusion and SDXL take with a
+                control adapter, the request runs alone.
 
         Raises:
             UnknownAdapter, InputError, EtherFileError: what cannot be served; nothing is in line then.
@@ -143,26 +136,15 @@ class Engine:
             EngineClosed: the engine was closed.
         """
         self._check_room()
-        pipe = self.pipe if pipeline is None else pipeline
-        if pipeline is not None:
-            checks.check_same_models(pipeline, self.pipe)
-        checks.check_arguments(pipe, arguments)
-        checks.check_seeds(pipe, arguments, seed)
-        checks.check_timeout(timeout)
-        strengths = checks.strengths_of(adapter)
-        if strengths and self.store is None:
-            raise InputError("adapter: this engine was made without a folder of adapters")
-        if seed is None and arguments.get("generator") is None and checks.takes(pipe, "generator"):
-            seed = secrets.randbelow(2**32)
-        request = Request(
-            pipe=pipe,
-            arguments=arguments,
-            adapters=[(self.store.get(name), strength) for name, strength in strengths.items()],
-            seeds=seed,
-            scheduler=copy.deepcopy(pipe.scheduler if scheduler is None else scheduler),
+        request = self._requests.make(
+            adapter=adapter,
+            seed=seed,
+            scheduler=scheduler,
+            pipeline=pipeline,
             client=client,
-            deadline=None if timeout is None else time.monotonic() + timeout,
+            timeout=timeout,
             on_step=on_step,
+            arguments=arguments,
         )
         job = Job(request, _withdraw=self._withdraw)
         job.future.add_done_callback(lambda future: self._withdraw(job) if future.cancelled() else None)
@@ -202,8 +184,8 @@ class Engine:
             self._thread.join(timeout)
         self._stop_all(EngineClosed("the engine was closed"))
         self._thread.join()
-        if self._adapter_rows is not None:
-            self._adapter_rows.close()
+        if self._adapters is not None:
+            self._adapters.close()
         atexit.unregister(self.close)
 
     def __enter__(self) -> Engine:
@@ -214,7 +196,7 @@ class Engine:
 
     def _stop_all(self, reason: Exception) -> None:
         with self._changed:
-            jobs = [*self._line, *(each.job for each in self._running)]
+            jobs = [*self._line, *(each.job for each in self._running), *filter(None, [self._alone])]
         for job in jobs:
             job.stop(reason)
 
@@ -229,7 +211,12 @@ class Engine:
     @property
     def running(self) -> int:
         """Requests that have begun."""
-        return len(self._running)
+        return len(self._running) + (self._alone is not None)
+
+    @property
+    def store(self) -> Store | None:
+        """The adapters of the folder."""
+        return None if self._adapters is None else self._adapters.store
 
     @property
     def counts(self) -> Counts:
@@ -251,7 +238,8 @@ class Engine:
                     self._advance()
                     self._forward()
         except BaseException as error:  # of the engine itself: nobody may wait for ever
-            self._closing = True
+            with self._changed:
+                self._closing = True
             self._stop_all(EngineClosed(f"the engine failed: {error!r}"))
             for running in self._running:
                 with suppress(Exception):
@@ -281,24 +269,33 @@ class Engine:
                 job = self._line.first()
                 if job is None:
                     return
-                rows = self._estimate(job)
-                if self._running and sum(each.rows for each in self._running) + rows > self.max_batch:
+                rows = self._estimates.estimate(job.request)
+                taken = sum(each.rows for each in self._running)
+                if self._running and (job.request.alone or taken + rows > self.max_batch):
                     return
                 self._line.take()
-            self._start(job, rows)
+                self._alone = job if job.request.alone else None
+            job.times["started"] = time.monotonic()
+            if job.request.alone:
+                self._run_alone(job)
+            else:
+                self._start(job, rows)
+
+    def _run_alone(self, job: Job) -> None:
+        with nullcontext() if self._adapters is None else self._adapters.away():
+            run_alone(job, self._settings)
+        with self._changed:
+            self._alone = None
 
     def _start(self, job: Job, rows: int) -> None:
         adapter_row = 0
-        if job.request.adapters:
-            adapter_row = self._free_rows.pop()
+        if self._adapters is not None:
             try:
-                self._adapter_rows.assign(adapter_row, job.request.adapters)
-            except Exception as error:  # the memory for its factors, say
-                self._free_rows.append(adapter_row)
+                adapter_row = self._adapters.take_row(job.request.adapters)
+            except Exception as error:  # no memory for its factors, say
                 job.finish(error=error)
                 return
             job.release_adapters()
-        job.times["started"] = time.monotonic()
         running = Running(job, rows=rows, adapter_row=adapter_row, proxies=self._proxies, settings=self._settings)
         with self._changed:
             self._running.append(running)
@@ -309,8 +306,9 @@ class Engine:
             try:
                 if running.advance():
                     self._end(running)
-                elif running.waiting.call.component in self._forwards.denoisers:
-                    self._learn(running)
+                elif running.waiting.call.component in self._forwards.denoisers and running.waiting.rows:
+                    running.rows = running.waiting.rows
+                    self._estimates.learn(running.job.request, running.rows)
             except Exception as error:
                 running.job.finish(error=error)
                 raise
@@ -318,35 +316,13 @@ class Engine:
     def _end(self, running: Running) -> None:
         with self._changed:
             self._running.remove(running)
-        if running.adapter_row:
-            self._adapter_rows.clear(running.adapter_row)
-            self._free_rows.append(running.adapter_row)
+        if self._adapters is not None:
+            self._adapters.free_row(running.adapter_row)
 
     def _forward(self) -> None:
         waiting = sorted((each for each in self._running if each.waiting is not None), key=lambda each: each.since)
         if waiting:
             self._forwards.run(self._forwards.choose([each.waiting for each in waiting]))
-
-    # Rows -----------------------------------------------------------------------------------------------------------
-
-    def _estimate(self, job: Job) -> int:
-        """The rows that a request will take, by what others of its kind have taken."""
-        kind = _kind(job)
-        per_image = self._per_image.get(kind, 2.0 if kind[1] else 1.0)
-        return max(1, round(per_image * checks.count_images(job.request.arguments)))
-
-    def _learn(self, running: Running) -> None:
-        running.rows = max(1, running.waiting.rows)
-        images = checks.count_images(running.job.request.arguments)
-        self._per_image[_kind(running.job)] = running.rows / images
-
-
-def _kind(job: Job) -> tuple[type, bool]:
-    """What a request's rows for an image depend on: the pipeline, and whether it is guided."""
-    request = job.request
-    default = checks.parameters_of(request.pipe).get("guidance_scale")
-    scale = request.arguments.get("guidance_scale", None if default is None else default.default)
-    return type(request.pipe), is_number(scale) and scale > 1
 
 
 def _adaptable(name: str, model: nn.Module) -> bool:

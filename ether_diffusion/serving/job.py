@@ -32,7 +32,8 @@ class Request:
     """What was asked for, checked.
 
     arguments: of the pipeline's call, but for the generator.
-    adapters: on the host as they were when the request came, with their strengths, in the order of composition.
+    adapters: as they were when the request came, with their strengths, in the order of composition: on the host, or
+        where the request runs alone their files.
     seeds: one, or one for each image.
     deadline: on `time.monotonic()`'s clock, or None.
     """
@@ -45,6 +46,7 @@ class Request:
     client: str
     deadline: float | None
     on_step: Callable[[Job], None] | None
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,14 @@ class Job:
         times: when it was submitted, started and done, on `time.monotonic()`'s clock; None before.
     """
 
-    request: Request
+    request: Request = field(repr=False)
     future: Future = field(default_factory=Future)
     progress: Progress = Progress()
     times: dict[str, float | None] = field(
         default_factory=lambda: {"submitted": time.monotonic(), "started": None, "done": None}
     )
-    _stopped: Exception | None = None
-    _withdraw: Callable[[Job], None] = lambda _job: None
+    _stopped: Exception | None = field(default=None, repr=False)
+    _withdraw: Callable[[Job], None] = field(default=lambda _job: None, repr=False)
 
     @property
     def seed(self) -> int | Sequence[int] | None:

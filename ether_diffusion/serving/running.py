@@ -38,6 +38,39 @@ class ThreadSettings:
             yield
 
 
+class Progressing:
+    """A request's call of its pipeline, which tells how far it is, and stops when there is a reason to."""
+
+    def __init__(self, job: Job, settings: ThreadSettings) -> None:
+        self.job, self._settings = job, settings
+        self._pipe: DiffusionPipeline | None = None
+
+    def generate(self, proxies: Mapping[str, nn.Module]) -> Any:
+        """Call the pipeline on this thread, with these in place of its models.
+
+        Raises:
+            Stop: there was a reason to stop.
+        """
+        request = self.job.request
+        with self._settings.entered():
+            self._pipe = copy_for_request(request.pipe, proxies, request.scheduler, self._after_step)
+            arguments = dict(request.arguments)
+            if isinstance(request.seeds, int):
+                arguments["generator"] = torch.Generator().manual_seed(request.seeds)
+            elif request.seeds is not None:
+                arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in request.seeds]
+            return self._pipe(**arguments)
+
+    def _after_step(self) -> None:
+        job = self.job
+        steps = getattr(self._pipe, "num_timesteps", None) or len(job.request.scheduler.timesteps)
+        job.progress = Progress(job.progress.step + 1, steps)
+        if job.request.on_step is not None:
+            job.request.on_step(job)
+        if job.reason_to_stop() is not None:
+            raise Stop
+
+
 class Running:
     """One request between its start and its end.
 
@@ -60,9 +93,8 @@ class Running:
         self.job, self.rows, self.adapter_row = job, rows, adapter_row
         self.waiting: Waiting | None = None
         self.since = 0
-        self._proxies, self._settings = proxies, settings
-        self._pipe: DiffusionPipeline | None = None
-        self._coroutine = Coroutine(self._generate, "request")
+        call = Progressing(job, settings)
+        self._coroutine = Coroutine(lambda: call.generate(proxies), "request")
 
     def advance(self) -> bool:
         """Run until the next call of a model, if the last one is answered, or end if there is a reason to stop.
@@ -87,7 +119,7 @@ class Running:
         self.since = next(self._numbers)
 
     def _finish(self) -> None:
-        self.waiting = self._pipe = None
+        self.waiting = None
         error = self._coroutine.error
         if error is None:
             self.job.finish(self._coroutine.result)
@@ -96,25 +128,3 @@ class Running:
         if isinstance(error, Stop):
             error = self.job.reason_to_stop() or EngineClosed("the engine was closed")
         self.job.finish(error=error)
-
-    # On the request's own thread ----------------------------------------------------------------------------------
-
-    def _generate(self) -> Any:
-        request = self.job.request
-        with self._settings.entered():
-            self._pipe = copy_for_request(request.pipe, self._proxies, request.scheduler, self._after_step)
-            arguments = dict(request.arguments)
-            if isinstance(request.seeds, int):
-                arguments["generator"] = torch.Generator().manual_seed(request.seeds)
-            elif request.seeds is not None:
-                arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in request.seeds]
-            return self._pipe(**arguments)
-
-    def _after_step(self) -> None:
-        job = self.job
-        steps = getattr(self._pipe, "num_timesteps", None) or len(job.request.scheduler.timesteps)
-        job.progress = Progress(job.progress.step + 1, steps)
-        if job.request.on_step is not None:
-            job.request.on_step(job)
-        if job.reason_to_stop() is not None:
-            raise Stop

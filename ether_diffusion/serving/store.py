@@ -13,6 +13,8 @@ from ether_diffusion.errors import EtherFileError, InputError, printable
 
 SUFFIX = ".safetensors"
 READS_AT_MOST = 5
+LONGEST_NAME = 200
+"""In bytes; file systems take 255, with the ending."""
 Stamp = tuple[tuple[str, int, int, int], ...]
 """Name, modification time in ns, size and inode of every file of an adapter."""
 
@@ -34,6 +36,7 @@ class Store:
     Attributes:
         nbytes: bytes that are held.
         loads: adapters read so far.
+        lock: held while one is read.
     """
 
     def __init__(self, folder: str | Path, read: Callable[[Path], Any], *, limit: int) -> None:
@@ -42,7 +45,7 @@ class Store:
             raise InputError(f"adapters={str(folder)!r}: there is no such folder")
         self._read = read
         self._held: OrderedDict[str, tuple[Stamp, Any]] = OrderedDict()  # least used first
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self.nbytes = self.loads = 0
 
     def names(self) -> list[str]:
@@ -54,7 +57,7 @@ class Store:
     def _name(path: Path) -> str | None:
         if path.is_dir():
             return path.name if any(path.glob(f"*{SUFFIX}")) else None
-        return path.stem if path.suffix == SUFFIX else None
+        return path.stem if path.suffix == SUFFIX and path.is_file() else None
 
     def find(self, name: str) -> Path:
         """The file or folder of an adapter.
@@ -63,8 +66,7 @@ class Store:
             UnknownAdapter: no such name; lists near ones.
             InputError: a file and a folder have it.
         """
-        # A name is an entry of the folder and no path: nothing outside can be asked for.
-        if name and name == Path(name).name and not name.startswith(".") and "\0" not in name and "\\" not in name:
+        if _is_name(name):
             candidates = (self.folder / f"{name}{SUFFIX}", self.folder / name)
             found = [path for path in candidates if self._name(path) == name]
             if len(found) > 1:
@@ -72,7 +74,7 @@ class Store:
             if found:
                 return found[0]
         known = self.names()
-        near = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
+        near = difflib.get_close_matches(name[:80], known, n=5, cutoff=0.5)
         hint = f"near it: {', '.join(near)}" if near else f"there are {', '.join(known[:10]) or 'none'}"
         hint += f" and {len(known) - 10} more" if not near and len(known) > 10 else ""
         raise UnknownAdapter(f"there is no adapter {printable(name[:80])!r}; {printable(hint)}")
@@ -84,7 +86,7 @@ class Store:
             UnknownAdapter, InputError: as `find`.
             EtherFileError: it does not fit, or was written to all the while that it was read.
         """
-        with self._lock:
+        with self.lock:
             for _ in range(READS_AT_MOST):
                 path = self.find(name)
                 stamp = _stamp(path)
@@ -121,6 +123,15 @@ class Store:
     def _drop(self, name: str) -> None:
         if name in self._held:
             self.nbytes -= self._held.pop(name)[1].nbytes
+
+
+def _is_name(name: str) -> bool:
+    """Whether this can be the name of an entry of a folder, and is no path: nothing outside can be asked for."""
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:  # half of a character, which JSON can hold
+        return False
+    return 0 < size <= LONGEST_NAME and name == Path(name).name and name[0] != "." and not set(name) & set("\0\\")
 
 
 def _stamp(path: Path) -> Stamp:

@@ -86,8 +86,8 @@ def test_image_to_image_runs_beside_text_to_image(tiny_pipeline, alone):
     stock = StableDiffusionImg2ImgPipeline.from_pipe(alone.pipe)
     expected = stock(image=image, **options, generator=torch.Generator().manual_seed(0)).images
     with Engine(tiny_pipeline, max_batch=4) as engine:
-        other = StableDiffusionImg2ImgPipeline.from_pipe(tiny_pipeline)
-        jobs = engine.submit(**options, seed=0), engine.submit(pipeline=other, image=image, **options, seed=0)
+        other = engine.submit(pipeline=StableDiffusionImg2ImgPipeline, image=image, **options, seed=0)
+        jobs = engine.submit(**options, seed=0), other
         assert distance(jobs[0], alone.images(Asked(steps=4, guidance=7.5))) <= ONE_GREY_LEVEL
         assert distance(jobs[1], expected) <= ONE_GREY_LEVEL
     assert engine.counts.largest == 4
