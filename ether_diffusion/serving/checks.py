@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -111,10 +112,15 @@ def takes(pipe: DiffusionPipeline, argument: str) -> bool:
 
 def parameters_of(pipe: DiffusionPipeline) -> dict[str, inspect.Parameter]:
     """The parameters of a pipeline's call by name, also those that it passes on to the class that it derives from."""
+    return _parameters_of(type(pipe))
+
+
+@functools.cache
+def _parameters_of(kind: type[DiffusionPipeline]) -> dict[str, inspect.Parameter]:
     found: dict[str, inspect.Parameter] = {}
-    for kind in type(pipe).__mro__:
-        if "__call__" in vars(kind):
-            for name, each in inspect.signature(kind.__call__).parameters.items():
+    for base in kind.__mro__:
+        if "__call__" in vars(base):
+            for name, each in inspect.signature(base.__call__).parameters.items():
                 if name != "self" and each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL):
                     found.setdefault(name, each)
     return found

@@ -306,12 +306,18 @@ class Engine:
             try:
                 if running.advance():
                     self._end(running)
-                elif running.waiting.call.component in self._forwards.denoisers and running.waiting.rows:
-                    running.rows = running.waiting.rows
-                    self._estimates.learn(running.job.request, running.rows)
+                else:
+                    self._count_rows(running)
             except Exception as error:
                 running.job.finish(error=error)
                 raise
+
+    def _count_rows(self, running: Running) -> None:
+        """The rows that a request takes, known from its first call of a denoiser."""
+        waiting = running.waiting
+        if not running.is_counted and waiting.rows and waiting.call.component in self._forwards.denoisers:
+            running.rows, running.is_counted = waiting.rows, True
+            self._estimates.learn(running.job.request, waiting.rows)
 
     def _end(self, running: Running) -> None:
         with self._changed:

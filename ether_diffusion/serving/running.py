@@ -75,7 +75,7 @@ class Running:
     """One request between its start and its end.
 
     Attributes:
-        rows: of the denoiser's batch that the request takes; an estimate before its first call of the denoiser.
+        rows: of the denoiser's batch that the request takes; an estimate until `is_counted`.
         waiting: the call that it waits with, or None before its first.
     """
 
@@ -91,6 +91,7 @@ class Running:
         settings: ThreadSettings,
     ) -> None:
         self.job, self.rows, self.adapter_row = job, rows, adapter_row
+        self.is_counted = False
         self.waiting: Waiting | None = None
         self.since = 0
         call = Progressing(job, settings)
