@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -124,11 +125,11 @@ class Job:
 
     def finish(self, result: Any = None, error: BaseException | None = None) -> None:
         """Set what came of it, once; what comes later is dropped."""
-        if self.future.done():
-            return
-        self.times["done"] = time.monotonic()
         self.release_adapters()
-        if error is None:
-            self.future.set_result(result)
-        else:
-            self.future.set_exception(error)
+        if self.times["done"] is None:
+            self.times["done"] = time.monotonic()
+        with suppress(InvalidStateError):  # asyncio cancels futures from its own thread
+            if error is None:
+                self.future.set_result(result)
+            else:
+                self.future.set_exception(error)

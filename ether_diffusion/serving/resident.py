@@ -64,7 +64,7 @@ class ResidentAdapters:
     @contextmanager
     def away(self) -> Iterator[None]:
         """The pipeline as it was without this, while no row is taken; nothing is read meanwhile."""
-        with self.store.lock:
+        with self.store.reading:
             self._rows.close()
             try:
                 yield

@@ -36,7 +36,7 @@ class Store:
     Attributes:
         nbytes: bytes that are held.
         loads: adapters read so far.
-        lock: held while one is read.
+        reading: a lock, held while one is read; those that are held are given out all the same.
     """
 
     def __init__(self, folder: str | Path, read: Callable[[Path], Any], *, limit: int) -> None:
@@ -45,7 +45,7 @@ class Store:
             raise InputError(f"adapters={str(folder)!r}: there is no such folder")
         self._read = read
         self._held: OrderedDict[str, tuple[Stamp, Any]] = OrderedDict()  # least used first
-        self.lock = threading.Lock()
+        self._lock, self.reading = threading.Lock(), threading.Lock()
         self.nbytes = self.loads = 0
 
     def names(self) -> list[str]:
@@ -86,20 +86,27 @@ class Store:
             UnknownAdapter, InputError: as `find`.
             EtherFileError: it does not fit, or was written to all the while that it was read.
         """
-        with self.lock:
-            for _ in range(READS_AT_MOST):
-                path = self.find(name)
-                stamp = _stamp(path)
-                held = self._held.get(name)
-                if held is not None and held[0] == stamp:
-                    self._held.move_to_end(name)
-                    return held[1]
-                self._drop(name)
-                adapter = self._read_whole(path, stamp)
-                if adapter is not None:
-                    self._hold(name, stamp, adapter)
+        for _ in range(READS_AT_MOST):
+            path = self.find(name)
+            stamp = _stamp(path)
+            if (adapter := self._held_at(name, stamp)) is not None:
+                return adapter
+            with self.reading:
+                if (adapter := self._held_at(name, stamp)) is not None:  # read by another thread meanwhile
                     return adapter
+                adapter = self._read_whole(path, stamp)
+            if adapter is not None:
+                self._hold(name, stamp, adapter)
+                return adapter
         raise EtherFileError(f"{name}: was changed each of the {READS_AT_MOST} times that it was read")
+
+    def _held_at(self, name: str, stamp: Stamp) -> Any | None:
+        with self._lock:
+            held = self._held.get(name)
+            if held is None or held[0] != stamp:
+                return None
+            self._held.move_to_end(name)
+            return held[1]
 
     def _read_whole(self, path: Path, stamp: Stamp) -> Any | None:
         """What is at a path; None if its files are others afterwards than before, so that it may be half of each."""
@@ -113,12 +120,14 @@ class Store:
         return adapter if _stamp(path) == stamp else None
 
     def _hold(self, name: str, stamp: Stamp, adapter: Any) -> None:
-        if adapter.nbytes > self.limit:
-            return
-        self._held[name] = (stamp, adapter)
-        self.nbytes += adapter.nbytes
-        while self.nbytes > self.limit:
-            self._drop(next(iter(self._held)))
+        with self._lock:
+            self._drop(name)
+            if adapter.nbytes > self.limit:
+                return
+            self._held[name] = (stamp, adapter)
+            self.nbytes += adapter.nbytes
+            while self.nbytes > self.limit:
+                self._drop(next(iter(self._held)))
 
     def _drop(self, name: str) -> None:
         if name in self._held:

@@ -4,7 +4,7 @@ import pytest
 from accelerate import cpu_offload
 from diffusers import FluxPipeline, StableDiffusionPAGPipeline
 from helpers import flow_zoo
-from helpers.pipelines import adapt
+from helpers.pipelines import adapt, open_pipeline
 from peft import LoraConfig
 
 from ether_diffusion import EtherControlPipeline
@@ -43,9 +43,9 @@ def test_pipelines_that_change_the_model_while_they_generate_are_refused(tiny_pi
     refused(StableDiffusionPAGPipeline.from_pipe(tiny_pipeline), "perturbed attention guidance")
 
 
-@pytest.fixture
-def engine(tiny_pipeline):
-    with Engine(tiny_pipeline, max_batch=1, max_line=2) as engine:
+@pytest.fixture(scope="module")
+def engine(tiny_pipeline_folder):
+    with Engine(open_pipeline(tiny_pipeline_folder), max_batch=1, max_line=2) as engine:
         yield engine
         engine.close(drain=False)
 
@@ -87,6 +87,8 @@ def test_a_full_line_refuses_more(engine):
         for _ in range(4):
             jobs.append(engine.submit(prompt="a dog", num_inference_steps=900))
     assert len(jobs) in (2, 3)
+    for job in jobs:
+        job.cancel()
 
 
 def test_a_control_pipeline_without_control_images_is_served_as_its_stock_class(tiny_pipeline):

@@ -66,3 +66,13 @@ def test_arguments_that_the_pipeline_needs_are_given_as_typical(tmp_path):
 def test_what_is_no_batch_size_is_refused(tiny_pipeline, wrong):
     with pytest.raises(InputError, match="max_batch"):
         Engine(tiny_pipeline, max_batch=wrong)
+
+
+def test_a_model_whose_calls_are_not_joined_gets_a_batch_of_one(tiny_pipeline):
+    class OtherUNet(type(tiny_pipeline.unet)):
+        """A model that nothing is known of."""
+
+    tiny_pipeline.unet.__class__ = OtherUNet
+    with Engine(tiny_pipeline) as engine:
+        assert engine.max_batch == 1 and "calls of OtherUNet are not joined" in engine.measurement.remark
+        assert engine.submit(prompt="a dog", num_inference_steps=2).result(60).images
