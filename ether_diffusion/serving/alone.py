@@ -25,8 +25,13 @@ def run_alone(job: Job, settings: ThreadSettings) -> None:
     """
     pipe, files = job.request.pipe, job.request.adapters
     names = [f"{PREFIX}{k}" for k in range(len(files))]
+    function = job.request.function
+
+    def generate() -> object:
+        return Progressing(job, settings).generate({}) if function is None else function(pipe)
+
     try:
-        result = _with_adapters(pipe, names, files, lambda: Progressing(job, settings).generate({}))
+        result = _with_adapters(pipe, names, files, generate)
     except Stop:
         job.finish(error=job.reason_to_stop())
     except Exception as error:

@@ -23,7 +23,7 @@ from ether_diffusion.serving import checks
 from ether_diffusion.serving.alone import run_alone
 from ether_diffusion.serving.coroutines import Coroutine
 from ether_diffusion.serving.forwards import Counts, Forwards
-from ether_diffusion.serving.job import EngineClosed, Job
+from ether_diffusion.serving.job import EngineClosed, Job, Request
 from ether_diffusion.serving.line import Line
 from ether_diffusion.serving.measure import Measurement
 from ether_diffusion.serving.probe import measure_pipeline
@@ -136,16 +136,31 @@ class Engine:
             EngineClosed: the engine was closed.
         """
         self._check_room()
-        request = self._requests.make(
-            adapter=adapter,
-            seed=seed,
-            scheduler=scheduler,
-            pipeline=pipeline,
-            client=client,
-            timeout=timeout,
-            on_step=on_step,
-            arguments=arguments,
+        return self._add(
+            self._requests.make(
+                adapter=adapter,
+                seed=seed,
+                scheduler=scheduler,
+                pipeline=pipeline,
+                client=client,
+                timeout=timeout,
+                on_step=on_step,
+                arguments=arguments,
+            )
         )
+
+    def call_alone(self, function: Callable[[DiffusionPipeline], Any], *, client: str = "") -> Job:
+        """Put a call in line that uses the pipeline itself, such as one that exports adapters, with nothing beside it.
+
+        function: called with the pipeline on the engine's thread; its result is the job's. It leaves the pipeline as
+            it was: what it attaches, it detaches.
+
+        Raises:
+            EngineFull, EngineClosed: as `submit`.
+        """
+        return self._add(Request(self.pipe, {}, (), None, None, client, None, None, alone=True, function=function))
+
+    def _add(self, request: Request) -> Job:
         job = Job(request, _withdraw=self._withdraw)
         job.future.add_done_callback(lambda future: self._withdraw(job) if future.cancelled() else None)
         with self._changed:

@@ -36,6 +36,8 @@ class Request:
     adapters: as they were when the request came, with their strengths, in the order of composition: on the host, or
         where the request runs alone their files.
     seeds: one, or one for each image.
+    alone: whether nothing may run beside it.
+    function: what is called with the pipeline in place of the pipeline's own call; alone.
     deadline: on `time.monotonic()`'s clock, or None.
     """
 
@@ -48,6 +50,7 @@ class Request:
     deadline: float | None
     on_step: Callable[[Job], None] | None
     alone: bool = False
+    function: Callable[[DiffusionPipeline], Any] | None = None
 
 
 @dataclass(frozen=True)

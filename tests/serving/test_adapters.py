@@ -3,6 +3,7 @@
 import os
 import shutil
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -18,8 +19,10 @@ from PIL import Image
 
 from ether_diffusion import EtherControlPipeline, EtherFileError
 from ether_diffusion.errors import InputError
-from ether_diffusion.serving import Cancelled, Engine, UnknownAdapter
+from ether_diffusion.export.lora import export_lora
+from ether_diffusion.serving import Cancelled, Engine, EngineFull, UnknownAdapter
 
+pytest.importorskip("ether_diffusion.serving.rows")
 TARGETS = {"unet": ATTENTION, "text_encoder": CLIP[:4]}
 NAMES = ["dog", "cat", "a name with spaces", "🐕"]
 
@@ -240,6 +243,21 @@ def test_a_control_adapter_without_its_image_is_refused(engine, adapters, tiny_p
         engine.submit(prompt="a dog", adapter="edges")
 
 
+def test_what_needs_the_pipeline_itself_is_called_with_nothing_beside_it(engine, alone, adapters, tmp_path):
+    def export(pipe):
+        assert engine.running == 1
+        pipe.load_ether_weights(adapters / "dog.safetensors", "dog")
+        try:
+            return export_lora(pipe, tmp_path / "lora", to="diffusers-lora").path
+        finally:
+            pipe.unload_ether_weights()
+
+    jobs = with_adapter("dog").submit(engine), engine.call_alone(export), with_adapter("dog").submit(engine)
+    assert jobs[1].result(WAIT).is_file()
+    for job in (jobs[0], jobs[2]):
+        assert distance(job, alone.images(with_adapter("dog"))) <= ONE_GREY_LEVEL
+
+
 # Whatever happens ---------------------------------------------------------------------------------------------------
 
 
@@ -272,3 +290,51 @@ def test_whatever_leaves_beside_it_every_request_has_its_own_subject(shared_engi
             assert distance(job, alone.images(asked)) <= ONE_GREY_LEVEL
         else:
             assert job.future.exception(WAIT) is None or isinstance(job.future.exception(), Cancelled)
+
+
+@pytest.mark.slow
+def test_forty_clients_with_a_thousand_adapters_lose_nothing_and_never_get_another_subject(
+    tiny_pipeline, adapters, alone, tmp_path
+):
+    many = tmp_path / "many"
+    many.mkdir()
+    for k in range(1000):
+        os.link(adapters / f"{NAMES[k % 4]}.safetensors", many / f"{k}.safetensors")
+    references = [alone.images(with_adapter(name, guidance=1.0)) for name in NAMES]
+    wrong, counts = [], {"right": 0, "full": 0, "cancelled": 0}
+
+    def client(number):
+        random = np.random.default_rng(number)
+        for _ in range(5):
+            k = int(random.integers(1000))
+            arguments = with_adapter(NAMES[k % 4], guidance=1.0).arguments()
+            while True:
+                try:
+                    job = engine.submit(adapter=str(k), seed=0, client=str(number), **arguments)
+                    break
+                except EngineFull:
+                    counts["full"] += 1
+                    time.sleep(0.05)
+            if random.random() < 0.15:
+                job.cancel()
+            try:
+                images = job.result(WAIT).images
+            except Cancelled:
+                counts["cancelled"] += 1
+                continue
+            far = [np.abs(images - each).max() for each in references]
+            if int(np.argmin(far)) != k % 4 or min(far) > ONE_GREY_LEVEL:
+                wrong.append((k, far))
+            counts["right"] += 1
+
+    nbytes = 0
+    with Engine(tiny_pipeline, many, max_batch=8, max_line=16) as engine:
+        nbytes = engine.store.get("0").nbytes
+    with Engine(tiny_pipeline, many, max_batch=8, max_line=16, host_bytes=50 * nbytes) as engine:
+        clients = [threading.Thread(target=client, args=(number,)) for number in range(40)]
+        for each in clients:
+            each.start()
+        for each in clients:
+            each.join()
+        assert engine.store.nbytes <= 50 * nbytes
+    assert not wrong and counts["right"] + counts["cancelled"] == 200
