@@ -95,7 +95,7 @@ class Engine:
         self._requests, self._estimates = Requests(pipe, self._adapters), RowEstimates()
         self._line = Line(max_line)
         self._running: list[Running] = []
-        self._alone: Job | None = None
+        self._starting: Job | None = None  # out of the line, and not among those that run, or running alone
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
@@ -211,7 +211,7 @@ class Engine:
 
     def _stop_all(self, reason: Exception) -> None:
         with self._changed:
-            jobs = [*self._line, *(each.job for each in self._running), *filter(None, [self._alone])]
+            jobs = [*self._line, *self._begun()]
         for job in jobs:
             job.stop(reason)
 
@@ -226,7 +226,11 @@ class Engine:
     @property
     def running(self) -> int:
         """Requests that have begun."""
-        return len(self._running) + (self._alone is not None)
+        with self._changed:
+            return len(self._begun())
+
+    def _begun(self) -> set[Job]:
+        return {each.job for each in self._running} | ({self._starting} - {None})
 
     @property
     def store(self) -> Store | None:
@@ -253,12 +257,16 @@ class Engine:
                     self._advance()
                     self._forward()
         except BaseException as error:  # of the engine itself: nobody may wait for ever
+            reason = EngineClosed(f"the engine failed: {error!r}")
             with self._changed:
                 self._closing = True
-            self._stop_all(EngineClosed(f"the engine failed: {error!r}"))
+                begun = self._begun()
+            self._stop_all(reason)
             for running in self._running:
                 with suppress(Exception):
                     running.advance()
+            for job in begun:
+                job.finish(error=reason)
             raise
 
     def _await_work(self) -> bool:
@@ -289,18 +297,18 @@ class Engine:
                 if self._running and (job.request.alone or taken + rows > self.max_batch):
                     return
                 self._line.take()
-                self._alone = job if job.request.alone else None
+                self._starting = job
             job.times["started"] = time.monotonic()
             if job.request.alone:
                 self._run_alone(job)
             else:
                 self._start(job, rows)
+            with self._changed:
+                self._starting = None
 
     def _run_alone(self, job: Job) -> None:
         with nullcontext() if self._adapters is None else self._adapters.away():
             run_alone(job, self._settings)
-        with self._changed:
-            self._alone = None
 
     def _start(self, job: Job, rows: int) -> None:
         adapter_row = 0

@@ -140,9 +140,10 @@ def frozen(value: Any) -> Hashable:
 
 def _digest(tensor: Tensor) -> bytes:
     known = _digests.get(tensor)
-    if known is None or known[0] != tensor._version:
+    version = -1 if tensor.is_inference() else tensor._version  # those of inference mode count none
+    if known is None or known[0] != version or version < 0:
         data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        known = _digests[tensor] = (tensor._version, hashlib.sha256(data.tobytes()).digest())
+        known = _digests[tensor] = (version, hashlib.sha256(data.tobytes()).digest())
     return known[1]
 
 

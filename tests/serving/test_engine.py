@@ -1,6 +1,7 @@
 """Every answer is what the stock pipeline makes of that request alone, whatever runs beside it."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -134,12 +135,12 @@ def test_leaving_the_engine_finishes_what_was_submitted_and_takes_no_more(tiny_p
 
 
 def test_closing_without_draining_stops_everything(tiny_pipeline):
-    engine = Engine(tiny_pipeline, max_batch=2)
-    jobs = [engine.submit(prompt="a dog", num_inference_steps=900) for _ in range(3)]
-    engine.close(drain=False)
-    for job in jobs:
-        with pytest.raises(EngineClosed):
-            job.result(WAIT)
+    for pause in np.linspace(0, 0.02, 10):  # at every moment of a request's life
+        engine = Engine(tiny_pipeline, max_batch=2)
+        jobs = [engine.submit(prompt="a dog", num_inference_steps=900) for _ in range(3)]
+        time.sleep(pause)
+        engine.close(drain=False)
+        assert all(isinstance(job.future.exception(WAIT), EngineClosed) for job in jobs)
 
 
 def test_a_request_cannot_close_the_engine_that_runs_it(tiny_pipeline):
@@ -167,6 +168,21 @@ def test_clients_take_turns(tiny_pipeline):
                 done = lambda _, who=f"{client}{k}": order.append(who)  # noqa: E731
                 engine.submit(prompt="a dog", num_inference_steps=2, client=client).future.add_done_callback(done)
     assert order.index("one0") <= 1 + (order[0] == "many0")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_fault_of_the_engine_itself_ends_every_request_and_takes_no_more(tiny_pipeline, monkeypatch):
+    with Engine(tiny_pipeline, max_batch=2) as engine:
+
+        def fault(_):
+            raise AssertionError("a fault")
+
+        monkeypatch.setattr(engine._forwards, "choose", fault)
+        jobs = [engine.submit(prompt="a dog", num_inference_steps=900)]
+        with pytest.raises(EngineClosed, match="a fault"):
+            jobs[0].result(WAIT)
+        with pytest.raises(EngineClosed):
+            engine.submit(prompt="a dog")
 
 
 class Arrivals:

@@ -65,6 +65,12 @@ def test_arguments_that_are_not_joined_may_be_equal_tensors():
     assert key_of(UNET, same[0]) != key_of(UNET, same[1])
 
 
+def test_tensors_of_inference_mode_are_compared_too():
+    with torch.inference_mode():
+        same = [unet_call(mid_block_additional_residual=torch.ones(2, 3)) for _ in range(2)]
+    assert key_of(UNET, same[0]) == key_of(UNET, same[1])
+
+
 def test_nested_conditions_are_joined_by_row():
     calls = [unet_call(added_cond_kwargs={"text_embeds": torch.full((2, 3), float(k))}) for k in range(2)]
     joined = join(UNET, calls)

@@ -1,6 +1,8 @@
 """The line is bounded, and clients take turns in it."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ether_diffusion.serving import EngineFull
 from ether_diffusion.serving.job import Job, Request
@@ -49,3 +51,22 @@ def test_a_request_is_taken_out_once():
     assert line.remove(jobs[0]) and not line.remove(jobs[0])
     assert drained(line) == jobs[1:]
     assert not line.remove(job("nobody"))
+
+
+@given(st.lists(st.sampled_from("aaaabc-"), max_size=40))
+def test_nobody_is_overtaken_twice_by_the_same_client(plan):
+    line, waiting, overtaken = Line(99), [], {}
+    for client in plan:
+        if client != "-":
+            waiting.append(job(client))
+            line.add(waiting[-1])
+        elif waiting:
+            taken = line.take()
+            waiting.remove(taken)
+            for each in {other.request.client: other for other in reversed(waiting)}.values():  # the first of each
+                by = overtaken.setdefault(each, [])
+                if taken.request.client != each.request.client:
+                    assert taken.request.client not in by
+                    by.append(taken.request.client)
+                else:
+                    by.clear()
