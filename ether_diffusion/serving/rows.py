@@ -21,6 +21,7 @@ from ether_diffusion.adapters.locate import find_adapter_file
 from ether_diffusion.errors import InputError
 from ether_diffusion.serving.composition import Composition, Layout, Row
 from ether_diffusion.serving.host_adapter import HostAdapter, compose, from_ether_file
+from ether_diffusion.serving.lora_file import find_lora_file, read_lora
 from ether_diffusion.serving.mixing import add_convolution, add_linear
 
 __all__ = ["AdapterRows", "HostAdapter"]
@@ -54,13 +55,16 @@ class AdapterRows:
         self._current = threading.local()  # a file may be read through the same layers meanwhile
 
     def read(self, adapter_file_or_folder: str | Path) -> HostAdapter:
-        """Read an adapter and check it against the pipeline, which stays as it is.
+        """Read an adapter, ETHER or LoRA, and check it against the pipeline, which stays as it is.
 
         Raises:
             FileNotFoundError, OSError, ValueError: as `load_ether_weights`; or a file that holds more than one row of
                 a batch can have (replaced modules, a control encoder).
         """
-        return from_ether_file(self._open(), find_adapter_file(adapter_file_or_folder))
+        pipe = self._open()
+        if (lora := find_lora_file(adapter_file_or_folder)) is not None:
+            return read_lora(pipe, lora)
+        return from_ether_file(pipe, find_adapter_file(adapter_file_or_folder))
 
     def assign(self, row: int, adapters: Sequence[tuple[HostAdapter, float]]) -> None:
         """Let a row hold adapters at their strengths, composed in their order as on a pipeline; replaces what it held.
