@@ -5,17 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 from diffusers import DiffusionPipeline
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ether_diffusion.adapters.components import models_of, named, records_of, tuner_layers
 from ether_diffusion.control.pipelines import is_number
+from ether_diffusion.tuner.flattened import flattened_modules
 from ether_diffusion.tuner.mixed_batch import BASE, Arguments, arguments_by_layer, arguments_of, mixing_layers
 
 Entry = str | tuple[str, float] | None
@@ -49,13 +48,13 @@ def ether_adapters_per_prompt(self: DiffusionPipeline, adapters: Sequence[Entry]
     images: list[int] = []  # of each prompt, in the call that runs
     with ExitStack() as stack:
         for layer, scales in loras:
-            before = dict(layer.scaling)
-            stack.callback(layer.scaling.update, before)
+            stack.callback(layer.scaling.update, dict(layer.scaling))
             for name, strength in scales.items():
                 layer.set_scale(name, strength)
         for component, model in models.items():
-            rows = partial(_rows, component, isinstance(model, PreTrainedModel), names, strengths, images)
-            stack.enter_context(arguments_by_layer(layers[component], rows))
+            rows = _Rows(component, isinstance(model, PreTrainedModel), names, strengths, images, model)
+            stack.callback(model.register_forward_pre_hook(rows.count, with_kwargs=True).remove)
+            stack.enter_context(arguments_by_layer(layers[component], rows.arguments))
         stack.enter_context(_calls_checked(self, len(names), images))
         yield
 
@@ -118,33 +117,61 @@ def _lora_strengths(
     return found
 
 
-def _rows(
-    component: str,
-    is_encoder: bool,
-    names: Sequence[str],
-    strengths: Sequence[float],
-    images: Sequence[int],
-    layer: BaseTunerLayer,
-    rows: int,
-) -> Arguments:
-    """Names and strengths of the rows of a layer's input.
+class _Rows:
+    """Which adapter each row of a component's batch has, in one context.
 
     Pipelines have the images of a prompt side by side, and both halves of guidance in the same order.
+
+    images: of each prompt, in the call of the pipeline that runs.
     """
-    if is_encoder:
-        each, halves = 1, 1
-    elif not images:
-        raise ValueError(f"{component} is called outside of the pipeline's own call: adapters per prompt are for that")
-    else:
-        each, halves = images[-1], 2 if rows == 2 * images[-1] * len(names) else 1
-    if rows != halves * each * len(names):
-        fits = f"{len(names)}" if is_encoder else f"{each * len(names)}, or {2 * each * len(names)} with guidance,"
-        raise ValueError(
-            f"{component} has a batch of {rows} rows, but {fits} would be those of {len(names)} prompts: which row is "
-            "whose cannot be told"
-        )
-    spread = [k for k in range(len(names)) for _ in range(each)] * halves
-    return arguments_of(layer, [names[k] for k in spread], [strengths[k] for k in spread])
+
+    def __init__(
+        self,
+        component: str,
+        is_encoder: bool,
+        names: Sequence[str],
+        strengths: Sequence[float],
+        images: Sequence[int],
+        model: nn.Module,
+    ) -> None:
+        self.component, self.is_encoder, self.images = component, is_encoder, images
+        self.names, self.strengths = names, strengths
+        self._flattened, self._rows = flattened_modules(model), 0
+
+    def count(self, _model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Take the rows of a call of the model: those of its first tensor, or list of tensors."""
+        values = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor | list))
+        self._rows = len(next(values, ()))
+
+    def arguments(self, layer: nn.Module, rows: int) -> Arguments:
+        """Names and strengths of the rows of a layer's input.
+
+        Raises:
+            ValueError: a batch of which it cannot be told which row is whose.
+        """
+        tokens = 1
+        if layer in self._flattened and self._rows and rows % self._rows == 0:
+            rows, tokens = self._rows, rows // self._rows
+        own = self._entries_of(rows)
+        names, strengths = ([values[k] for k in own for _ in range(tokens)] for values in (self.names, self.strengths))
+        return arguments_of(layer, names, strengths)
+
+    def _entries_of(self, rows: int) -> list[int]:
+        """The entry of each row."""
+        prompts = len(self.names)
+        if not self.is_encoder and not self.images:
+            raise ValueError(
+                f"{self.component} is called outside of the pipeline's call: adapters per prompt are for it"
+            )
+        each = 1 if self.is_encoder else self.images[-1]
+        halves = 2 if rows == 2 * each * prompts and not self.is_encoder else 1
+        if rows != halves * each * prompts:
+            guided = "" if self.is_encoder else f" (or {2 * each * prompts}, with guidance)"
+            raise ValueError(
+                f"{self.component} has a batch of {rows} rows, but {prompts} prompts have {each * prompts}{guided}: "
+                "which row is whose cannot be told"
+            )
+        return [k for k in range(prompts) for _ in range(each)] * halves
 
 
 @contextmanager
