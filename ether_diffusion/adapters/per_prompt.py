@@ -72,12 +72,10 @@ def _entries(pipe: DiffusionPipeline, adapters: Sequence[Entry]) -> tuple[list[s
                 "('dog', 0.6), or None fits"
             )
         pairs.append((pair[0], float(pair[1])))
-    carried = {
-        n for m in models_of(pipe).values() for layer in tuner_layers(m) for n in layer._get_available_adapters()
-    }
-    names, records = [name for name, _ in pairs], records_of(pipe)
-    known = [*records, *sorted(carried - set(records))]
-    named([name for name in names if name != BASE], known)
+    names = [name for name, _ in pairs]
+    layers = [layer for model in models_of(pipe).values() for layer in tuner_layers(model)]
+    carried = {name for layer in layers for name in layer._get_available_adapters()}
+    named([name for name in names if name != BASE], sorted(carried | set(records_of(pipe))))
     return names, [strength for _, strength in pairs]
 
 
@@ -90,7 +88,7 @@ def _check(pipe: DiffusionPipeline, models: Mapping[str, nn.Module]) -> None:
         part = getattr(pipe, component)
         if hasattr(part, "_orig_mod") or part._compiled_call_impl is not None:
             raise ValueError(
-                f"{component} is compiled, and would not see which row has which adapter: do not compile it"
+                f"{component} is compiled, and would not see which row has which adapter: use it uncompiled"
             )
         for layer in tuner_layers(model):
             if layer.merged:
@@ -161,7 +159,7 @@ class _Rows:
         prompts = len(self.names)
         if not self.is_encoder and not self.images:
             raise ValueError(
-                f"{self.component} is called outside of the pipeline's call: adapters per prompt are for it"
+                f"{self.component} is called outside of a call of the pipeline: it cannot be told whose its rows are"
             )
         each = 1 if self.is_encoder else self.images[-1]
         halves = 2 if rows == 2 * each * prompts and not self.is_encoder else 1
