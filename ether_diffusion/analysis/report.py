@@ -156,7 +156,7 @@ def open_base(
     if CONTROL in adapter.weights:
         return light.from_pipe(pipe)
     if "controlnet" in {*adapter.configs, *adapter.weights}:
-        widths = ControlEncoder.for_unet(pipe.unet, factor=pipe.vae_scale_factor).config.block_out_channels
+        widths = ControlEncoder.for_denoiser(pipe.unet, factor=pipe.vae_scale_factor).config.block_out_channels
         controlnet = diffusers.ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=widths)
         return with_controlnet.from_pipe(pipe, controlnet=controlnet)
     return pipe

@@ -73,7 +73,7 @@ class ControlEncoder(ModelMixin, ConfigMixin):
             nn.init.zeros_(convolution.bias)
 
     @classmethod
-    def for_unet(
+    def for_denoiser(
         cls,
         unet: nn.Module,
         factor: int = 8,

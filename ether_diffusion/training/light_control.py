@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
+from ether_diffusion.errors import InputError
 from ether_diffusion.training import objectives
 from ether_diffusion.training.adaptation import Attached
 from ether_diffusion.training.card import opening
@@ -24,6 +27,13 @@ class LightControl(ControlAdaptation):
     control, objective = objectives.ENCODER, objectives.LightControlObjective
 
     def plan(self, options: ControlTrainingOptions, blueprint: Blueprint) -> tuple[Configs, int]:
+        if "unet" not in blueprint.models:
+            raise InputError(
+                f"{self.family_class.pipeline_class}: control is trained for pipelines with a UNet, such as "
+                "StableDiffusionPipeline and StableDiffusionXLPipeline"
+            )
+        with torch.device("meta"):
+            self.planned_encoder = self.make_encoder(blueprint.models["unet"])
         configs, count = super().plan(options, blueprint)
         return configs, count + self.planned_encoder.num_parameters()
 

@@ -24,7 +24,7 @@ def adapters(tmp_path_factory) -> Path:
     folder = shutil.copytree(SHIPPED, tmp_path_factory.mktemp("adapters"), dirs_exist_ok=True)
     torch.manual_seed(0)
     pipe = EtherControlPipeline.from_pipe(miniature.load_pipeline())
-    encoder = ControlEncoder.for_unet(pipe.unet, factor=pipe.vae_scale_factor)
+    encoder = ControlEncoder.for_denoiser(pipe.unet, factor=pipe.vae_scale_factor)
     torch.nn.init.normal_(encoder.embedding.conv_out.weight, std=0.2)
     pipe.add_control("map", encoder)
     pipe.save_ether_weights(folder / "map", "map")

@@ -27,7 +27,7 @@ def evaluate(*words: object) -> int:
 def encoder_file(tiny_pipeline_folder, tmp_path) -> Path:
     """An encoder that nothing was taught, for the tiny pipeline."""
     pipe = EtherControlPipeline.from_pretrained(tiny_pipeline_folder)
-    pipe.add_control("default", ControlEncoder.for_unet(pipe.unet, pipe.vae_scale_factor))
+    pipe.add_control("default", ControlEncoder.for_denoiser(pipe.unet, pipe.vae_scale_factor))
     pipe.save_ether_weights(tmp_path / "adapter")
     return tmp_path / "adapter"
 
@@ -108,7 +108,7 @@ def test_the_miniature_is_evaluated_from_its_maps_to_the_report(tmp_path, monkey
     segmenter = train_segmenter(QUICK)
     monkeypatch.setattr(control.MiniatureSegmenter, "load_or_train", lambda folder: segmenter)
     pipe = EtherControlPipeline.from_pretrained(miniature.FOLDER)
-    pipe.add_control("default", ControlEncoder.for_unet(pipe.unet, pipe.vae_scale_factor))
+    pipe.add_control("default", ControlEncoder.for_denoiser(pipe.unet, pipe.vae_scale_factor))
     pipe.save_ether_weights(tmp_path / "adapter")
     given = ("--miniature", 4, "--adapter", tmp_path / "adapter", "--num_inference_steps", 2)
     assert evaluate(*given, "--output_dir", tmp_path / "out") == 0

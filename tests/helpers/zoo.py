@@ -133,7 +133,7 @@ def save_control(kind: str, base: Path, folder: Path, *, vectors: bool = True) -
     """What control training leaves: "light", with an encoder, or "controlnet", with two modules."""
     stock = DiffusionPipeline.from_pretrained(base)
     light, with_controlnet = CONTROLLED[type(stock)]
-    encoder = ControlEncoder.for_unet(stock.unet, factor=stock.vae_scale_factor)
+    encoder = ControlEncoder.for_denoiser(stock.unet, factor=stock.vae_scale_factor)
     if kind == "light":
         pipe, component = light.from_pipe(stock), "unet"
         pipe.add_control("default", encoder)

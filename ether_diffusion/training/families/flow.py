@@ -23,11 +23,11 @@ from transformers.utils import is_torchvision_available
 
 from ether_diffusion.errors import InputError
 from ether_diffusion.images import some, to_pixels, to_rgb
+from ether_diffusion.latents import LatentSpace, side_factor
 from ether_diffusion.training.data.views import Target
 from ether_diffusion.training.families.base import Conditioning, Family
 from ether_diffusion.training.families.quantization import loading_config, quantize_loaded
 from ether_diffusion.training.families.source import Blueprint, ModelSource, parameter_counts
-from ether_diffusion.training.latents import LatentSpace, side_factor
 from ether_diffusion.training.noise import FlowNoise
 from ether_diffusion.training.options import FlowOptions
 

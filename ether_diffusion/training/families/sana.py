@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ether_diffusion.tokens import pad_rows
 from ether_diffusion.training.data.views import Target
 from ether_diffusion.training.families.base import Conditioning
 from ether_diffusion.training.families.prefixed import PrefixedFamily
 from ether_diffusion.training.families.source import ModelSource
-from ether_diffusion.training.tokens import pad_rows
 
 
 class Sana(PrefixedFamily):

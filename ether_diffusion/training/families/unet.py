@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTokenizer
 
 from ether_diffusion.errors import InputError
+from ether_diffusion.latents import LatentSpace, side_factor
 from ether_diffusion.training.families.base import Conditioning, Family
 from ether_diffusion.training.families.quantization import loading_config, quantize_loaded
 from ether_diffusion.training.families.source import Blueprint, ModelSource, parameter_counts
-from ether_diffusion.training.latents import LatentSpace, side_factor
 from ether_diffusion.training.noise import DiscreteNoise
 
 GUIDANCE_SCALE = 7.5
