@@ -21,7 +21,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 from torch import Tensor
 
-from ether_diffusion.control.encoder import CONTROL, ControlEncoder
+from ether_diffusion.control.encoder import CONTROL, ENCODERS, AnyEncoder, kind_of
 from ether_diffusion.errors import EtherFileError
 from ether_diffusion.images import rising
 from ether_diffusion.tuner.config import EtherConfig
@@ -41,6 +41,7 @@ MAX_WEIGHT = 1 << 24  # numbers in one weight of a module
 MAX_WEIGHTS = 1 << 26  # numbers in all weights of modules together
 MAX_CHANNELS = 1 << 14
 MAX_LEVELS = 8
+MAX_PATCH = 16  # latents of a side that a token is made of
 MAX_MODULES = 256
 
 
@@ -140,10 +141,29 @@ class EncoderEntry(_Entry):
     value_range: Annotated[list[float], AfterValidator(rising)] | None = None
 
 
+class LatentEncoderEntry(_Entry):
+    """The arguments of a `LatentControlEncoder`."""
+
+    out_channels: Channels
+    in_channels: Channels
+    patch_size: Annotated[int, Field(ge=1, le=MAX_PATCH)]
+    channels_last: bool
+    interpolation: Literal["nearest", "lanczos"]
+    value_range: Annotated[list[float], AfterValidator(rising)] | None = None
+
+
 class ControlEntry(_Entry):
-    """What the document says of a control encoder."""
+    """What the document says of a control encoder; without a kind, it is one of convolutions."""
 
     config: EncoderEntry
+    kind: Literal["conv"] = "conv"
+
+
+class LatentControlEntry(_Entry):
+    """What the document says of a control encoder of latents."""
+
+    config: LatentEncoderEntry
+    kind: Literal["latent"]
 
 
 class ModulesEntry(_Entry):
@@ -361,7 +381,9 @@ def check_weights(where: str, component: str, about: Any, tensors: Mapping[str, 
             finite.
     """
     if component == CONTROL:
-        _check_encoder(where, validated(ControlEntry, f"{where}: weights", about).config, tensors)
+        entry = LatentControlEntry if about.get("kind", "conv") == "latent" else ControlEntry
+        validated(entry, f"{where}: weights", about)
+        _check_encoder(where, about, tensors)
     else:
         _check_modules(where, validated(ModulesEntry, f"{where}: weights", about).modules, tensors)
     names = {dtype: name for name, dtype in VECTOR_DTYPES.items()}
@@ -382,9 +404,21 @@ def _check_modules(where: str, modules: Sequence[str], tensors: Mapping[str, Ten
             raise EtherFileError(f"{where}: the module {path} is listed, but there are no weights of it")
 
 
-def _check_encoder(where: str, config: EncoderEntry, tensors: Mapping[str, Tensor]) -> None:
-    with torch.device("meta"):  # shapes alone: the sizes are the file's
-        needed = {name: tuple(p.shape) for name, p in ControlEncoder(**config.model_dump()).named_parameters()}
+def about_encoder(encoder: AnyEncoder) -> dict[str, Any]:
+    """What the document says of a control encoder."""
+    kind = kind_of(encoder)
+    return {"config": encoder.arguments, **({} if kind == "conv" else {"kind": kind})}
+
+
+def empty_encoder(about: Mapping[str, Any]) -> AnyEncoder:
+    """The control encoder that a checked entry describes, without weights; draws no random numbers."""
+    with torch.device("meta"):
+        return ENCODERS[about.get("kind", "conv")](**about["config"])
+
+
+def _check_encoder(where: str, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    # Shapes alone: the sizes are the file's.
+    needed = {name: tuple(p.shape) for name, p in empty_encoder(about).named_parameters()}
     if wrong := sorted(set(needed) ^ set(tensors)):
         raise EtherFileError(
             f"{where}: {wrong[0]} {'is missing' if wrong[0] in needed else 'is no weight of a control encoder'}"

@@ -25,6 +25,7 @@ from ether_diffusion.adapters.schema import (
     FORMAT_VERSION,
     AdapterFile,
     ModuleWeights,
+    about_encoder,
     canonical_path,
     config_fields,
     digest,
@@ -80,7 +81,7 @@ def _weights_of(
     if record.control is not None:
         encoder = record.control.encoder
         weights[CONTROL] = ModuleWeights(
-            {"config": encoder.arguments}, {name: p.detach() for name, p in encoder.named_parameters()}
+            about_encoder(encoder), {name: p.detach() for name, p in encoder.named_parameters()}
         )
     chosen = {component: set(replaced.modules) for component, replaced in record.replaced.items()}
     for component, paths in more.items():

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ether_diffusion.control.encoder import CONTROL, inject
+from ether_diffusion.control.encoder import CONTROL
+from ether_diffusion.control.projection import inject
 from ether_diffusion.training.data import TrainingImages
 from ether_diffusion.training.data.views import Framing, View
 from ether_diffusion.training.families import Family

@@ -12,8 +12,8 @@ from helpers.demo import close, connect, serve_page  # noqa: E402
 
 from ether_diffusion import miniature  # noqa: E402
 from ether_diffusion.commands.demo import SHIPPED  # noqa: E402
+from ether_diffusion.control.classes import EtherControlPipeline  # noqa: E402
 from ether_diffusion.control.encoder import ControlEncoder  # noqa: E402
-from ether_diffusion.control.pipelines import EtherControlPipeline  # noqa: E402
 from ether_diffusion.demo.library import Library  # noqa: E402
 from ether_diffusion.demo.worker import Worker  # noqa: E402
 

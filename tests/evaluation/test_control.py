@@ -12,8 +12,8 @@ from PIL import Image
 
 from ether_diffusion import miniature
 from ether_diffusion.commands import main as cli
+from ether_diffusion.control.classes import EtherControlPipeline
 from ether_diffusion.control.encoder import ControlEncoder
-from ether_diffusion.control.pipelines import EtherControlPipeline
 from ether_diffusion.evaluation import control
 from ether_diffusion.miniature.control_data import HELD_OUT, write_control_data
 from ether_diffusion.miniature.segmenter import train_segmenter

@@ -10,7 +10,7 @@ from PIL import Image
 
 def generate(pipe: DiffusionPipeline, **options) -> np.ndarray:
     """An image of a pipeline, always from the same noise; of an editor, of a red square."""
-    known = inspect.signature(pipe.__call__).parameters
+    known = inspect.signature(getattr(pipe, "_stock", type(pipe)).__call__).parameters  # ours take all the same
     usual = {"max_sequence_length": 32, "use_resolution_binning": False}
     usual |= {"system_prompt": "", "complex_human_instruction": None}  # they would leave no room for the prompt
     if isinstance(pipe, FluxKontextPipeline):
