@@ -1,5 +1,8 @@
 """Small pipelines of transformers with control encoders."""
 
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
@@ -18,7 +21,8 @@ IMAGE, OTHER = (
 
 def make_control(name: str, folder, seed: int = 0) -> DiffusionPipeline:
     """One of the pipelines with light control, without an encoder yet."""
-    stock = make(name, folder, seed)
+    stock = make(name, Path(tempfile.mkdtemp(dir=folder)), seed)
+    stock.transformer.requires_grad_(False)  # as an adapter leaves it: PyTorch may round otherwise
     pipe = over(control_pipeline_class(type(stock)), stock)
     pipe.set_progress_bar_config(disable=True)
     return pipe

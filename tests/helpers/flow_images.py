@@ -17,4 +17,4 @@ def generate(pipe: DiffusionPipeline, **options) -> np.ndarray:
         usual |= {"image": Image.new("RGB", (32, 32), "red"), "max_area": 32 * 32, "_auto_resize": False}
     usual |= {"height": 32, "width": 32, "num_inference_steps": 2, "generator": torch.Generator().manual_seed(0)}
     fitting = {name: value for name, value in usual.items() if name in known}
-    return pipe(prompt="a dog", output_type="np", **fitting, **options).images[0]
+    return pipe(prompt="a dog", output_type="np", **{**fitting, **options}).images[0]
