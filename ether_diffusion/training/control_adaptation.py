@@ -34,6 +34,11 @@ class ControlAdaptation(Adaptation[ControlTrainingOptions]):
     objective: type[objectives.DenoisingObjective]
 
     def __init__(self, options: ControlTrainingOptions, method: Method, family: type[Family], blueprint: Blueprint):
+        if options.data.streaming and family.is_flow and not options.adapter.train_text_encoder:
+            raise InputError(
+                f"--streaming: a {family.pipeline_class} encodes all prompts before the training, and a stream never "
+                "tells all of them; drop it"
+            )
         self.factor = blueprint.resolution_multiple
         self.interpolation = options.control.conditioning_interpolation
         self.value_range = parse_range(options.control.conditioning_range)

@@ -8,6 +8,7 @@ from ether_diffusion.errors import InputError
 from ether_diffusion.images import INTERPOLATIONS, rising
 from ether_diffusion.training.options.base import ABOVE_ZERO, PART, POSITIVE, Fits, OptionGroup, option
 from ether_diffusion.training.options.model import METHODS, AdapterOptions
+from ether_diffusion.training.options.noise import FlowOptions
 from ether_diffusion.training.options.optimization import OptimizationOptions
 from ether_diffusion.training.options.run import RunOptions, TrainingOptions, ValidationOptions
 
@@ -191,6 +192,7 @@ class ControlTrainingOptions(TrainingOptions):
     control: ControlOptions
     adapter: ControlAdapterOptions
     optimization: ControlOptimizationOptions
+    flow: FlowOptions
     validation: ControlValidationOptions
     run: ControlRunOptions
 
