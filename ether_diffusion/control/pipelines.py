@@ -299,14 +299,18 @@ def denoiser_name(pipe: DiffusionPipeline) -> str:
     return "transformer" if getattr(pipe, "transformer", None) is not None else "unet"
 
 
+def stock_class(pipe: DiffusionPipeline) -> type[DiffusionPipeline]:
+    """The class of a pipeline in diffusers, whose call states the arguments; ours take them, too."""
+    return getattr(pipe, "_stock", type(pipe))
+
+
 def native_sides(pipe: DiffusionPipeline) -> tuple[int, int]:
     """Height and width of the images of a pipeline whose size is not asked for."""
     if denoiser_name(pipe) == "unet":
         side = pipe.unet.config.sample_size
         height, width = (side, side) if isinstance(side, int) else side
         return height * pipe.vae_scale_factor, width * pipe.vae_scale_factor
-    kind = getattr(pipe, "_stock", type(pipe))
-    stated = inspect.signature(kind.__call__).parameters["height"].default
+    stated = inspect.signature(stock_class(pipe).__call__).parameters["height"].default
     side = stated or getattr(pipe, "default_sample_size", 0) * pipe.vae_scale_factor or 1024  # Z-Image has no other
     return side, side
 

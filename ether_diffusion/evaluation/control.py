@@ -18,7 +18,7 @@ from ether_diffusion import metrics
 from ether_diffusion.analysis.report import WITH_CONTROLNET
 from ether_diffusion.control.classes import CONTROL_PIPELINES
 from ether_diffusion.control.encoder import CONTROL, read_encoder
-from ether_diffusion.control.pipelines import denoiser_name, native_sides, over
+from ether_diffusion.control.pipelines import denoiser_name, native_sides, over, stock_class
 from ether_diffusion.errors import InputError
 from ether_diffusion.evaluation.features import FRECHET_FEATURES, MINIATURE, MiniatureFeatures
 from ether_diffusion.evaluation.samples import IGNORED, Sample, held_out, read_samples
@@ -235,7 +235,7 @@ def _guidance(pipe: DiffusionPipeline, options: ControlEvaluation) -> float:
 
 def _guidance_argument(pipe: DiffusionPipeline) -> str:
     """What the pipeline calls guidance by the caption."""
-    family = families()[getattr(pipe, "_stock", type(pipe)).__name__]
+    family = families()[stock_class(pipe).__name__]
     return getattr(family, "guidance_argument", "guidance_scale")
 
 
@@ -256,8 +256,7 @@ def _generate(
     how: dict[str, Any] = {}
     if denoiser_name(pipe) == "transformer":
         how[_guidance_argument(pipe)] = options.guidance_scale
-        stock = getattr(pipe, "_stock", type(pipe))
-        if "use_resolution_binning" in inspect.signature(stock.__call__).parameters:
+        if "use_resolution_binning" in inspect.signature(stock_class(pipe).__call__).parameters:
             how["use_resolution_binning"] = False  # the size is that of the control images
     else:
         how["guidance_scale"] = options.guidance_scale

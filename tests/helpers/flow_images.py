@@ -7,10 +7,12 @@ import torch
 from diffusers import DiffusionPipeline, FluxKontextPipeline
 from PIL import Image
 
+from ether_diffusion.control.pipelines import stock_class
+
 
 def generate(pipe: DiffusionPipeline, **options) -> np.ndarray:
     """An image of a pipeline, always from the same noise; of an editor, of a red square."""
-    known = inspect.signature(getattr(pipe, "_stock", type(pipe)).__call__).parameters  # ours take all the same
+    known = inspect.signature(stock_class(pipe).__call__).parameters
     usual = {"max_sequence_length": 32, "use_resolution_binning": False}
     usual |= {"system_prompt": "", "complex_human_instruction": None}  # they would leave no room for the prompt
     if isinstance(pipe, FluxKontextPipeline):

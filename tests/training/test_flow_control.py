@@ -11,7 +11,6 @@ from diffusers import DiffusionPipeline
 from helpers.control_data import label_map, write
 from helpers.flow_control import NAMES, REQUIRED
 from helpers.flow_images import generate as flow_generate
-from helpers.flow_zoo import SIDES
 from helpers.pipelines import ONE_GREY_LEVEL
 from helpers.scripts import CONTROLNET, in_process, launch, refusal, same, tensors
 from PIL import Image
