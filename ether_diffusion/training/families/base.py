@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ether_diffusion.latents import LatentSpace
 from ether_diffusion.training.data.views import Framing, Target
+from ether_diffusion.training.families.controlnets import ControlNets
 from ether_diffusion.training.families.source import ModelSource
 from ether_diffusion.training.noise import DiscreteNoise, FlowNoise
 from ether_diffusion.training.options import FlowOptions, PerformanceOptions
@@ -37,7 +38,9 @@ class Family:
       dtype)`: the pipeline with its weights;
     - `noise` and `latents`, and `native_resolution`, the side in pixels that the denoiser was made for;
     - `encode_prompts(prompts)`: their conditioning, and `encode_framings` if the denoiser is told sizes and crops;
-    - `predict(noisy, levels, conditioning)`: what the denoiser answers, in the convention of `noise.target`.
+    - `predict(noisy, levels, conditioning)`: what the denoiser answers, in the convention of `noise.target`;
+    - where there are ControlNets, `residuals(controlnet, noisy, levels, conditioning, control)`: what one adds to the
+      denoiser's activations, as `predict` takes it by name.
 
     Class attributes:
         pipeline_class: name of the pipeline of diffusers that it covers.
@@ -48,6 +51,7 @@ class Family:
         is_flow: whether noise is added by flow matching.
         takes_references: whether the denoiser sees reference images, as `predict` takes them.
         reads_references: whether the text encoders see them, too, without which they do nothing.
+        controlnets, controlnet_pipeline_class: its ControlNets, and the name of their pipeline; or None.
     """
 
     pipeline_class: ClassVar[str]
@@ -58,6 +62,8 @@ class Family:
     is_flow: ClassVar[bool] = False
     takes_references: ClassVar[bool] = False
     reads_references: ClassVar[bool] = False
+    controlnets: ClassVar[type[ControlNets] | None] = None
+    controlnet_pipeline_class: ClassVar[str | None] = None
     noise: DiscreteNoise | FlowNoise
     latents: LatentSpace
 

@@ -19,6 +19,7 @@ from transformers import CLIPTextConfig, CLIPTokenizer
 from ether_diffusion.errors import InputError
 from ether_diffusion.latents import LatentSpace, side_factor
 from ether_diffusion.training.families.base import Conditioning, Family
+from ether_diffusion.training.families.controlnets import UNetControlNets
 from ether_diffusion.training.families.quantization import loading_config, quantize_loaded
 from ether_diffusion.training.families.source import Blueprint, ModelSource, parameter_counts
 from ether_diffusion.training.noise import DiscreteNoise
@@ -74,7 +75,6 @@ class UNetFamily(Family):
 
     Class attributes:
         encoder_classes: the components that encode prompts, name -> class.
-        controlnet_pipeline_class: the stock pipeline of a ControlNet, for this family.
         loading: what `from_pretrained` is told besides.
         vae_precision: of the autoencoder's arithmetic; None leaves that of its weights.
 
@@ -83,7 +83,7 @@ class UNetFamily(Family):
 
     denoiser = "unet"
     encoder_classes: ClassVar[Mapping[str, type[nn.Module]]]
-    controlnet_pipeline_class: ClassVar[type[DiffusionPipeline]]
+    controlnets = UNetControlNets
     loading: ClassVar[Mapping[str, Any]] = {}
     vae_precision: ClassVar[torch.dtype | None] = None
 

@@ -9,6 +9,7 @@ from ether_diffusion.training.options.control import (
     CONTROL_STEPS,
     NO_METHOD,
     ControlDataOptions,
+    ControlOptions,
     ControlTrainingOptions,
     ControlValidationOptions,
     parse_range,

@@ -1,0 +1,246 @@
+"""ControlNets by kind of denoiser: how one begins as a copy, which ones fit, and what in them is trained as it is."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from diffusers import ControlNetModel, FluxControlNetModel, ModelMixin, SD3ControlNetModel
+from diffusers.configuration_utils import FrozenDict
+from torch import nn
+
+from ether_diffusion.control.encoder import ControlEncoder
+from ether_diffusion.errors import InputError
+from ether_diffusion.training.options import ControlOptions
+
+LAYER_FLAGS = ("num_double_layers", "num_single_layers")
+TEXT_ALONE = r"attn\.(add_q_proj|to_add_out|norm_added_q)|ff_context\..*"
+"""Layers of a block with streams for image and text of which only the text's answer is made."""
+
+
+class ControlNets(ABC):
+    """The ControlNets of one denoiser.
+
+    Args:
+        options: how many layers are copied.
+        denoiser: may have no weights.
+        factor: how many times smaller the ControlNet's features are than a side in pixels.
+
+    Class attributes:
+        model_class: of the ControlNet.
+        own_modules: parts that begin at zero or at random, so they are trained as they are.
+        fitting: what its config must have in common with the denoiser's.
+        takes_latents: whether it reads latents of the control image, and not the image.
+        argument: of the pipeline that takes control images.
+        what: the denoiser, in words.
+
+    Raises:
+        InputError: layers that the denoiser does not have, or would not use.
+    """
+
+    model_class: ClassVar[type[ModelMixin]]
+    own_modules: ClassVar[Sequence[str]]
+    fitting: ClassVar[Sequence[str]]
+    takes_latents: ClassVar[bool] = True
+    argument: ClassVar[str] = "control_image"
+    what: ClassVar[str] = "transformer"
+    layer_flags: ClassVar[Mapping[str, tuple[str, int]]] = {}
+    """Flag -> the field of the config with the number of layers, and how many are copied by default."""
+
+    def __init__(self, options: ControlOptions, denoiser: nn.Module, factor: int):
+        self.denoiser, self.factor = denoiser, factor
+        for flag in LAYER_FLAGS:
+            if flag not in self.layer_flags and getattr(options, flag) is not None:
+                raise InputError(f"--{flag}: has no effect on a {self.model_class.__name__}")
+
+    @property
+    def layers(self) -> Mapping[str, int]:
+        """Flag -> how many layers are copied, where that can be chosen."""
+        return {}
+
+    @abstractmethod
+    def copy_of(self, denoiser: nn.Module, *, load_weights: bool = True) -> ModelMixin:
+        """A ControlNet that begins as this denoiser."""
+
+    def check(self, controlnet: ModelMixin, given: str, side: int) -> None:
+        """Make sure that a ControlNet fits the denoiser.
+
+        Args:
+            controlnet: may have no weights.
+            given: the flag and value that it comes from.
+            side: the longest of the training images, in pixels.
+
+        Raises:
+            InputError: it does not fit; says what would.
+        """
+        fits = self.copy_of(self.denoiser, load_weights=False)
+        for name in self.fitting:
+            has, needed = (_plain(each.config[name]) for each in (controlnet, fits))
+            if has != needed:
+                raise InputError(f"{given}: has {name} {has}, needs that of the {self.what}, {needed}")
+
+    def unused(self, controlnet: nn.Module) -> list[nn.Module]:
+        """Parts on which nothing depends; they need no gradients, and data parallel training refuses them."""
+        return []
+
+
+class UNetControlNets(ControlNets):
+    """A copy of the UNet's first half, and a stem that reads the control image.
+
+    Source: ControlNet, arXiv:2302.05543.
+    """
+
+    model_class = ControlNetModel
+    own_modules = ("controlnet_down_blocks", "controlnet_mid_block", "controlnet_cond_embedding")
+    fitting = (
+        "in_channels",
+        "block_out_channels",
+        "layers_per_block",
+        "cross_attention_dim",
+        "addition_embed_type",
+        "projection_class_embeddings_input_dim",
+    )
+    takes_latents = False
+    argument = "image"
+    what = "UNet"
+
+    def copy_of(self, denoiser: nn.Module, *, load_weights: bool = True) -> ModelMixin:
+        # As many steps down as the encoder has: either brings a control image to the size of the latents.
+        widths = ControlEncoder.for_denoiser(denoiser, factor=self.factor).config.block_out_channels
+        return ControlNetModel.from_unet(
+            denoiser, conditioning_embedding_out_channels=widths, load_weights_from_unet=load_weights
+        )
+
+    def check(self, controlnet: ModelMixin, given: str, side: int) -> None:
+        super().check(controlnet, given, side)
+        factor = 2 ** (len(controlnet.config.conditioning_embedding_out_channels) - 1)
+        if factor != self.factor:
+            raise InputError(f"{given}: makes a side {factor} times smaller, and the autoencoder {self.factor} times")
+
+
+class TransformerControlNets(ControlNets):
+    """A copy of a transformer's first blocks, which reads latents of the control image beside the noisy ones."""
+
+    def __init__(self, options: ControlOptions, denoiser: nn.Module, factor: int):
+        super().__init__(options, denoiser, factor)
+        self._layers = {}
+        for flag, (name, usual) in self.layer_flags.items():
+            asked, blocks = getattr(options, flag), denoiser.config[name]
+            fits = [count for count in range(blocks + 1) if self.used(name, count) == count]
+            if asked is not None and asked not in fits:
+                raise InputError(
+                    f"--{flag}: got {asked}; of the transformer's {blocks} blocks, {', '.join(map(str, fits))} fit, "
+                    "all of which it would use"
+                )
+            self._layers[flag] = max(count for count in fits if count <= usual) if asked is None else asked
+        if not any(self._layers.values()):
+            flags = ", ".join(f"--{flag}" for flag in self._layers)
+            raise InputError(f"{flags}: got 0; a {self.model_class.__name__} needs a block at least")
+
+    @property
+    def layers(self) -> Mapping[str, int]:
+        return self._layers
+
+    def used(self, name: str, count: int) -> int:
+        """How many of the answers of a ControlNet's blocks the transformer adds to those of its own.
+
+        Args:
+            name: of the config's field with the number of these blocks.
+            count: of the ControlNet's.
+        """
+        raise NotImplementedError
+
+    def copy_of(self, denoiser: nn.Module, *, load_weights: bool = True) -> ModelMixin:
+        # Diffusers writes the ControlNet's numbers into the config that it is given, so it gets one of its own; without
+        # what a ControlNet does not know, such as the list of values that no file stated, which would be lost.
+        source, known = copy.copy(denoiser), inspect.signature(self.model_class.__init__).parameters
+        source._internal_dict = FrozenDict({name: v for name, v in denoiser.config.items() if name in known})
+        layers = {name: self._layers[flag] for flag, (name, _) in self.layer_flags.items()}
+        return self.model_class.from_transformer(
+            source, **layers, **self.arguments, load_weights_from_transformer=load_weights
+        )
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """What a copy is made with, besides the numbers of layers."""
+        return {}
+
+    def unused(self, controlnet: nn.Module) -> list[nn.Module]:
+        used = {name: self.used(name, controlnet.config[name]) for name, _ in self.layer_flags.values()}
+        doubles, singles = used["num_layers"], used.get("num_single_layers", 0)
+        idle = [*controlnet.controlnet_blocks[doubles:]]
+        if singles:
+            idle += [*controlnet.controlnet_single_blocks[singles:], *controlnet.single_transformer_blocks[singles:]]
+        else:  # after the last block whose image is used, the text has no effect
+            idle += controlnet.transformer_blocks[doubles:]
+            last = controlnet.transformer_blocks[doubles - 1].named_modules()
+            idle += [module for name, module in last if re.fullmatch(TEXT_ALONE, name)]
+        return idle
+
+
+class SD3ControlNets(TransformerControlNets):
+    """Source: its ControlNets and their pipeline in diffusers."""
+
+    model_class = SD3ControlNetModel
+    own_modules = ("controlnet_blocks", "pos_embed_input")
+    fitting = ("in_channels", "patch_size", "attention_head_dim", "num_attention_heads", "pooled_projection_dim")
+    layer_flags = {"num_double_layers": ("num_layers", 12)}
+    arguments = {"num_extra_conditioning_channels": 0}
+
+    def used(self, name: str, count: int) -> int:
+        blocks = self.denoiser.config[name]  # the last of them takes no answer
+        return int((blocks - 2) / (blocks / count)) + 1 if count and blocks > 1 else 0
+
+    def check(self, controlnet: ModelMixin, given: str, side: int) -> None:
+        super().check(controlnet, given, side)
+        config = controlnet.config
+        if extra := config.extra_conditioning_channels:
+            raise InputError(f"{given}: reads {extra} channels besides the control image, needs one that reads none")
+        width, needed = config.joint_attention_dim, self.denoiser.config.joint_attention_dim
+        if width not in (None, needed):
+            raise InputError(f"{given}: has joint_attention_dim {width}, needs that of the {self.what}, {needed}")
+        positions = side // self.factor
+        if config.use_pos_embed and positions > config.pos_embed_max_size:
+            most = config.pos_embed_max_size * self.factor
+            raise InputError(f"{given}: takes sides of up to {most} pixels, and --resolution is {side}")
+
+
+class FluxControlNets(TransformerControlNets):
+    """Source: its ControlNets and their pipeline in diffusers."""
+
+    model_class = FluxControlNetModel
+    own_modules = ("controlnet_blocks", "controlnet_single_blocks", "controlnet_x_embedder")
+    fitting = (
+        "in_channels",
+        "attention_head_dim",
+        "num_attention_heads",
+        "joint_attention_dim",
+        "pooled_projection_dim",
+        "axes_dims_rope",
+    )
+    layer_flags = {"num_double_layers": ("num_layers", 4), "num_single_layers": ("num_single_layers", 4)}
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        return {name: self.denoiser.config[name] for name in ("attention_head_dim", "num_attention_heads")}
+
+    def used(self, name: str, count: int) -> int:
+        blocks = self.denoiser.config[name]
+        return math.ceil(blocks / math.ceil(blocks / count)) if count and blocks else 0
+
+    def check(self, controlnet: ModelMixin, given: str, side: int) -> None:
+        super().check(controlnet, given, side)
+        if controlnet.config.num_mode is not None:
+            raise InputError(f"{given}: is a union of several kinds of control, needs one of a single kind")
+        if controlnet.config.conditioning_embedding_channels is not None:
+            raise InputError(f"{given}: has a stem that reads the image itself, needs one that reads its latents")
+
+
+def _plain(value: Any) -> Any:
+    """A value of a config, whether it comes from a file or from a class."""
+    return list(value) if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,56 @@
+"""Small pipelines of transformers with ControlNets, deep enough that the answers of few blocks are spread over many."""
+
+import tempfile
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from helpers.flow_zoo import make
+
+from ether_diffusion.control.pipelines import over
+from ether_diffusion.training.families import family_of
+from ether_diffusion.training.families.base import Family
+from ether_diffusion.training.families.controlnets import ControlNets
+from ether_diffusion.training.options import ControlOptions
+
+NAMES = ("flux", "sd3")
+DEPTHS = {"flux": {"num_layers": 3, "num_single_layers": 5}, "sd3": {"num_layers": 5}}
+
+
+def make_deep(name: str, folder) -> DiffusionPipeline:
+    """One of the pipelines, whose autoencoder gives distributions without width."""
+    pipe = make(name, Path(tempfile.mkdtemp(dir=folder)))
+    torch.manual_seed(0)
+    pipe.transformer = (
+        type(pipe.transformer)
+        .from_config({**pipe.transformer.config, **DEPTHS[name], "_use_default_values": []})
+        .eval()
+    )
+    last = pipe.vae.encoder.conv_out
+    with torch.no_grad():
+        last.weight[len(last.weight) // 2 :] = 0
+        last.bias[len(last.bias) // 2 :] = -30
+    return pipe.to("cpu")
+
+
+def controlnets_of(family: Family, **layers: int) -> ControlNets:
+    """The ControlNets of a loaded family; layers: as the flags say."""
+    options = ControlOptions(control_type="controlnet", **layers)
+    return family.controlnets(options, family.component(family.denoiser), family.pixel_multiple)
+
+
+def drawn(controlnet: ModelMixin, seed: int = 0) -> ModelMixin:
+    """A ControlNet without zeros, as training leaves it."""
+    torch.manual_seed(seed)
+    for parameter in controlnet.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
+    return controlnet.eval()
+
+
+def with_controlnet(pipe: DiffusionPipeline, controlnet: ModelMixin) -> DiffusionPipeline:
+    """The stock pipeline with a ControlNet over the components of one without."""
+    made = over(getattr(diffusers, family_of(pipe).controlnet_pipeline_class), pipe, controlnet=controlnet)
+    made.set_progress_bar_config(disable=True)
+    return made
