@@ -97,7 +97,7 @@ class ControlNetAdaptation(ControlAdaptation):
         return {"controlnet_model_name_or_path": with_fingerprint(self.path, self.path)}
 
     def modules_trained_as_they_are(self, control: nn.Module) -> list[nn.Module]:
-        return [getattr(control, name) for name in self.nets.own_modules]
+        return [getattr(control, name) for name in self.nets.own_names(control)]
 
     def attach(self, family: Family, options: ControlTrainingOptions) -> Attached:
         denoiser = family.component(family.denoiser)
@@ -132,7 +132,7 @@ class ControlNetAdaptation(ControlAdaptation):
     def save(self, attached: Attached, family: Family, folder: Path, metadata: Mapping[str, str]) -> Path:
         """The merged ControlNet as a folder, and with ETHER or no method one file besides."""
         if self.one_file:
-            modules = {self.control: list(self.nets.own_modules)}
+            modules = {self.control: self.nets.own_names(attached.models[self.control])}
             attached.pipe.save_ether_weights(folder, ADAPTER_NAME, metadata=metadata, replaced_modules=modules)
         merged(attached.models[self.control]).save_pretrained(folder / self.control)
         return folder / self.control
@@ -175,7 +175,8 @@ class ControlNetAdaptation(ControlAdaptation):
 
     def _load_controlnet(self, denoiser: nn.Module) -> ModelMixin:
         if self.path is None:
-            return self.nets.copy_of(denoiser).to(denoiser.dtype)
+            # Past `ModelMixin.to`, which logs a warning.
+            return nn.Module.to(self.nets.copy_of(denoiser), denoiser.dtype)
         with self._reading():
             return self.nets.model_class.from_pretrained(self.path, dtype=denoiser.dtype)
 

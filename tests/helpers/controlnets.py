@@ -1,4 +1,4 @@
-"""Small pipelines of transformers with ControlNets, deep enough that the answers of few blocks are spread over many."""
+"""Small pipelines of transformers with ControlNets, so deep that the answers of few blocks are spread over many."""
 
 import tempfile
 from pathlib import Path
@@ -22,16 +22,13 @@ def make_deep(name: str, folder) -> DiffusionPipeline:
     """One of the pipelines, whose autoencoder gives distributions without width."""
     pipe = make(name, Path(tempfile.mkdtemp(dir=folder)))
     torch.manual_seed(0)
-    pipe.transformer = (
-        type(pipe.transformer)
-        .from_config({**pipe.transformer.config, **DEPTHS[name], "_use_default_values": []})
-        .eval()
-    )
+    config = {**pipe.transformer.config, **DEPTHS[name], "_use_default_values": []}
+    pipe.transformer = type(pipe.transformer).from_config(config).eval()
     last = pipe.vae.encoder.conv_out
     with torch.no_grad():
         last.weight[len(last.weight) // 2 :] = 0
         last.bias[len(last.bias) // 2 :] = -30
-    return pipe.to("cpu")
+    return pipe
 
 
 def controlnets_of(family: Family, **layers: int) -> ControlNets:

@@ -157,7 +157,7 @@ def test_by_default_as_many_layers_are_copied_as_the_scripts_of_diffusers_copy()
         (
             "flux",
             {"num_double_layers": 4},
-            "--num_double_layers: got 4; of the transformer's 3 blocks, 0, 1, 2, 3 fit",
+            "--num_double_layers: got 4; of the transformer's 3 blocks, 0, 1, 2, 3",
         ),
         ("flux", {"num_single_layers": 4}, "--num_single_layers: got 4; of the transformer's 5 blocks, 0, 1, 2, 3, 5"),
         ("flux", {"num_double_layers": 0, "num_single_layers": 0}, "got 0; a FluxControlNetModel needs a block"),

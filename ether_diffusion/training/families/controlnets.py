@@ -63,6 +63,10 @@ class ControlNets(ABC):
         """Flag -> how many layers are copied, where that can be chosen."""
         return {}
 
+    def own_names(self, controlnet: nn.Module) -> list[str]:
+        """Names of those parts that begin at zero or at random; some ControlNets have not all of them."""
+        return [name for name in self.own_modules if any(True for _ in getattr(controlnet, name).parameters())]
+
     @abstractmethod
     def copy_of(self, denoiser: nn.Module, *, load_weights: bool = True) -> ModelMixin:
         """A ControlNet that begins as this denoiser."""
@@ -156,7 +160,7 @@ class TransformerControlNets(ControlNets):
         raise NotImplementedError
 
     def copy_of(self, denoiser: nn.Module, *, load_weights: bool = True) -> ModelMixin:
-        # Diffusers writes the ControlNet's numbers into the config that it is given, so it gets one of its own; without
+        # Diffusers writes the ControlNet's numbers into the config that it is given, so it gets its own, without
         # what a ControlNet does not know, such as the list of values that no file stated, which would be lost.
         source, known = copy.copy(denoiser), inspect.signature(self.model_class.__init__).parameters
         source._internal_dict = FrozenDict({name: v for name, v in denoiser.config.items() if name in known})
