@@ -1,9 +1,18 @@
 """Light control of transformers: what is added where, and what the pipelines generate with it."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxImg2ImgPipeline, QwenImageImg2ImgPipeline, StableDiffusion3Img2ImgPipeline
+from diffusers import (
+    Flux2Transformer2DModel,
+    FluxImg2ImgPipeline,
+    FluxTransformer2DModel,
+    QwenImageImg2ImgPipeline,
+    QwenImageTransformer2DModel,
+    StableDiffusion3Img2ImgPipeline,
+)
 from helpers.flow_control import IMAGE, NAMES, OTHER, REQUIRED, conv_encoder, latent_encoder, make_control
 from helpers.flow_images import generate
 from helpers.flow_zoo import make
@@ -311,3 +320,41 @@ def test_a_file_of_another_architecture_is_refused_and_a_stock_pipeline_names_th
         make_control("klein", tmp_path).load_ether_weights(tmp_path)
     with pytest.raises(ValueError, match="load it onto an EtherControlFluxPipeline"):
         over(plain._stock, plain).load_ether_weights(tmp_path, "again")
+
+
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [(FluxTransformer2DModel, 196_608), (Flux2Transformer2DModel, 786_432), (QwenImageTransformer2DModel, 196_608)],
+)
+def test_an_encoder_of_latents_has_as_many_parameters_as_the_new_columns(kind, count):
+    with torch.device("meta"):
+        model = kind(num_layers=1, **({} if kind is QwenImageTransformer2DModel else {"num_single_layers": 1}))
+        assert LatentControlEncoder.for_denoiser(model).num_parameters() == count
+
+
+@pytest.mark.parametrize("name", ["flux", "klein", "sd3", "qwen"], indirect=True)
+def test_a_stock_pipeline_becomes_one_with_control_and_back(name, plain):
+    stock = over(plain._stock, plain)
+    wanted = generate(stock)
+    opened = type(plain).from_pipe(stock)
+    opened.set_progress_bar_config(disable=True)
+    assert opened.transformer is stock.transformer and np.array_equal(generate(opened), wanted)
+    opened.add_control("edges", latent_encoder(opened))
+    assert np.array_equal(generate(plain, control_image=IMAGE), generate(opened, control_image=IMAGE))
+    assert type(opened).__name__ == f"EtherControl{type(stock).__name__}"
+    assert json.loads(opened.to_json_string())["_class_name"] == type(stock).__name__
+
+
+@pytest.mark.parametrize("name", ["flux"], indirect=True)
+def test_a_file_is_exchanged_in_place_for_one_of_the_same_kind(plain, tmp_path):
+    plain.add_control("edges", latent_encoder(plain))
+    plain.save_ether_weights(tmp_path / "latent", "edges")
+    wanted = generate(plain, control_image=IMAGE)
+    plain.delete_adapters("edges")
+    plain.add_control("edges", latent_encoder(plain, seed=4))
+    plain.load_ether_weights(tmp_path / "latent", "edges", hotswap=True)
+    assert np.array_equal(generate(plain, control_image=IMAGE), wanted)
+    plain.delete_adapters("edges")
+    plain.add_control("edges", conv_encoder(plain))
+    with pytest.raises(ValueError, match="load it under another name"):
+        plain.load_ether_weights(tmp_path / "latent", "edges", hotswap=True)

@@ -245,6 +245,16 @@ def test_encoders_of_latents_are_written_and_read_beside_other_methods(on, train
     assert encoder.projection.weight.abs().max() > 0
 
 
+@pytest.mark.parametrize("flags", ["--train_text_encoder", "--quantize fp8 --mixed_precision bf16"])
+def test_text_encoders_and_quantised_transformers_take_part(on, train, flow_bases, flags):
+    _, folder = train(*on("flux"), *flags.split(), "--num_validation_images", 1, "--num_inference_steps", 2)
+    pipe = open_control(flow_bases("flux"))
+    before = generate(pipe, seed=None)
+    pipe.load_ether_weights(folder)
+    assert np.abs(generate(pipe) - before).max() > ONE_GREY_LEVEL
+    assert ("text_encoder" in pipe.get_list_adapters()) == (flags == "--train_text_encoder")
+
+
 @pytest.mark.slow
 def test_the_script_trains_control_in_two_processes_as_in_one(on, pairs, tmp_path):
     common = [*on("klein"), "--train_data_dir", pairs, "--max_train_steps", 2, "--num_validation_images", 0]
