@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import diffusers
 import torch
 from accelerate import Accelerator
 from diffusers import ModelMixin
@@ -19,15 +18,14 @@ from torch import nn
 
 from ether_diffusion.adapters.schema import MAX_WEIGHTS
 from ether_diffusion.control.classes import CONTROL_PIPELINES
-from ether_diffusion.control.pipelines import over
+from ether_diffusion.control.controlnets import CONTROLNETS, ZEROS, ControlNets, controlnets_for, with_controlnet
 from ether_diffusion.errors import InputError
 from ether_diffusion.training import objectives
 from ether_diffusion.training.adaptation import Attached
 from ether_diffusion.training.card import opening
 from ether_diffusion.training.checkpoints import with_fingerprint
 from ether_diffusion.training.control_adaptation import ControlAdaptation, drawing_from
-from ether_diffusion.training.families import Blueprint, Family, ModelSource, families
-from ether_diffusion.training.families.controlnets import ControlNets
+from ether_diffusion.training.families import Blueprint, Family, ModelSource
 from ether_diffusion.training.methods.configs import configs_of
 from ether_diffusion.training.methods.injection import ADAPTER_NAME, Configs, add_adapters, dry_run
 from ether_diffusion.training.options import ControlTrainingOptions
@@ -105,7 +103,7 @@ class ControlNetAdaptation(ControlAdaptation):
             controlnet = self._load_controlnet(denoiser)
         controlnet.to(family.device).eval().requires_grad_(False)
         # The family's own from now on: it brings components in and out of memory.
-        family.pipe = over(getattr(diffusers, family.controlnet_pipeline_class), family.pipe, controlnet=controlnet)
+        family.pipe = with_controlnet(family.pipe, controlnet)
         add_adapters({name: controlnet for name in self.configs}, self.configs, seed=options.run.seed)
         for module in self.modules_trained_as_they_are(controlnet):
             module.float().requires_grad_(True)
@@ -151,11 +149,12 @@ class ControlNetAdaptation(ControlAdaptation):
     def _kind(self, options: ControlTrainingOptions, blueprint: Blueprint) -> ControlNets:
         """The ControlNets of the base. Raises `InputError` where it has none, or not with so many layers."""
         family = self.family_class
-        if family.controlnets is None:
-            those = ", ".join(name for name, each in sorted(families().items()) if each.controlnets is not None)
+        kind = controlnets_for(family.pipeline_class)
+        if kind is None:
             light = "; --control_type light fits here" if family.pipeline_class in CONTROL_PIPELINES else ""
-            raise InputError(f"{family.pipeline_class}: ControlNets are trained for {those}{light}")
-        return family.controlnets(options.control, blueprint.models[family.denoiser], self.factor)
+            raise InputError(f"{family.pipeline_class}: ControlNets are trained for {', '.join(CONTROLNETS)}{light}")
+        layers = {flag: getattr(options.control, flag) for flag in ZEROS}
+        return kind(blueprint.models[family.denoiser], self.factor, layers)
 
     def _plan_controlnet(self, side: int) -> ModelMixin:
         """The ControlNet to train, without weights. Raises `InputError` for one that does not fit the denoiser.

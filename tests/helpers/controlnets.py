@@ -3,16 +3,11 @@
 import tempfile
 from pathlib import Path
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from helpers.flow_zoo import make
 
-from ether_diffusion.control.pipelines import over
-from ether_diffusion.training.families import family_of
-from ether_diffusion.training.families.base import Family
-from ether_diffusion.training.families.controlnets import ControlNets
-from ether_diffusion.training.options import ControlOptions
+from ether_diffusion.control.controlnets import ControlNets, controlnets_for
 
 NAMES = ("flux", "sd3")
 DEPTHS = {"flux": {"num_layers": 3, "num_single_layers": 5}, "sd3": {"num_layers": 5}}
@@ -31,10 +26,9 @@ def make_deep(name: str, folder) -> DiffusionPipeline:
     return pipe
 
 
-def controlnets_of(family: Family, **layers: int) -> ControlNets:
-    """The ControlNets of a loaded family; layers: as the flags say."""
-    options = ControlOptions(control_type="controlnet", **layers)
-    return family.controlnets(options, family.component(family.denoiser), family.pixel_multiple)
+def controlnets_of(pipe: DiffusionPipeline, **layers: int) -> ControlNets:
+    """The ControlNets of a pipeline; layers: as the flags say."""
+    return controlnets_for(type(pipe).__name__)(pipe.transformer, 2 * pipe.vae_scale_factor, layers)
 
 
 def drawn(controlnet: ModelMixin, seed: int = 0) -> ModelMixin:
@@ -44,10 +38,3 @@ def drawn(controlnet: ModelMixin, seed: int = 0) -> ModelMixin:
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.2)
     return controlnet.eval()
-
-
-def with_controlnet(pipe: DiffusionPipeline, controlnet: ModelMixin) -> DiffusionPipeline:
-    """The stock pipeline with a ControlNet over the components of one without."""
-    made = over(getattr(diffusers, family_of(pipe).controlnet_pipeline_class), pipe, controlnet=controlnet)
-    made.set_progress_bar_config(disable=True)
-    return made

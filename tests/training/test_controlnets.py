@@ -6,16 +6,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxControlNetModel, FluxTransformer2DModel, SD3ControlNetModel, SD3Transformer2DModel
-from helpers.controlnets import NAMES, controlnets_of, drawn, make_deep, with_controlnet
+from helpers.controlnets import NAMES, controlnets_of, drawn, make_deep
 from PIL import Image
 from torch import Tensor
 
+from ether_diffusion.control.controlnets import FluxControlNets, SD3ControlNets, with_controlnet
 from ether_diffusion.errors import InputError
 from ether_diffusion.images import to_pixels
 from ether_diffusion.tokens import from_tokens, join_patches
 from ether_diffusion.training.families import family_of
-from ether_diffusion.training.families.controlnets import FluxControlNets, SD3ControlNets
-from ether_diffusion.training.options import ControlOptions
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 CONTROL = Image.fromarray(np.random.default_rng(3).integers(0, 256, (16, 32, 3), dtype=np.uint8))
@@ -79,7 +78,7 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "layers", "more"), CASES)
 def test_predicts_with_a_controlnet_what_the_stock_pipeline_gives_to_its_scheduler(name, family, layers, more):
-    made = controlnets_of(family, **layers).copy_of(family.pipe.transformer)
+    made = controlnets_of(family.pipe, **layers).copy_of(family.pipe.transformer)
     torch.manual_seed(1)
     controlnet = drawn(type(made).from_config({**stated(made), **more}))
     stock = with_controlnet(family.pipe, controlnet)
@@ -96,7 +95,7 @@ def test_predicts_with_a_controlnet_what_the_stock_pipeline_gives_to_its_schedul
 def test_a_copy_changes_nothing_of_the_image_nor_of_what_it_was_made_from(family):
     transformer = family.pipe.transformer
     before = dict(transformer.config)
-    controlnet = controlnets_of(family).copy_of(transformer)
+    controlnet = controlnets_of(family.pipe).copy_of(transformer)
     assert dict(transformer.config) == before
     theirs, own = transformer.state_dict(), controlnet.state_dict()
     copied = [key for key in own if key in theirs and not key.startswith("controlnet")]
@@ -126,7 +125,7 @@ def test_a_copy_changes_nothing_of_the_image_nor_of_what_it_was_made_from(family
     ],
 )
 def test_the_unused_parts_are_those_that_get_no_gradient(name, family, layers):
-    nets = controlnets_of(family)
+    nets = controlnets_of(family.pipe)
     made = nets.copy_of(family.pipe.transformer, load_weights=False)
     controlnet = drawn(type(made).from_config({**stated(made), **layers})).requires_grad_(True)
     with_controlnet(family.pipe, controlnet)  # which gives it positions, where it has none
@@ -147,8 +146,8 @@ def test_by_default_as_many_layers_are_copied_as_the_scripts_of_diffusers_copy()
     flux = {"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24, "attention_head_dim": 128}
     with torch.device("meta"):
         large, medium = FluxTransformer2DModel(**flux), SD3Transformer2DModel(num_layers=24, num_attention_heads=24)
-    assert FluxControlNets(ControlOptions(), large, 16).layers == {"num_double_layers": 4, "num_single_layers": 4}
-    assert SD3ControlNets(ControlOptions(), medium, 16).layers == {"num_double_layers": 12}
+    assert FluxControlNets(large, 16).layers == {"num_double_layers": 4, "num_single_layers": 4}
+    assert SD3ControlNets(medium, 16).layers == {"num_double_layers": 12}
 
 
 @pytest.mark.parametrize(
@@ -167,7 +166,7 @@ def test_by_default_as_many_layers_are_copied_as_the_scripts_of_diffusers_copy()
 )
 def test_layers_that_a_transformer_would_not_use_are_refused(name, family, layers, message):
     with pytest.raises(InputError, match=re.escape(message)):
-        controlnets_of(family, **layers)
+        controlnets_of(family.pipe, **layers)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +183,7 @@ def test_layers_that_a_transformer_would_not_use_are_refused(name, family, layer
     ],
 )
 def test_a_controlnet_that_does_not_fit_is_refused_by_its_config(name, family, more, message):
-    nets, kind = controlnets_of(family), {"flux": FluxControlNetModel, "sd3": SD3ControlNetModel}[name]
+    nets, kind = controlnets_of(family.pipe), {"flux": FluxControlNetModel, "sd3": SD3ControlNetModel}[name]
     fits = nets.copy_of(family.pipe.transformer, load_weights=False)
     nets.check(fits, "--given", 32)
     with torch.device("meta"):

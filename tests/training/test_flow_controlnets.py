@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from helpers.control_data import label_map, write
-from helpers.controlnets import NAMES, controlnets_of, make_deep, with_controlnet
+from helpers.controlnets import NAMES, controlnets_of, make_deep
 from helpers.flow_images import generate as flow_generate
 from helpers.pipelines import ONE_GREY_LEVEL
 from helpers.scripts import CONTROLNET, STEADY, in_process, launch, refusal, same, tensors
@@ -20,8 +20,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ether_diffusion.adapters.schema import WEIGHTS_NAME
+from ether_diffusion.control.controlnets import with_controlnet
 from ether_diffusion.training import control
-from ether_diffusion.training.families import family_of
 from ether_diffusion.training.families.flow import FlowFamily
 from ether_diffusion.training.run import LoadedRun
 
@@ -124,7 +124,7 @@ def test_the_small_file_does_the_same_on_a_copy_and_comes_off_again(name, method
     count = sum(tensor.numel() for tensor in saved.values())
     assert f"| trained parameters | {count:,} |" in (folder / "README.md").read_text()
     base = DiffusionPipeline.from_pretrained(deep_bases[name])
-    pipe = with_controlnet(base, controlnets_of(family_of(base)).copy_of(base.transformer))
+    pipe = with_controlnet(base, controlnets_of(base).copy_of(base.transformer))
     before = {key: tensor.clone() for key, tensor in pipe.controlnet.state_dict().items()}
     pipe.load_ether_weights(folder)
     assert np.abs(generate(pipe) - generated["trainer"]).max() <= ONE_GREY_LEVEL
@@ -183,7 +183,7 @@ def test_a_resumed_run_ends_with_the_same_file(name, train, tmp_path, more):
 
 @pytest.mark.parametrize(
     "flags",
-    [["--cache_latents", "--center_crop"], ["--gradient_checkpointing"], SLOW(["--offload"])],
+    [["--cache_latents", "--center_crop"], SLOW(["--gradient_checkpointing"]), SLOW(["--offload"])],
     ids=lambda f: f[0],
 )
 @pytest.mark.parametrize("name", HEAVY, indirect=True)
@@ -252,7 +252,7 @@ def test_a_wrong_flag_is_one_clear_error_and_nothing_is_loaded_or_written(
 ):
     if "{sd3}" in flags:
         base = DiffusionPipeline.from_pretrained(deep_bases["sd3"])
-        controlnets_of(family_of(base)).copy_of(base.transformer).save_pretrained(tmp_path / "sd3")
+        controlnets_of(base).copy_of(base.transformer).save_pretrained(tmp_path / "sd3")
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", None)
     error = refusal(capsys, train, "flux", *flags.format(pairs=pairs, sd3=tmp_path / "sd3").split())
     assert re.search(message, error), error
@@ -264,7 +264,7 @@ def test_families_without_controlnets_are_refused_with_the_names_of_those_that_h
     other, end, train, flow_bases, capsys
 ):
     error = refusal(capsys, train, "flux", "--pretrained_model_name_or_path", flow_bases(other))
-    those = "FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline"
+    those = "StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusion3Pipeline, FluxPipeline"
     assert f"Pipeline: ControlNets are trained for {those}{end}" in error
 
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ether_diffusion.latents import LatentSpace
 from ether_diffusion.training.data.views import Framing, Target
-from ether_diffusion.training.families.controlnets import ControlNets
 from ether_diffusion.training.families.source import ModelSource
 from ether_diffusion.training.noise import DiscreteNoise, FlowNoise
 from ether_diffusion.training.options import FlowOptions, PerformanceOptions
@@ -51,7 +50,6 @@ class Family:
         is_flow: whether noise is added by flow matching.
         takes_references: whether the denoiser sees reference images, as `predict` takes them.
         reads_references: whether the text encoders see them, too, without which they do nothing.
-        controlnets, controlnet_pipeline_class: its ControlNets, and the name of their pipeline; or None.
     """
 
     pipeline_class: ClassVar[str]
@@ -62,8 +60,6 @@ class Family:
     is_flow: ClassVar[bool] = False
     takes_references: ClassVar[bool] = False
     reads_references: ClassVar[bool] = False
-    controlnets: ClassVar[type[ControlNets] | None] = None
-    controlnet_pipeline_class: ClassVar[str | None] = None
     noise: DiscreteNoise | FlowNoise
     latents: LatentSpace
 

@@ -10,10 +10,10 @@ import torch
 from diffusers import DiffusionPipeline, FluxControlNetModel, FluxTransformer2DModel
 from torch import Tensor, nn
 
-from ether_diffusion.tokens import PATCH, from_tokens, grid_ids, join_patches, split_patches, to_tokens
+from ether_diffusion.control.controlnets import start_noise
+from ether_diffusion.tokens import from_tokens, grid_ids, join_patches, split_patches, to_tokens
 from ether_diffusion.training.data.views import Target
 from ether_diffusion.training.families.base import Conditioning, rows, stacked
-from ether_diffusion.training.families.controlnets import FluxControlNets
 from ether_diffusion.training.families.flow import FlowFamily
 from ether_diffusion.training.families.source import ModelSource
 from ether_diffusion.tuner.model import ATTENTION
@@ -33,8 +33,6 @@ class Flux(FlowFamily):
     trained_text_encoders = ("text_encoder",)
     targets = DOUBLE_ATTENTION
     negative_prompt = None
-    controlnets = FluxControlNets
-    controlnet_pipeline_class = "FluxControlNetPipeline"
 
     @classmethod
     def base_of(cls, source: ModelSource) -> str | None:
@@ -54,10 +52,9 @@ class Flux(FlowFamily):
             if inputs.get("guidance_scale") is None:
                 call = inspect.signature(getattr(diffusers, self.pipeline_class).__call__)
                 inputs["guidance_scale"] = call.parameters["guidance_scale"].default
-            transformer = self.component(self.denoiser)
-            channels = transformer.config.in_channels // PATCH**2
-            size = (len(prompts), channels, inputs["height"], inputs["width"])
-            inputs["latents"], _ = pipe.prepare_latents(*size, transformer.dtype, self.device, inputs["generator"])
+            self.component(self.denoiser)
+            size = (inputs["height"], inputs["width"])
+            inputs |= start_noise(pipe, len(prompts), size, inputs["generator"])
         return super().generate(prompts, pipe=pipe, **inputs)
 
     def predict(
@@ -121,7 +118,6 @@ class FluxKontext(Flux):
 
     pipeline_class = "FluxKontextPipeline"
     takes_references = True
-    controlnets = controlnet_pipeline_class = None
 
     def size_inputs(self, target: Target) -> dict[str, Any]:
         # Without them, the pipeline would take and generate other sizes of about the same proportions.

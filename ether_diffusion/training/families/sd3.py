@@ -8,7 +8,6 @@ from diffusers import SD3ControlNetModel
 from torch import Tensor
 
 from ether_diffusion.training.families.base import Conditioning, rows, stacked
-from ether_diffusion.training.families.controlnets import SD3ControlNets
 from ether_diffusion.training.families.flow import FlowFamily
 from ether_diffusion.training.families.flux import DOUBLE_ATTENTION
 from ether_diffusion.training.families.source import ModelSource
@@ -24,8 +23,6 @@ class StableDiffusion3(FlowFamily):
     text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
     trained_text_encoders = ("text_encoder", "text_encoder_2")
     targets = DOUBLE_ATTENTION
-    controlnets = SD3ControlNets
-    controlnet_pipeline_class = "StableDiffusion3ControlNetPipeline"
     unread = r"attn\.(add_q_proj|to_add_out)"
 
     @classmethod

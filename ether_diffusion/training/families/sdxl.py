@@ -25,7 +25,6 @@ class StableDiffusionXL(UNetFamily):
     """
 
     pipeline_class = "StableDiffusionXLPipeline"
-    controlnet_pipeline_class = "StableDiffusionXLControlNetPipeline"
     vae_precision = torch.float32  # in float16 SDXL's autoencoder overflows
     encoder_classes = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 

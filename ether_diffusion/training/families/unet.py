@@ -19,7 +19,6 @@ from transformers import CLIPTextConfig, CLIPTokenizer
 from ether_diffusion.errors import InputError
 from ether_diffusion.latents import LatentSpace, side_factor
 from ether_diffusion.training.families.base import Conditioning, Family
-from ether_diffusion.training.families.controlnets import UNetControlNets
 from ether_diffusion.training.families.quantization import loading_config, quantize_loaded
 from ether_diffusion.training.families.source import Blueprint, ModelSource, parameter_counts
 from ether_diffusion.training.noise import DiscreteNoise
@@ -83,7 +82,6 @@ class UNetFamily(Family):
 
     denoiser = "unet"
     encoder_classes: ClassVar[Mapping[str, type[nn.Module]]]
-    controlnets = UNetControlNets
     loading: ClassVar[Mapping[str, Any]] = {}
     vae_precision: ClassVar[torch.dtype | None] = None
 

@@ -9,7 +9,6 @@ from ether_diffusion.training.options.control import (
     CONTROL_STEPS,
     NO_METHOD,
     ControlDataOptions,
-    ControlOptions,
     ControlTrainingOptions,
     ControlValidationOptions,
     parse_range,

@@ -7,18 +7,22 @@ import inspect
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
-from diffusers import ControlNetModel, FluxControlNetModel, ModelMixin, SD3ControlNetModel
+import diffusers
+import torch
+from diffusers import ControlNetModel, DiffusionPipeline, FluxControlNetModel, ModelMixin, SD3ControlNetModel
 from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
 from ether_diffusion.control.encoder import ControlEncoder
+from ether_diffusion.control.pipelines import over, stock_class
 from ether_diffusion.errors import InputError
-from ether_diffusion.training.options import ControlOptions
+from ether_diffusion.tokens import PATCH
 
-LAYER_FLAGS = ("num_double_layers", "num_single_layers")
+ZEROS = {"num_double_layers": "controlnet_blocks", "num_single_layers": "controlnet_single_blocks"}
+"""Flag of a number of layers -> the part of a ControlNet that has one layer for each of them."""
 TEXT_ALONE = r"attn\.(add_q_proj|to_add_out|norm_added_q)|ff_context\..*"
 """Layers of a block with streams for image and text of which only the text's answer is made."""
 
@@ -27,9 +31,9 @@ class ControlNets(ABC):
     """The ControlNets of one denoiser.
 
     Args:
-        options: how many layers are copied.
         denoiser: may have no weights.
         factor: how many times smaller the ControlNet's features are than a side in pixels.
+        layers: flag -> how many layers are copied, where that can be chosen; None for the usual number.
 
     Class attributes:
         model_class: of the ControlNet.
@@ -52,15 +56,16 @@ class ControlNets(ABC):
     layer_flags: ClassVar[Mapping[str, tuple[str, int]]] = {}
     """Flag -> the field of the config with the number of layers, and how many are copied by default."""
 
-    def __init__(self, options: ControlOptions, denoiser: nn.Module, factor: int):
+    def __init__(self, denoiser: nn.Module, factor: int, layers: Mapping[str, int | None] | None = None):
         self.denoiser, self.factor = denoiser, factor
-        for flag in LAYER_FLAGS:
-            if flag not in self.layer_flags and getattr(options, flag) is not None:
+        self.layers: dict[str, int] = {}
+        for flag, count in (layers or {}).items():
+            if flag not in self.layer_flags and count is not None:
                 raise InputError(f"--{flag}: has no effect on a {self.model_class.__name__}")
 
-    @property
-    def layers(self) -> Mapping[str, int]:
-        """Flag -> how many layers are copied, where that can be chosen."""
+    @classmethod
+    def layers_in(cls, names: Iterable[str]) -> dict[str, int]:
+        """Flag -> how many layers a ControlNet has, by the names of its parameters."""
         return {}
 
     def own_names(self, controlnet: nn.Module) -> list[str]:
@@ -130,25 +135,25 @@ class UNetControlNets(ControlNets):
 class TransformerControlNets(ControlNets):
     """A copy of a transformer's first blocks, which reads latents of the control image beside the noisy ones."""
 
-    def __init__(self, options: ControlOptions, denoiser: nn.Module, factor: int):
-        super().__init__(options, denoiser, factor)
-        self._layers = {}
+    def __init__(self, denoiser: nn.Module, factor: int, layers: Mapping[str, int | None] | None = None):
+        super().__init__(denoiser, factor, layers)
         for flag, (name, usual) in self.layer_flags.items():
-            asked, blocks = getattr(options, flag), denoiser.config[name]
+            asked, blocks = (layers or {}).get(flag), denoiser.config[name]
             fits = [count for count in range(blocks + 1) if self.used(name, count) == count]
             if asked is not None and asked not in fits:
                 raise InputError(
                     f"--{flag}: got {asked}; of the transformer's {blocks} blocks, {', '.join(map(str, fits))} fit, "
                     "all of which it would use"
                 )
-            self._layers[flag] = max(count for count in fits if count <= usual) if asked is None else asked
-        if not any(self._layers.values()):
-            flags = ", ".join(f"--{flag}" for flag in self._layers)
+            self.layers[flag] = max(count for count in fits if count <= usual) if asked is None else asked
+        if not any(self.layers.values()):
+            flags = ", ".join(f"--{flag}" for flag in self.layers)
             raise InputError(f"{flags}: got 0; a {self.model_class.__name__} needs a block at least")
 
-    @property
-    def layers(self) -> Mapping[str, int]:
-        return self._layers
+    @classmethod
+    def layers_in(cls, names: Iterable[str]) -> dict[str, int]:
+        blocks = {tuple(name.split(".")[:2]) for name in names}
+        return {flag: sum(module == ZEROS[flag] for module, *_ in blocks) for flag in cls.layer_flags}
 
     def used(self, name: str, count: int) -> int:
         """How many of the answers of a ControlNet's blocks the transformer adds to those of its own.
@@ -164,7 +169,7 @@ class TransformerControlNets(ControlNets):
         # what a ControlNet does not know, such as the list of values that no file stated, which would be lost.
         source, known = copy.copy(denoiser), inspect.signature(self.model_class.__init__).parameters
         source._internal_dict = FrozenDict({name: v for name, v in denoiser.config.items() if name in known})
-        layers = {name: self._layers[flag] for flag, (name, _) in self.layer_flags.items()}
+        layers = {name: self.layers[flag] for flag, (name, _) in self.layer_flags.items()}
         return self.model_class.from_transformer(
             source, **layers, **self.arguments, load_weights_from_transformer=load_weights
         )
@@ -248,3 +253,40 @@ class FluxControlNets(TransformerControlNets):
 def _plain(value: Any) -> Any:
     """A value of a config, whether it comes from a file or from a class."""
     return list(value) if isinstance(value, (list, tuple)) else value
+
+
+CONTROLNETS: dict[str, tuple[str, type[ControlNets]]] = {
+    "StableDiffusionPipeline": ("StableDiffusionControlNetPipeline", UNetControlNets),
+    "StableDiffusionXLPipeline": ("StableDiffusionXLControlNetPipeline", UNetControlNets),
+    "StableDiffusion3Pipeline": ("StableDiffusion3ControlNetPipeline", SD3ControlNets),
+    "FluxPipeline": ("FluxControlNetPipeline", FluxControlNets),
+}
+"""Stock pipeline -> the one with a ControlNet, and its ControlNets."""
+
+
+def controlnets_for(pipeline_class: str) -> type[ControlNets] | None:
+    """The ControlNets of a stock pipeline, by its name; None where it has none."""
+    return CONTROLNETS[pipeline_class][1] if pipeline_class in CONTROLNETS else None
+
+
+def with_controlnet(pipe: DiffusionPipeline, controlnet: nn.Module) -> DiffusionPipeline:
+    """The stock pipeline with a ControlNet over the components of a pipeline without one."""
+    name, _ = CONTROLNETS[stock_class(pipe).__name__]
+    return over(getattr(diffusers, name), pipe, controlnet=controlnet)
+
+
+def start_noise(pipe: DiffusionPipeline, count: int, size: tuple[int, int], generator: Any) -> dict[str, Any]:
+    """What a pipeline is told besides, to start from the noise that it would start from without a ControlNet.
+
+    That of FLUX.1 would draw the latents of the control images first.
+
+    Args:
+        pipe: any.
+        count: images.
+        size: their height and width.
+        generator: of the noise, one or one for each.
+    """
+    if type(pipe).__name__ != "FluxControlNetPipeline":
+        return {}
+    channels, device = pipe.transformer.config.in_channels // PATCH**2, torch.device(pipe._execution_device)
+    return {"latents": pipe.prepare_latents(count, channels, *size, pipe.transformer.dtype, device, generator)[0]}
