@@ -10,11 +10,15 @@ from helpers.controlnets import NAMES, controlnets_of, drawn, make_deep
 from PIL import Image
 from torch import Tensor
 
+from ether_diffusion import EtherConfig
+from ether_diffusion.adapters.schema import MAX_WEIGHTS
 from ether_diffusion.control.controlnets import FluxControlNets, SD3ControlNets, with_controlnet
 from ether_diffusion.errors import InputError
 from ether_diffusion.images import to_pixels
 from ether_diffusion.tokens import from_tokens, join_patches
 from ether_diffusion.training.families import family_of
+from ether_diffusion.training.families.flux import DOUBLE_ATTENTION
+from ether_diffusion.training.methods.injection import dry_run
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 CONTROL = Image.fromarray(np.random.default_rng(3).integers(0, 256, (16, 32, 3), dtype=np.uint8))
@@ -142,12 +146,43 @@ def test_the_unused_parts_are_those_that_get_no_gradient(name, family, layers):
     assert reached == {key for key, each in controlnet.named_parameters() if each.requires_grad}
 
 
-def test_by_default_as_many_layers_are_copied_as_the_scripts_of_diffusers_copy():
-    flux = {"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24, "attention_head_dim": 128}
+LARGE = {"pos_embed_max_size": 192, "qk_norm": "rms_norm"}
+FULL_SIZE = [
+    (
+        FluxTransformer2DModel,
+        {"guidance_embeds": True},
+        (FluxControlNets, {"num_double_layers": 4, "num_single_layers": 4}, 2_046_461_952, 75_721_728),
+        (135_168, 540_672),
+    ),
+    (
+        SD3Transformer2DModel,
+        {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 384}
+        | {"dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm"},
+        (SD3ControlNets, {"num_double_layers": 12}, 1_261_169_664, 28_429_824),
+        (221_184, 884_736),
+    ),
+    (
+        SD3Transformer2DModel,
+        {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, **LARGE},
+        (SD3ControlNets, {"num_double_layers": 12}, 2_654_723_200, 71_162_752),
+        (233_472, 933_888),
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "config", "made", "vectors"), FULL_SIZE, ids=["flux", "sd3.5-medium", "sd3.5-large"])
+def test_by_default_as_many_layers_are_copied_as_the_scripts_of_diffusers_copy(kind, config, made, vectors):
+    nets_class, layers, copied, whole = made
     with torch.device("meta"):
-        large, medium = FluxTransformer2DModel(**flux), SD3Transformer2DModel(num_layers=24, num_attention_heads=24)
-    assert FluxControlNets(large, 16).layers == {"num_double_layers": 4, "num_single_layers": 4}
-    assert SD3ControlNets(medium, 16).layers == {"num_double_layers": 12}
+        nets = nets_class(kind(**config), 16)
+        controlnets = [nets.copy_of(nets.denoiser, load_weights=False) for _ in vectors]
+    assert nets.layers == layers
+    for controlnet, method, count in zip(controlnets, ("ether", "ether_plus"), vectors, strict=True):
+        assert sum(each.numel() for each in controlnet.parameters()) == copied
+        own = [each for name in nets.own_names(controlnet) for each in getattr(controlnet, name).parameters()]
+        assert sum(each.numel() for each in own) == whole <= MAX_WEIGHTS
+        adapters = {"controlnet": EtherConfig(method=method, target_modules=list(DOUBLE_ATTENTION))}
+        assert dry_run({"controlnet": controlnet}, adapters) == count
 
 
 @pytest.mark.parametrize(
