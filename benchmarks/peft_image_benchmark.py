@@ -33,7 +33,7 @@ from peft_image_gen.data import Example, read_data_set, read_folder, split
 from peft_image_gen.evaluation import drift, similarity
 from peft_image_gen.model import BenchmarkKlein, Prepared, open_model, prepare
 from peft_image_gen.settings import DATA, DINO, MODEL, TEXT_LAYERS, Experiment, Setting, read_experiment
-from peft_image_gen.training import release, train
+from peft_image_gen.training import train
 from result_file import ResultFile
 
 from ether_diffusion.errors import InputError
@@ -68,7 +68,6 @@ class Benchmark:
         generating = time.perf_counter() - started
         saved = self._save(experiment, trained.model)
         self._draw(experiment, images)
-        release(self.family)
         training = experiment.training
         return {
             "peft_type": str(experiment.config.peft_type.value),

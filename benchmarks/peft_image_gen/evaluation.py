@@ -22,16 +22,15 @@ def generate(family: BenchmarkKlein, prompts: Sequence[str], seed: int) -> list[
     setting = family.setting
     generator = torch.Generator(family.device).manual_seed(setting.seed + seed)
     made = []
-    with torch.inference_mode():
-        for prompt in prompts:
-            made += family.generate(
-                [prompt],
-                num_inference_steps=setting.num_inference_steps,
-                guidance_scale=setting.guidance_scale,
-                height=setting.resolution,
-                width=setting.resolution,
-                generator=generator,
-            ).images
+    for prompt in prompts:
+        made += family.generate(
+            [prompt],
+            num_inference_steps=setting.num_inference_steps,
+            guidance_scale=setting.guidance_scale,
+            height=setting.resolution,
+            width=setting.resolution,
+            generator=generator,
+        ).images
     return made
 
 

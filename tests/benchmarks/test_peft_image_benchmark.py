@@ -23,7 +23,7 @@ from ether_diffusion.errors import InputError
 from ether_diffusion.metrics import load_features
 from ether_diffusion.training.families import ModelSource
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
 SMALL = Setting(
     dtype="float32", resolution=32, num_inference_steps=2, repeats=1, drift_prompts=("a photo of cat", "a chair")
 )
@@ -217,8 +217,17 @@ def test_published_rows_stand_beside_those_of_the_same_setting_alone():
     assert not peft_image_benchmark.is_published(settings, Setting(text_layers=TEXT_LAYERS["pipeline"]))
 
 
+def test_the_rows_in_small_have_every_column_and_say_that_they_mean_nothing():
+    report = json.loads((ROOT / "benchmarks" / "results" / "peft_image_gen_small.json").read_text("utf-8"))
+    assert report["label"].startswith("random weights")
+    methods = ("ether", "ether_plus", "ether_plus_one_sided", "lora", "oft")
+    assert [row["experiment"] for row in report["rows"]] == [f"{name}/flux2-klein-default" for name in methods]
+    columns = ("parameters", "file_bytes", "similarity", "drift", "peak_bytes", "step_seconds", "seconds", "loss")
+    assert all(row[name] > 0 for row in report["rows"] for name in columns)
+
+
 def test_the_page_has_every_published_row():
-    page = (DOCS / "peft-image-benchmark.md").read_text("utf-8")
+    page = (ROOT / "docs" / "peft-image-benchmark.md").read_text("utf-8")
     found = re.findall(r"^\| ([^|]+) \| ([\d,]+) \| [^|]* \| (0\.\d{3}) \|", page, re.MULTILINE)
     rows = json.loads(peft_image_benchmark.PUBLISHED.read_text("utf-8"))["rows"]
     assert found == [(row["title"], f"{row['parameters']:,}", f"{row['similarity']:.3f}") for row in rows]
