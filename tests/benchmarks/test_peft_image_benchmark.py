@@ -12,10 +12,20 @@ import torch
 from diffusers import DiffusionPipeline
 from helpers.benchmarks import call
 from helpers.peft_image import save_inputs
+from peft import AdaLoraConfig, FrodConfig
 from peft_image_gen.data import Example, read_data_set, read_folder, split
 from peft_image_gen.evaluation import drift, similarity
 from peft_image_gen.model import open_model, prepare
-from peft_image_gen.settings import DATA, EXPERIMENTS, PROMPTS, TEXT_LAYERS, Setting, read_experiment
+from peft_image_gen.settings import (
+    DATA,
+    EXPERIMENTS,
+    PROMPTS,
+    TEXT_LAYERS,
+    Experiment,
+    Setting,
+    Training,
+    read_experiment,
+)
 from peft_image_gen.training import release, train
 from PIL import Image
 
@@ -125,6 +135,19 @@ def test_every_experiment_starts_from_the_same_model_and_draws(inputs):
     assert losses[0] == losses[2] != losses[1]
     with pytest.raises(InputError, match="max_steps is 7001, the images are enough for 7000"):
         train(family, prepared, experiment("ether", max_steps=7001))
+
+
+def test_methods_that_move_their_ranks_or_keep_sparse_tensors_are_trained_as_well(inputs):
+    trained, tested = split(read_folder(inputs / "images"))
+    family = opened(inputs)
+    prepared = prepare(family, trained, tested)
+    start, ranks = {"tinit": 0, "tfinal": 1, "deltaT": 1, "total_step": 3}, {"init_r": 4, "target_r": 1}
+    adalora = AdaLoraConfig(target_modules=["to_q", "to_k"], **start, **ranks)
+    model = train(family, prepared, Experiment("adalora/small", adalora, Training(max_steps=3))).model
+    assert min(sum(kept) for kept in model.peft_config["default"].rank_pattern.values()) < 4
+    frod = FrodConfig(target_modules=["to_q", "to_k"])
+    trained = train(family, prepared, Experiment("frod/small", frod, Training(max_steps=1)))
+    assert trained.parameters > 0 and trained.peak_bytes > 0
 
 
 def test_drift_is_nothing_before_training_and_something_after(inputs):
