@@ -134,7 +134,10 @@ def test_the_small_file_does_the_same_on_a_copy_and_comes_off_again(name, method
 
 
 def test_the_code_on_the_card_generates_under_control(name, train, deep_bases, tmp_path, monkeypatch):
-    shutil.copytree(deep_bases[name], tmp_path / "base")
+    base = DiffusionPipeline.from_pretrained(deep_bases[name])
+    if name == "sd3":  # as some are saved, without T5
+        base.register_modules(text_encoder_3=None, tokenizer_3=None)
+    base.save_pretrained(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
     label_map(32, 32, 3).save("map.png")
     train(name, "--pretrained_model_name_or_path", tmp_path / "base")
