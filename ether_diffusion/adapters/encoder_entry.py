@@ -75,8 +75,10 @@ def check_encoder(where: str, about: Mapping[str, Any], tensors: Mapping[str, Te
     Raises:
         EtherFileError: an entry of another form, a name too many or too few, or another shape.
     """
-    entry = LatentControlEntry if about.get("kind") == "latent" else ControlEntry
-    validated(entry, f"{where}: weights", about)
+    kind = about.get("kind", "conv")
+    if not isinstance(kind, str) or kind not in ENCODERS:
+        raise EtherFileError(f"{where}: weights: kind: got {kind!r:.80}, needs {' or '.join(ENCODERS)}")
+    validated(LatentControlEntry if kind == "latent" else ControlEntry, f"{where}: weights", about)
     # Shapes alone: the sizes are the file's.
     needed = {name: tuple(p.shape) for name, p in empty_encoder(about).named_parameters()}
     if wrong := sorted(set(needed) ^ set(tensors)):

@@ -19,6 +19,7 @@ from ether_diffusion.adapters.reading import PEFT_WEIGHTS_NAME
 from ether_diffusion.adapters.schema import AdapterFile, canonical_path
 from ether_diffusion.adapters.writing import collect
 from ether_diffusion.analysis.weights import angles_from_start, conflict, transform_distance, transform_of
+from ether_diffusion.base_models import open_pipeline
 from ether_diffusion.control.classes import CONTROL_PIPELINES
 from ether_diffusion.control.encoder import CONTROL, ControlEncoder
 from ether_diffusion.control.pipelines import over
@@ -150,7 +151,7 @@ def open_base(
     A ControlNet starts as training starts it, as a copy of the UNet. For other adapters, and of other classes, the
     base is opened as it is.
     """
-    pipe = diffusers.DiffusionPipeline.from_pretrained(base, variant=variant, revision=revision)
+    pipe = open_pipeline(base, variant=variant, revision=revision)
     light, with_controlnet = CONTROL_PIPELINES.get(type(pipe).__name__), WITH_CONTROLNET.get(type(pipe))
     if light is not None and CONTROL in adapter.weights:
         return over(light, pipe)

@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline
 
 from ether_diffusion.adapters.locate import find_adapter_file
 from ether_diffusion.adapters.schema import ModuleWeights
+from ether_diffusion.base_models import base_path
 from ether_diffusion.commands.base_version import add_base_version_arguments
 from ether_diffusion.control.encoder import CONTROL
 from ether_diffusion.dtypes import DTYPES
@@ -29,7 +30,9 @@ from ether_diffusion.export.merge import open_adapted
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     """What is read: the base, adapters and their strengths."""
-    parser.add_argument("--base", required=True, help="base pipeline: a folder in diffusers' layout, or a Hub id")
+    parser.add_argument(
+        "--base", required=True, type=base_path, help="base pipeline: a folder in diffusers' layout, or a Hub id"
+    )
     add_base_version_arguments(parser)
     parser.add_argument(
         "--adapter", required=True, nargs="+", help="adapters, in the order in which they act: files, folders, Hub ids"
@@ -83,7 +86,7 @@ def _are_columns(args: argparse.Namespace, weights: Mapping[str, ModuleWeights])
     """Whether weights besides vectors are columns of FLUX.1's first layer, which a LoRA of diffusers' format holds."""
     if set(weights) != {CONTROL} or weights[CONTROL].about.get("kind") != "latent":
         return False
-    config = DiffusionPipeline.load_config(args.base, revision=args.revision)
+    config = DiffusionPipeline.load_config(base_path(args.base), revision=args.revision)
     return getattr(args, "to", None) == FORMAT and config["_class_name"] == "FluxPipeline"
 
 

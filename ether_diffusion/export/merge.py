@@ -16,6 +16,7 @@ from ether_diffusion.adapters.attach import attach
 from ether_diffusion.adapters.components import check_removable, ether_layers, models_of, records_of
 from ether_diffusion.adapters.locate import find_adapter_file
 from ether_diffusion.adapters.schema import WEIGHTS_NAME
+from ether_diffusion.base_models import open_pipeline
 from ether_diffusion.control.classes import control_pipeline_class
 from ether_diffusion.control.encoder import CONTROL
 from ether_diffusion.control.pipelines import over
@@ -58,7 +59,7 @@ def open_adapted(
     if len(scales) not in (1, len(adapters)):
         raise ValueError(f"{len(adapters)} adapters, but {len(scales)} strengths: one for each, or one for all")
     files = [find_adapter_file(adapter) for adapter in adapters]  # before the base, which takes longer
-    pipe = DiffusionPipeline.from_pretrained(base, dtype=torch.float32, variant=variant, revision=revision)
+    pipe = open_pipeline(base, dtype=torch.float32, variant=variant, revision=revision)
     if any(CONTROL in file.weights for file in files):
         pipe = over(control_pipeline_class(type(pipe)), pipe)
     names = [_label(number, adapter) for number, adapter in enumerate(adapters, 1)]
