@@ -24,8 +24,9 @@ from ether_diffusion.adapters.components import (
     records_of,
     tuner_layers,
 )
+from ether_diffusion.adapters.encoder_entry import about_encoder
 from ether_diffusion.adapters.fit import fit
-from ether_diffusion.adapters.schema import AdapterFile, Document, about_encoder, without_base_layer
+from ether_diffusion.adapters.schema import AdapterFile, Document, without_base_layer
 from ether_diffusion.control.encoder import CONTROL, AnyEncoder
 from ether_diffusion.control.pipelines import Control
 from ether_diffusion.tuner.config import EtherConfig

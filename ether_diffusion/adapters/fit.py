@@ -19,8 +19,9 @@ from ether_diffusion.adapters.components import (
     names_of,
     replaceable_parameters,
 )
+from ether_diffusion.adapters.encoder_entry import empty_encoder
 from ether_diffusion.adapters.fingerprint import differing_components
-from ether_diffusion.adapters.schema import AdapterFile, ModuleWeights, empty_encoder
+from ether_diffusion.adapters.schema import AdapterFile, ModuleWeights
 from ether_diffusion.control.classes import CONTROL_PIPELINES
 from ether_diffusion.control.encoder import CONTROL, AnyEncoder
 from ether_diffusion.errors import EtherFileError

@@ -19,13 +19,13 @@ from ether_diffusion.adapters.components import (
     records_of,
     replaceable_parameters,
 )
+from ether_diffusion.adapters.encoder_entry import about_encoder
 from ether_diffusion.adapters.fingerprint import base_model_name, fingerprint
 from ether_diffusion.adapters.reading import interpret
 from ether_diffusion.adapters.schema import (
     FORMAT_VERSION,
     AdapterFile,
     ModuleWeights,
-    about_encoder,
     canonical_path,
     config_fields,
     digest,

@@ -86,7 +86,7 @@ def _are_columns(args: argparse.Namespace, weights: Mapping[str, ModuleWeights])
     """Whether weights besides vectors are columns of FLUX.1's first layer, which a LoRA of diffusers' format holds."""
     if set(weights) != {CONTROL} or weights[CONTROL].about.get("kind") != "latent":
         return False
-    config = DiffusionPipeline.load_config(args.base, revision=args.revision)
+    config = DiffusionPipeline.load_config(base_path(args.base), revision=args.revision)
     return getattr(args, "to", None) == FORMAT and config["_class_name"] == "FluxPipeline"
 
 

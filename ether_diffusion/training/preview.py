@@ -106,7 +106,7 @@ class Preview:
         self.controls, self.inputs = controls, family.size_inputs(target)
         if reference is not None:
             self.inputs["image"] = reference
-        self.base = self._generate(family.pipe, controlled=False)
+        self.base = self._generate(family.pipe)
 
     def compare(self, pipe: DiffusionPipeline | None = None) -> Image.Image:
         """The grid, with the model as it is now.
@@ -133,7 +133,7 @@ class Preview:
             log_images(accelerator, "validation", [grid], step)
 
     @torch.no_grad()
-    def _generate(self, pipe: DiffusionPipeline, *, controlled: bool) -> list[list[Image.Image]]:
+    def _generate(self, pipe: DiffusionPipeline, *, controlled: bool = False) -> list[list[Image.Image]]:
         """The images of every prompt, by the model as it is, under the control images or not."""
         quiet, scheduler = dict(getattr(pipe, "_progress_bar_config", {})), pipe.scheduler
         pipe.set_progress_bar_config(disable=True)
