@@ -22,7 +22,6 @@ from ether_diffusion.training import control
 from ether_diffusion.training.families.flow import FlowFamily
 from ether_diffusion.training.run import LoadedRun
 
-
 FEW_FIRST = [each if each in ("flux", "sd3") else pytest.param(each, marks=pytest.mark.slow) for each in REQUIRED]
 """Tokens and convolutions; the others are in the slow run."""
 
