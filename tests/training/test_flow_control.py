@@ -22,6 +22,9 @@ from ether_diffusion.training import control
 from ether_diffusion.training.families.flow import FlowFamily
 from ether_diffusion.training.run import LoadedRun
 
+FEW_FIRST = [each if each in ("flux", "sd3") else pytest.param(each, marks=pytest.mark.slow) for each in REQUIRED]
+"""Tokens and convolutions; the others are in the slow run."""
+
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory) -> Path:
@@ -127,7 +130,7 @@ def test_a_resumed_run_ends_with_the_same_file(name, on, train, tmp_path, more):
     [["--cache_latents", "--center_crop"], ["--gradient_checkpointing"], ["--offload"], ["--vae_tiling"]],
     ids=lambda flags: flags[0],
 )
-@pytest.mark.parametrize("name", REQUIRED, indirect=True)
+@pytest.mark.parametrize("name", FEW_FIRST, indirect=True)
 def test_what_saves_memory_changes_nothing_that_is_learned(name, on, train, flags):
     kept = [flag for flag in flags if flag == "--center_crop"]
     usual, changed = train(*on(name), *kept, output="usual")[1], train(*on(name), *flags, output="changed")[1]
