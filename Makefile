@@ -1,6 +1,8 @@
 # Every target makes its own virtual environment when there is none. PYTHON picks the interpreter that builds it.
 PYTHON ?= python3
 VENV ?= .venv
+# What is trained by quickstart and control: miniature, a UNet, or miniature-dit, a transformer.
+BASE ?= miniature
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
@@ -14,10 +16,10 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 quickstart: $(READY)
-	$(BIN)/ether-diffusion quickstart --output_dir out/quickstart --overwrite_output_dir
+	$(BIN)/ether-diffusion quickstart --base $(BASE) --output_dir out/quickstart --overwrite_output_dir
 
 control: $(READY)
-	$(BIN)/ether-diffusion quickstart --control --output_dir out/control --overwrite_output_dir
+	$(BIN)/ether-diffusion quickstart --control --base $(BASE) --output_dir out/control --overwrite_output_dir
 
 test: $(READY) lint
 	$(PYTEST)

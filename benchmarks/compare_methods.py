@@ -1,6 +1,7 @@
 """Every method of --method on the same subjects: what it learns, what the model forgets, what it costs.
 
     python benchmarks/compare_methods.py --output_dir out/methods --data_dir photos_by_subject
+    python benchmarks/compare_methods.py --output_dir out/methods --base miniature-dit --subjects 2
     python benchmarks/compare_methods.py --output_dir out/methods --quick
 
 Subjects of the miniature's world are learned from five views, those of --data_dir (one folder of photographs each)
@@ -27,11 +28,12 @@ from result_file import ResultFile
 from subjects import MINIATURE, PHOTOGRAPHS, Subject, drawn, generate, learn, photographed, squares
 from trials import BASE, Variant
 
+from ether_diffusion.base_models import MINIATURES, open_pipeline
 from ether_diffusion.commands.quickstart import OTHER_PROMPTS
 from ether_diffusion.files import checksum
 from ether_diffusion.images import image_grid, read_image
 from ether_diffusion.metrics import image_similarity, text_similarity
-from ether_diffusion.miniature import FOLDER, ClipScore
+from ether_diffusion.miniature import ClipScore
 from ether_diffusion.training.methods.configs import KNOWN
 from ether_diffusion.training.methods.saving import load_trained
 from ether_diffusion.training.options import DEFAULT_STEPS, LEARNING_RATES, METHODS, ValidationOptions
@@ -49,24 +51,31 @@ class Comparison:
         seed: of the training and of the first image of each prompt.
         num_inference_steps: of every image.
         images_dir: where the images of the subject's prompt go, in a folder for each subject and method.
+        base: the miniature's name.
     """
 
-    def __init__(self, *, steps: int, seed: int, num_inference_steps: int, images_dir: Path):
+    def __init__(self, *, steps: int, seed: int, num_inference_steps: int, images_dir: Path, base: str = MINIATURE):
         self.steps, self.seed, self.images_dir = steps, seed, images_dir
-        self.num_inference_steps = num_inference_steps
+        self.num_inference_steps, self.model = num_inference_steps, MINIATURES[base]
         self.clip = ClipScore()
 
     def base(self, subject: Subject) -> dict[str, float]:
         """The figures of the model as it is."""
-        return self._measure(DiffusionPipeline.from_pretrained(FOLDER), subject, BASE)
+        return self._measure(open_pipeline(self.model), subject, BASE)
 
     def tuned(self, subject: Subject, method: str, rate: float) -> dict[str, float]:
         """The figures after the training, and the seconds that it took."""
         with tempfile.TemporaryDirectory() as folder:
             seen, output_dir = subject.copy_seen(Path(folder, "seen")), Path(folder, "result")
-            flags = {"method": method, "learning_rate": rate, "max_train_steps": self.steps, "seed": self.seed}
+            flags = {
+                "pretrained_model_name_or_path": self.model,
+                "method": method,
+                "learning_rate": rate,
+                "max_train_steps": self.steps,
+                "seed": self.seed,
+            }
             result = learn(seen, subject.prompt, output_dir, flags)
-            pipe = load_trained(FOLDER, output_dir)
+            pipe = load_trained(self.model, output_dir)
             return {"seconds": result.seconds, **self._measure(pipe, subject, method)}
 
     def _measure(self, pipe: DiffusionPipeline, subject: Subject, method: str) -> dict[str, float]:
@@ -143,6 +152,7 @@ def read_rates(words: Sequence[str]) -> dict[str, float]:
 
 def main() -> None:
     parser = make_parser(__doc__)
+    parser.add_argument("--base", choices=list(MINIATURES), default=MINIATURE)
     parser.add_argument("--method", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--learning_rate", nargs="+", default=[], metavar="METHOD=RATE")
     parser.add_argument("--max_train_steps", type=int, default=DEFAULT_STEPS)
@@ -162,10 +172,12 @@ def main() -> None:
     chosen = [*drawn(args.subjects, args.output_dir / "views"), *chosen]
 
     shared = {"seed": args.seed, "num_inference_steps": args.num_inference_steps}
-    settings = {"weights_sha256": checksum(FOLDER), **shared}
+    settings = {"weights_sha256": checksum(MINIATURES[args.base]), **shared}
     results = ResultFile(args.output_dir / "compare_methods.json", settings, machine=machine())
-    comparison = Comparison(steps=args.max_train_steps, images_dir=args.output_dir / "pictures", **shared)
-    parameters = {method: Variant.of(method).parameters() for method in args.method}
+    comparison = Comparison(
+        steps=args.max_train_steps, images_dir=args.output_dir / "pictures", base=args.base, **shared
+    )
+    parameters = {method: Variant.of(method).parameters(args.base) for method in args.method}
     rows = []
     for subject in chosen:
         which = {"subject": subject.name, "origin": subject.origin}

@@ -17,24 +17,24 @@ from pathlib import Path
 from measuring import machine, make_parser
 from result_file import ResultFile
 
+from ether_diffusion.base_models import MINIATURE, MINIATURES
 from ether_diffusion.commands.evaluate_control import evaluate_and_show
 from ether_diffusion.commands.quickstart import CONTROL_FLAGS, train_control
 from ether_diffusion.evaluation.control import ControlEvaluation
-from ether_diffusion.miniature import FOLDER
 from ether_diffusion.miniature.control_data import HELD_OUT, KINDS, TRAINING_SEED, write_control_data
 
 # Of the method; the encoder has --control_lr. "none" is the paper's encoder-only baseline.
 LEARNING_RATES = {"none": None, "ether": 2e-3, "ether_plus": 2e-3, "lora": 1e-3, "oft": 5e-4}
 
 
-def evaluate(adapter: Path, output_dir: Path, held_out: int, evaluator_dir: Path, kind: str) -> dict:
+def evaluate(adapter: Path, output_dir: Path, held_out: int, evaluator_dir: Path, kind: str, base: str) -> dict:
     """The report of `evaluate-control`."""
-    measured_on = {"miniature": held_out}
+    measured_on = {"base": base, "miniature": held_out}
     if kind != "scenes":
         data = output_dir.parent / "held_out"
         if not data.exists():
             write_control_data(data, held_out, HELD_OUT, kind)
-        measured_on = {"base": str(FOLDER), "data_dir": data, "evaluator": "edges", "fid_features": "none"}
+        measured_on = {"base": base, "data_dir": data, "evaluator": "edges", "fid_features": "none"}
     folders = {"adapter": str(adapter), "output_dir": output_dir, "evaluator_dir": evaluator_dir}
     evaluate_and_show(ControlEvaluation(**folders, **measured_on, num_inference_steps=10, batch_size=16))
     return json.loads((output_dir / "report.json").read_text())
@@ -51,6 +51,7 @@ def trained_parameters(adapter: Path) -> int:
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--methods", nargs="+", choices=list(LEARNING_RATES), default=list(LEARNING_RATES))
+    parser.add_argument("--base", choices=list(MINIATURES), default=MINIATURE)
     parser.add_argument("--kind", choices=KINDS, default=KINDS[0], help="semantic maps, or edges of filled circles")
     parser.add_argument("--pairs", type=int, default=2000)
     parser.add_argument("--held_out", type=int, default=200)
@@ -66,6 +67,8 @@ def main() -> None:
     if not (data / "metadata.jsonl").exists():
         write_control_data(data, args.pairs, TRAINING_SEED, args.kind)
     settings = {name: getattr(args, name) for name in ("kind", "pairs", "held_out", "max_train_steps")}
+    if args.base != MINIATURE:
+        settings["base"] = args.base
     k = CONTROL_FLAGS.index("--max_train_steps")
     settings["flags"] = CONTROL_FLAGS[:k] + CONTROL_FLAGS[k + 2 :]  # the steps are a setting of their own
     results = ResultFile(args.output_dir / "control.json", settings, machine=machine())
@@ -76,9 +79,11 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         rate = LEARNING_RATES[method]
         flags = ["--method", method, *(["--learning_rate", str(rate)] if rate else [])]
-        train_control(data, folder / "adapter", [*flags, "--max_train_steps", str(args.max_train_steps)])
+        train_control(data, folder / "adapter", args.base, [*flags, "--max_train_steps", str(args.max_train_steps)])
         evaluator_dir = args.evaluator_dir or args.output_dir / "evaluator"
-        report = evaluate(folder / "adapter", folder / "evaluation", args.held_out, evaluator_dir, args.kind)
+        report = evaluate(
+            folder / "adapter", folder / "evaluation", args.held_out, evaluator_dir, args.kind, args.base
+        )
         count = trained_parameters(folder / "adapter")
         results.add({"method": method, "learning_rate": rate, "parameters": count, "scores": report["scores"]})
 

@@ -23,26 +23,26 @@ import torch
 from denoising import denoising_loss
 from diffusers import DiffusionPipeline
 from measuring import machine
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from PIL import Image
 from result_file import ResultFile
 from subjects import MINIATURE, PROMPTS_WITHOUT, Subject, drawn, learn, photographed, squares
 from torch import Tensor, nn
 
+from ether_diffusion import EtherConfig
 from ether_diffusion.analysis.weights import adapted_weights, energy_change
+from ether_diffusion.base_models import base_path, miniature_name, open_pipeline
 from ether_diffusion.commands.quickstart import OTHER_PROMPTS, SETTINGS
 from ether_diffusion.evaluation.features import load_features
 from ether_diffusion.files import checksum
 from ether_diffusion.images import read_image
 from ether_diffusion.metrics import drift, image_similarity, text_similarity
 from ether_diffusion.metrics.similarity import CLIP
-from ether_diffusion.miniature import FOLDER
 from ether_diffusion.training.families import ModelSource, family_at, family_of
 from ether_diffusion.training.methods.configs import KNOWN, configs_of, read_method
 from ether_diffusion.training.methods.injection import dry_run
 from ether_diffusion.training.methods.saving import load_trained
 from ether_diffusion.training.options import DEFAULT_STEPS, RANKED_METHODS, AdapterOptions
-from ether_diffusion.tuner.model import ATTENTION
 
 BASE, IMAGES = "base", "pictures"
 FIGURES = ("clip_i", "clip_t", "clip_t_subject", "drift", "held_out")
@@ -84,7 +84,7 @@ class Variant:
 
     def parameters(self, model: str = MINIATURE) -> int:
         """How many parameters are trained on a model."""
-        source = ModelSource(str(FOLDER) if model == MINIATURE else model)
+        source = ModelSource(base_path(model))
         family = family_at(source)
         with tempfile.TemporaryDirectory() as folder:
             options = AdapterOptions(**self.given(Path(folder)))
@@ -96,7 +96,7 @@ class Variant:
 class Settings:
     """What every trial of a study has in common.
 
-    model: of the training and the generating, as `from_pretrained` takes it, or MINIATURE.
+    model: of the training and the generating, as `from_pretrained` takes it, or the name of a miniature.
     max_train_steps: of each training, unless a trial says otherwise.
     num_inference_steps: of every image.
     clip_model: what measures, as `load_features` takes it.
@@ -134,7 +134,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     """The flags that every study has, beside --output_dir."""
     parser.add_argument("--pairs", type=int, default=4, help="of a subject and a seed")
     parser.add_argument("--data_dir", type=Path, help="folders of photographs; default: figures of the miniature")
-    parser.add_argument("--pretrained_model_name_or_path", default=MINIATURE)
+    parser.add_argument("--pretrained_model_name_or_path", default=MINIATURE, help="or miniature-dit, or any")
     parser.add_argument("--clip_model", help=f"default: {CLIP}, on the miniature its own")
     parser.add_argument("--max_train_steps", type=int, default=DEFAULT_STEPS)
     parser.add_argument("--num_inference_steps", type=int, default=Settings.num_inference_steps)
@@ -156,7 +156,7 @@ def read_settings(args: argparse.Namespace, training_flags: Sequence[str]) -> Se
         model,
         args.max_train_steps,
         args.num_inference_steps,
-        args.clip_model or (MINIATURE if model == MINIATURE else CLIP),
+        args.clip_model or (MINIATURE if miniature_name(model) else CLIP),
         tuple(training_flags),
     )
 
@@ -182,12 +182,12 @@ class Bench:
 
     def __init__(self, settings: Settings, images_dir: Path):
         self.settings, self.images_dir = settings, images_dir
-        self.model = str(FOLDER) if settings.model == MINIATURE else settings.model
+        self.model = base_path(settings.model)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.features = load_features(settings.clip_model, device=self.device)
         if not hasattr(self.features, "embed_texts"):
             raise SystemExit(f"error: --clip_model {settings.clip_model}: has no text tower, needs a CLIP")
-        self.others = OTHER_PROMPTS if settings.model == MINIATURE else PROMPTS_WITHOUT
+        self.others = OTHER_PROMPTS if miniature_name(settings.model) else PROMPTS_WITHOUT
         self._before: dict[str, tuple[dict[str, Any], list[Image.Image]]] = {}
 
     def base(self, subject: Subject, seed: int) -> dict[str, Any]:
@@ -197,7 +197,7 @@ class Bench:
     def _base(self, subject: Subject, seed: int) -> tuple[dict[str, Any], list[Image.Image]]:
         key = f"{subject.name}/{seed}"
         if key not in self._before:
-            pipe = DiffusionPipeline.from_pretrained(self.model).to(self.device)
+            pipe = open_pipeline(self.model).to(self.device)
             figures, others = self._measure(pipe, subject, seed, self.images_dir / BASE / f"{subject.name}_{seed}")
             self._before[key] = {**figures, "drift": 0.0}, others
         return self._before[key]
@@ -305,9 +305,10 @@ def weight_pairs(tuned: nn.Module, model: str) -> Iterator[tuple[Tensor, Tensor]
         for _, before, after in adapted_weights(tuned):
             yield before, after
         return
-    base = dict(denoiser(DiffusionPipeline.from_pretrained(model)).named_parameters())
+    pipe = open_pipeline(model)
+    base, config = dict(denoiser(pipe).named_parameters()), EtherConfig(target_modules=family_of(pipe).targets)
     for name, weight in tuned.named_parameters():
-        if name.removesuffix(".weight").endswith(tuple(ATTENTION)):
+        if check_target_module_exists(config, name.removesuffix(".weight")) and name.endswith(".weight"):
             yield base[name], weight.detach().to(base[name].device)
 
 
@@ -346,7 +347,9 @@ class Trials:
 
     def __init__(self, settings: Settings, output_dir: Path, *, processes: int = 1):
         # The rows of all studies with these settings: what one has measured the others need not.
-        shared = asdict(settings) | ({"weights_sha256": checksum(FOLDER)} if settings.model == MINIATURE else {})
+        shared = asdict(settings)
+        if miniature_name(settings.model):
+            shared["weights_sha256"] = checksum(Path(base_path(settings.model)))
         self.results = ResultFile(output_dir / "trials.json", shared, machine=machine())
         threads = max(1, (os.cpu_count() or 1) // processes)
         self._pool = ProcessPoolExecutor(

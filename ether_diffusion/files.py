@@ -1,4 +1,4 @@
-"""Files and folders that appear complete or not at all, and where the miniature lies.
+"""Files and folders that appear complete or not at all.
 
 Whatever is written goes under a hidden name beside its place, is flushed to the disk, and takes its name in one step:
 a full disk, a kill or a power cut leaves what was there before.
@@ -16,17 +16,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-MINIATURE_FOLDER = Path(__file__).parent / "miniature" / "weights"
-MINIATURE_NAME = "ether-diffusion miniature"
-
 PARTIAL_SUFFIX = ".tmp"
 ABANDONED_AFTER = 3600.0
 """Age in seconds from which a hidden half-written file is one that a killed process left: no save takes so long."""
-
-
-def is_miniature(model: str | Path) -> bool:
-    """Whether a path is the pipeline folder that is shipped with the package."""
-    return Path(model).resolve() == MINIATURE_FOLDER.resolve()
 
 
 def replace_file(path: Path, content: bytes) -> None:

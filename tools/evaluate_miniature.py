@@ -16,11 +16,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ether_diffusion.base_models import open_pipeline
 from ether_diffusion.files import checksum
 from ether_diffusion.images import image_grid
 from ether_diffusion.miniature import FOLDER
@@ -105,7 +106,7 @@ def accuracy(classifier: Classifier, images: list[Image.Image], scenes: list[Sce
     return {kind: share.float().mean().item() for kind, share in right.items()}
 
 
-def generate(pipe: StableDiffusionPipeline, scenes: list[Scene], steps: int, guidance: float) -> list[Image.Image]:
+def generate(pipe: DiffusionPipeline, scenes: list[Scene], steps: int, guidance: float) -> list[Image.Image]:
     images = []
     for k in tqdm(range(0, len(scenes), COLUMNS), desc="generating"):
         part = scenes[k : k + COLUMNS]
@@ -130,7 +131,7 @@ def main() -> None:
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
-    pipe = StableDiffusionPipeline.from_pretrained(args.model_dir)
+    pipe = open_pipeline(args.model_dir)
     pipe.set_progress_bar_config(disable=True)
     classifier = train_classifier(args.judge_steps)
     renders = [single_shape("judge/test", k) for k in range(2000)]

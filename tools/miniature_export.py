@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -24,8 +25,15 @@ def write_pipeline(pipe: DiffusionPipeline, folder: Path, **beside: nn.Module) -
     pipe.save_pretrained(partial)
     for name, model in beside.items():
         model.save_pretrained(partial / name)
-    for config in partial.glob("*/config.json"):
-        config.write_text(config.read_text().replace('"float16"', '"float32"'))
+    # Without T5 diffusers writes no entry for it, and then cannot open what it has written.
+    index_path = partial / pipe.config_name
+    index = json.loads(index_path.read_text())
+    index |= {name: [None, None] for name, part in pipe.components.items() if part is None}
+    index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    for path in partial.glob("*/config.json"):
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)  # a place on this machine
+        path.write_text(json.dumps(config, indent=2).replace('"float16"', '"float32"') + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ether_diffusion.adapters.schema import bytes_of
-from ether_diffusion.files import MINIATURE_NAME, is_miniature
+from ether_diffusion.base_models import miniature_name, public_name
 from ether_diffusion.tuner.base_layer import is_plain
 
 FINGERPRINT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -65,6 +65,6 @@ def base_model_name(pipe: DiffusionPipeline) -> str | None:
     name = getattr(pipe.config, "_name_or_path", None)
     if not name:
         return None
-    if is_miniature(name):
-        return MINIATURE_NAME
+    if shipped := miniature_name(name):
+        return public_name(shipped)
     return Path(name).name if Path(name).is_dir() else str(name)

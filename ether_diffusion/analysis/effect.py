@@ -17,8 +17,8 @@ from ether_diffusion.adapters.locate import find_adapter_file
 from ether_diffusion.adapters.schema import WEIGHTS_NAME, canonical_path
 from ether_diffusion.analysis.report import ADAPTER, Side, check_fit, compare, measure, open_base, transforms_of
 from ether_diffusion.analysis.weights import adapted_weights, energy_change, hyperspherical_energy, weight_distance
+from ether_diffusion.base_models import MINIATURE, base_path, miniature_name, open_pipeline
 from ether_diffusion.errors import EtherFileError, InputError
-from ether_diffusion.files import MINIATURE_FOLDER, is_miniature
 from ether_diffusion.tuner.layer import EtherLayer
 from ether_diffusion.tuner.transforms import Transform
 
@@ -30,7 +30,7 @@ Version = tuple[str | None, str | None]
 def analyze(
     file: str | Path,
     *,
-    base: str | Path = MINIATURE_FOLDER,
+    base: str | Path = MINIATURE,
     variant: str | None = None,
     revision: str | None = None,
     against: str | Path | None = None,
@@ -40,7 +40,7 @@ def analyze(
 
     Args:
         file: an adapter, as `describe` takes it, or a local LoRA of diffusers.
-        base: a pipeline, as a folder or an id on the Hub.
+        base: a pipeline, as a folder, an id on the Hub, or the name of a miniature.
         variant, revision: of the base, as `from_pretrained` takes them.
         against: a second adapter of ETHER, to look for conflicts with.
         strength: of the adapter, which the distances and energies of weights depend on.
@@ -51,11 +51,12 @@ def analyze(
     """
     lora, version = _lora_file(Path(file)), (variant, revision)
     if lora is None:
-        pipe, source, transforms, conflicts, verdict = _with_ether(str(base), version, file, against)
+        pipe, source, transforms, conflicts, verdict = _with_ether(base_path(base), version, file, against)
     elif against is not None:
         raise InputError(f"--against: compares adapters of ETHER, but {file} is a LoRA")
     else:
-        pipe, source, transforms, conflicts, verdict = _with_lora(str(base), version, lora), str(lora), {}, {}, None
+        pipe, source = _with_lora(base_path(base), version, lora), str(lora)
+        transforms, conflicts, verdict = {}, {}, None
     pipe.set_adapters([ADAPTER], [strength])
     layers = []
     for component, model in models_of(pipe).items():
@@ -70,7 +71,7 @@ def analyze(
             layers.append({"component": component, "path": name, "sides": sides, **figures})
     return {
         "file": source,
-        "base": "the miniature" if is_miniature(base) else str(base),
+        "base": f"the {shipped}" if (shipped := miniature_name(base)) else str(base),
         "fit": verdict,
         "strength": strength,
         "against": None if against is None else str(against),
@@ -112,7 +113,7 @@ def _lora_file(path: Path) -> Path | None:
 
 def _with_lora(base: str, version: Version, file: Path) -> DiffusionPipeline:
     variant, revision = version
-    pipe = DiffusionPipeline.from_pretrained(base, variant=variant, revision=revision)
+    pipe = open_pipeline(base, variant=variant, revision=revision)
     try:
         pipe.load_lora_weights(file, adapter_name=ADAPTER)
     except (AttributeError, KeyError, RuntimeError, ValueError) as error:

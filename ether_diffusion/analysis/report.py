@@ -19,6 +19,7 @@ from ether_diffusion.adapters.reading import PEFT_WEIGHTS_NAME
 from ether_diffusion.adapters.schema import AdapterFile, canonical_path
 from ether_diffusion.adapters.writing import collect
 from ether_diffusion.analysis.weights import angles_from_start, conflict, transform_distance, transform_of
+from ether_diffusion.base_models import open_pipeline
 from ether_diffusion.control.encoder import CONTROL, ControlEncoder
 from ether_diffusion.control.pipelines import EtherControlPipeline, EtherControlXLPipeline
 from ether_diffusion.errors import EtherFileError
@@ -149,7 +150,7 @@ def open_base(
     A ControlNet starts as training starts it, as a copy of the UNet. For other adapters, and of other classes, the
     base is opened as it is.
     """
-    pipe = diffusers.DiffusionPipeline.from_pretrained(base, variant=variant, revision=revision)
+    pipe = open_pipeline(base, variant=variant, revision=revision)
     if type(pipe) not in CONTROLLED:
         return pipe
     light, with_controlnet = CONTROLLED[type(pipe)]

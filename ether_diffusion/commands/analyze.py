@@ -29,10 +29,10 @@ from typing import Any
 from rich.table import Table
 
 from ether_diffusion.analysis.effect import analyze
+from ether_diffusion.base_models import MINIATURE
 from ether_diffusion.commands.base_version import add_base_version_arguments
 from ether_diffusion.commands.tables import UNKNOWN, name_layer, shorten, show, table
 from ether_diffusion.errors import InputError
-from ether_diffusion.files import MINIATURE_FOLDER
 
 MOST_MOVED = 5
 
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "file", help="An adapter: a file, a folder (ours or PEFT's), or an id on the Hub; or a local LoRA."
     )
     parser.add_argument(
-        "--base", default=MINIATURE_FOLDER, help="A pipeline: a folder or an id on the Hub. Default: the miniature."
+        "--base", default=MINIATURE, help="A pipeline: a folder or an id on the Hub. Default: the miniature."
     )
     add_base_version_arguments(parser)
     parser.add_argument("--against", metavar="OTHER", help="A second adapter: where do the two clash?")

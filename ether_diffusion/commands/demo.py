@@ -20,17 +20,21 @@ import tempfile
 import threading
 from pathlib import Path
 
-from ether_diffusion import miniature
+from ether_diffusion.base_models import MINIATURE, MINIATURES, base_path
 from ether_diffusion.commands.base_version import add_base_version_arguments
 from ether_diffusion.errors import InputError
 
 HOST, PORT = "127.0.0.1", 7860
 LOCAL = (HOST, "localhost", "::1")
-SHIPPED = miniature.FOLDER.parent / "adapters"
+SHIPPED = MINIATURES[MINIATURE].parent / "adapters"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--base", help="A pipeline, a folder or an id on the Hub. Default: the miniature.")
+    parser.add_argument(
+        "--base",
+        default=MINIATURE,
+        help="A pipeline, a folder or an id on the Hub, or miniature-dit. Default: %(default)s.",
+    )
     add_base_version_arguments(parser)
     parser.add_argument(
         "--adapters",
@@ -91,10 +95,8 @@ def serve(args: argparse.Namespace, folder: Path):
         library = Library(args.adapters)
     else:
         (folder / "adapters").mkdir()
-        library = Library(*([SHIPPED] if args.base is None else []), folder / "adapters")
-    worker = Worker(
-        args.base or miniature.FOLDER, library, device=args.device, variant=args.variant, revision=args.revision
-    )
+        library = Library(*([SHIPPED] if args.base == MINIATURE else []), folder / "adapters")
+    worker = Worker(base_path(args.base), library, device=args.device, variant=args.variant, revision=args.revision)
     # Uploads and results lie in a folder of this server's own, which nobody else on the machine can read.
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "gradio")
     trainer = Trainer(worker)

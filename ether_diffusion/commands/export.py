@@ -14,6 +14,7 @@ import argparse
 from diffusers import DiffusionPipeline
 
 from ether_diffusion.adapters.locate import find_adapter_file
+from ether_diffusion.base_models import base_path
 from ether_diffusion.commands.base_version import add_base_version_arguments
 from ether_diffusion.control.encoder import CONTROL
 from ether_diffusion.dtypes import DTYPES
@@ -25,7 +26,9 @@ from ether_diffusion.export.merge import open_adapted
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     """What is read: the base, adapters and their strengths."""
-    parser.add_argument("--base", required=True, help="base pipeline: a folder in diffusers' layout, or a Hub id")
+    parser.add_argument(
+        "--base", required=True, type=base_path, help="base pipeline: a folder in diffusers' layout, or a Hub id"
+    )
     add_base_version_arguments(parser)
     parser.add_argument(
         "--adapter", required=True, nargs="+", help="adapters, in the order in which they act: files, folders, Hub ids"

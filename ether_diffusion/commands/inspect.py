@@ -27,6 +27,7 @@ from typing import Any
 from rich.table import Table
 
 from ether_diffusion.analysis.report import METHODS, describe
+from ether_diffusion.base_models import base_path
 from ether_diffusion.commands.base_version import add_base_version_arguments
 from ether_diffusion.commands.tables import UNKNOWN, name_layer, shorten, show, table
 from ether_diffusion.errors import InputError
@@ -37,7 +38,9 @@ STRONGEST = 3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", help="An adapter: a file, a folder (ours or PEFT's), or an id on the Hub.")
-    parser.add_argument("--base", help="A pipeline, as a folder or an id on the Hub, to check the adapter against.")
+    parser.add_argument(
+        "--base", type=base_path, help="A pipeline, as a folder or an id on the Hub, to check the adapter against."
+    )
     add_base_version_arguments(parser)
     parser.add_argument("--against", metavar="OTHER", help="A second adapter: where do the two clash?")
     parser.add_argument("--layers", action="store_true", help="Also list every layer.")

@@ -2,11 +2,13 @@
 
   ether-diffusion quickstart
   ether-diffusion quickstart --control
+  ether-diffusion quickstart --base miniature-dit
 
 Teaches the miniature a subject that it has never seen, from five drawn photographs, loads the adapter into a fresh
 pipeline, and compares images of the same seeds before and after: grid.png in --output_dir. With --control: draws
 images with their semantic maps (where each shape, part and the background is), trains light control on them, and
-scores it on maps that the training has not seen: evaluation/sheet.png.
+scores it on maps that the training has not seen: evaluation/sheet.png. --base miniature-dit does either on a
+transformer with flow matching instead of a UNet.
 
 Training runs as you would run it, by `accelerate launch -m ether_diffusion.training.dreambooth` (or `.control`); what
 is no flag of this command goes there, such as --max_train_steps 400 or --method lora.
@@ -20,11 +22,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Generator
 
+from ether_diffusion.adapters.components import models_of
 from ether_diffusion.adapters.schema import WEIGHTS_NAME
+from ether_diffusion.base_models import MINIATURE, MINIATURES
 from ether_diffusion.commands.evaluate_control import evaluate_and_show
 from ether_diffusion.evaluation.control import ControlEvaluation
 from ether_diffusion.images import image_grid
@@ -53,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = [subject.name for subject in subjects()]
     parser.allow_abbrev = False  # --seed is the training's, not short for --seeds
     parser.add_argument("--control", action="store_true", help="Light control by semantic maps, instead of a subject.")
+    parser.add_argument("--base", choices=list(MINIATURES), default=MINIATURE, help="Default: %(default)s.")
     parser.add_argument("--output_dir", type=Path, help="Default: out/quickstart, with --control out/control.")
     parser.add_argument("--subject", choices=names, default=names[0], help="Which unseen figure to learn.")
     parser.add_argument("--seeds", type=int, default=4, help="Images per prompt. Default: %(default)s.")
@@ -68,13 +73,16 @@ def run(args: argparse.Namespace) -> None:
         learn_subject(args, args.output_dir or Path("out/quickstart"))
 
 
-def train(module: str, flags: Sequence[object]) -> None:
+def train(module: str, base: str, flags: Sequence[object]) -> None:
     """Call a training of the package as a user does.
+
+    base: the miniature's name.
 
     Raises:
         SystemExit: it failed, and has said why.
     """
     command = [sys.executable, "-m", "accelerate.commands.launch", "-m", f"ether_diffusion.training.{module}"]
+    command += [] if base == MINIATURE else ["--pretrained_model_name_or_path", base]
     if code := subprocess.run([*command, *map(str, flags)]).returncode:
         raise SystemExit(code)
 
@@ -90,10 +98,10 @@ def learn_subject(args: argparse.Namespace, output_dir: Path) -> None:
         photograph.save(output_dir / "photographs" / f"{k:02}.png")
     adapter, prompt = output_dir / "adapter", f"a photo of sks {subject.class_name}"
     flags = ["--instance_data_dir", output_dir / "photographs", "--instance_prompt", prompt]
-    train("dreambooth", [*flags, "--output_dir", adapter, "--seed", 0, *args.other_flags])
+    train("dreambooth", args.base, [*flags, "--output_dir", adapter, "--seed", 0, *args.other_flags])
 
     own_prompts = [f"{prompt} {setting}" for setting in SETTINGS]
-    pipe, clip = load_pipeline(), ClipScore()
+    pipe, clip = load_pipeline(args.base), ClipScore()
     pipe.set_progress_bar_config(disable=True)
     before = generate(pipe, own_prompts, args.seeds), generate(pipe, OTHER_PROMPTS, 1)
     pipe.load_ether_weights(adapter)
@@ -109,7 +117,8 @@ def learn_subject(args: argparse.Namespace, output_dir: Path) -> None:
         ("ETHER: the same prompts and seeds", after[1]),
     ]
     image_grid(rows).save(output_dir / "grid.png")
-    count = sum(p.numel() for name, p in pipe.unet.named_parameters() if ".ether_" in name)
+    models = models_of(pipe).values()
+    count = sum(p.numel() for model in models for name, p in model.named_parameters() if ".ether_" in name)
     size = (adapter / WEIGHTS_NAME).stat().st_size
     print(f"\n{'parameters':42}{count:>10,}\n{'file size':42}{size / 1024:>8.0f} kB")
     print(f"\n{'':42}{'before':>10}{'after':>10}")
@@ -120,7 +129,7 @@ def learn_subject(args: argparse.Namespace, output_dir: Path) -> None:
     print(f"\n{output_dir / 'grid.png'}")
 
 
-def generate(pipe: StableDiffusionPipeline, prompts: Sequence[str], seeds: int) -> list[Image.Image]:
+def generate(pipe: DiffusionPipeline, prompts: Sequence[str], seeds: int) -> list[Image.Image]:
     """For every prompt, `seeds` images from the seeds 0, 1, …"""
     images = []
     for prompt in prompts:
@@ -136,9 +145,10 @@ def learn_control(args: argparse.Namespace, output_dir: Path) -> None:
     data, adapter = output_dir / "data", output_dir / "adapter"
     if not (data / "metadata.jsonl").exists():
         write_control_data(data, args.pairs, TRAINING_SEED)
-    train_control(data, adapter, ["--learning_rate", "2e-3", *args.other_flags])
+    train_control(data, adapter, args.base, ["--learning_rate", "2e-3", *args.other_flags])
     evaluate_and_show(
         ControlEvaluation(
+            base=args.base,
             adapter=str(adapter),
             output_dir=output_dir / "evaluation",
             miniature=args.held_out,
@@ -150,6 +160,6 @@ def learn_control(args: argparse.Namespace, output_dir: Path) -> None:
     print(output_dir / "evaluation" / "sheet.png")
 
 
-def train_control(data: Path, output_dir: Path, flags: Sequence[str]) -> None:
-    """Train light control on a folder of pairs; `flags` take the place of CONTROL_FLAGS."""
-    train("control", ["--train_data_dir", data, "--output_dir", output_dir, *CONTROL_FLAGS, *flags])
+def train_control(data: Path, output_dir: Path, base: str, flags: Sequence[str]) -> None:
+    """Train light control of a miniature on a folder of pairs; `flags` take the place of CONTROL_FLAGS."""
+    train("control", base, ["--train_data_dir", data, "--output_dir", output_dir, *CONTROL_FLAGS, *flags])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import gradio as gr
 
-from ether_diffusion import miniature
+from ether_diffusion.base_models import miniature_name
 from ether_diffusion.demo.control_tab import ControlTab
 from ether_diffusion.demo.generate_tab import GenerateTab
 from ether_diffusion.demo.inspect_tab import InspectTab
@@ -56,6 +56,6 @@ def build_page(worker: Worker, trainer: Trainer, results: Results) -> gr.Blocks:
 
 
 def _describe_base(worker: Worker) -> str:
-    if worker.base == str(miniature.FOLDER):
-        return "the miniature, a toy that comes with the package and generates 64×64 pixels."
+    if shipped := miniature_name(worker.base):
+        return f"the {shipped}, a toy that comes with the package and generates 64×64 pixels."
     return f"`{Path(worker.base).name}`, {worker.side} pixels a side."

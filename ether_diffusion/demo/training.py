@@ -15,7 +15,6 @@ from pathlib import Path
 
 from PIL import Image
 
-from ether_diffusion import miniature
 from ether_diffusion.demo.jobs import Cancelled, Failed
 from ether_diffusion.demo.library import IMAGE_NAME, clean_name
 from ether_diffusion.demo.photos import read_photo
@@ -169,9 +168,8 @@ class _Training:
             "guidance_scale": SAMPLE_GUIDANCE,
             "seed": 0,
         }
-        if self.worker.base != str(miniature.FOLDER):
-            flags["pretrained_model_name_or_path"] = self.worker.base
-            flags |= {name: value for name, value in self.worker.version.items() if value is not None}
+        flags["pretrained_model_name_or_path"] = self.worker.base
+        flags |= {name: value for name, value in self.worker.version.items() if value is not None}
         command = [sys.executable, "-m", "ether_diffusion.training.dreambooth"]
         command += [f"--{flag}={value}" for flag, value in flags.items()]
         device = {"ACCELERATE_USE_CPU": "true"} if self.worker.device == "cpu" else {}

@@ -25,6 +25,7 @@ from PIL import Image
 from ether_diffusion.adapters.attach import attach
 from ether_diffusion.adapters.fit import fit
 from ether_diffusion.adapters.locate import find_adapter_file
+from ether_diffusion.base_models import open_pipeline
 from ether_diffusion.control.pipelines import EtherControlPipeline, EtherControlXLPipeline
 from ether_diffusion.demo.jobs import Cancelled, Failed, Generated, Generating, Job
 from ether_diffusion.demo.library import Adapter, Library
@@ -73,7 +74,7 @@ class Worker:
         dtype = torch.float16 if self.device == "cuda" else torch.float32
         config = DiffusionPipeline.load_config(base, revision=revision)
         kind = WITH_CONTROL.get(config["_class_name"], DiffusionPipeline)
-        pipe = kind.from_pretrained(base, dtype=dtype, **self.version)
+        pipe = open_pipeline(base, kind, dtype=dtype, **self.version)
         pipe.set_progress_bar_config(disable=True)
         self.pipe = pipe.to(self.device)
         self.side, self.unit = _sizes(pipe)

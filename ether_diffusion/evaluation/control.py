@@ -15,11 +15,13 @@ from tqdm import tqdm
 
 from ether_diffusion import metrics
 from ether_diffusion.analysis.report import CONTROLLED
+from ether_diffusion.base_models import MINIATURE as SHIPPED
+from ether_diffusion.base_models import base_path, miniature_name, open_pipeline
 from ether_diffusion.control.encoder import CONTROL, ControlEncoder
 from ether_diffusion.errors import InputError
 from ether_diffusion.evaluation.features import FRECHET_FEATURES, MINIATURE, MiniatureFeatures
 from ether_diffusion.evaluation.samples import IGNORED, Sample, held_out, read_samples
-from ether_diffusion.files import MINIATURE_FOLDER, checksum
+from ether_diffusion.files import checksum
 from ether_diffusion.images import image_grid
 from ether_diffusion.metrics.frechet import INCEPTION
 from ether_diffusion.miniature.control_data import HELD_OUT
@@ -91,7 +93,7 @@ def evaluate(options: ControlEvaluation) -> tuple[dict[str, Any], Image.Image]:
         ValueError: an adapter that does not fit, or a base without a UNet.
         OSError: nothing there, or the Hub cannot be reached.
     """
-    base = options.base or str(MINIATURE_FOLDER)
+    base = base_path(options.base or SHIPPED)
     features = options.fid_features or (INCEPTION if options.miniature is None else MINIATURE)
     pipe = _open(base, options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -126,8 +128,8 @@ def evaluate(options: ControlEvaluation) -> tuple[dict[str, Any], Image.Image]:
         "fid_features": features,
         "scores": scores,
     }
-    if base == str(MINIATURE_FOLDER):
-        report |= {"base": "miniature", "base_sha256": checksum(MINIATURE_FOLDER)}
+    if shipped := miniature_name(base):
+        report |= {"base": shipped, "base_sha256": checksum(Path(base))}
     return report, draw_sheet({"control": [sample.control for sample in samples], **rows})
 
 
@@ -176,7 +178,7 @@ def draw_sheet(rows: dict[str, Sequence[Image.Image]]) -> Image.Image:
 
 
 def _open(base: str, options: ControlEvaluation) -> DiffusionPipeline:
-    pipe = DiffusionPipeline.from_pretrained(base, variant=options.variant, revision=options.revision)
+    pipe = open_pipeline(base, variant=options.variant, revision=options.revision)
     return _prepared(pipe, f"--base {base}")
 
 

@@ -16,6 +16,7 @@ from ether_diffusion.adapters.attach import attach
 from ether_diffusion.adapters.components import check_removable, ether_layers, models_of, records_of
 from ether_diffusion.adapters.locate import find_adapter_file
 from ether_diffusion.adapters.schema import WEIGHTS_NAME
+from ether_diffusion.base_models import open_pipeline
 from ether_diffusion.dtypes import DTYPES
 from ether_diffusion.export.changes import check_acting, check_alone
 from ether_diffusion.files import new_path
@@ -55,7 +56,7 @@ def open_adapted(
     if len(scales) not in (1, len(adapters)):
         raise ValueError(f"{len(adapters)} adapters, but {len(scales)} strengths: one for each, or one for all")
     files = [find_adapter_file(adapter) for adapter in adapters]  # before the base, which takes longer
-    pipe = DiffusionPipeline.from_pretrained(base, dtype=torch.float32, variant=variant, revision=revision)
+    pipe = open_pipeline(base, dtype=torch.float32, variant=variant, revision=revision)
     names = [_label(number, adapter) for number, adapter in enumerate(adapters, 1)]
     for name, file in zip(names, files, strict=True):
         record = attach(pipe, file, name)

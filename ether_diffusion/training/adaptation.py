@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from ether_diffusion.base_models import absent_components
 from ether_diffusion.training.families import Blueprint, Family, ModelSource
 from ether_diffusion.training.methods.configs import Method, configs_of
 from ether_diffusion.training.methods.injection import Configs, add_adapters, dry_run
@@ -129,4 +130,5 @@ class Adaptation(Generic[Options]):
 
     def loading_code(self, attached: Attached, source: ModelSource) -> str:
         """Lines of Python that load the result, for the card."""
-        return loading_code(self.method, list(self.configs))
+        index = {**attached.pipe.config, "_class_name": type(attached.pipe).__name__}
+        return loading_code(self.method, list(self.configs), absent_components(index))

@@ -12,6 +12,7 @@ import diffusers
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
 
+from ether_diffusion.base_models import MINIATURE, absent_components
 from ether_diffusion.training.checkpoint_files import PREFIX
 from ether_diffusion.training.families import ModelSource
 from ether_diffusion.training.loop import TrainingResult
@@ -139,15 +140,19 @@ def opening(source: ModelSource, kind: type[DiffusionPipeline] = DiffusionPipeli
         kind: class of the pipeline.
         inputs: what its `from_pretrained` takes besides, as code.
     """
-    if source.is_miniature and kind is DiffusionPipeline:
-        return "from ether_diffusion import miniature\npipe = miniature.load_pipeline()"
+    if source.miniature and kind is DiffusionPipeline:
+        given = "" if source.miniature == MINIATURE else repr(source.miniature)
+        return f"from ether_diffusion import miniature\npipe = miniature.load_pipeline({given})"
     if source.configs is not None and kind is DiffusionPipeline:  # which cannot tell what a file holds
         kind = getattr(diffusers, source.config()["_class_name"])
     imports = [f"from {kind.__module__.partition('.')[0]} import {kind.__name__}"]
     options = {"revision": source.revision, "variant": source.variant}
     given = [repr(source.name), *(f"{name}={value!r}" for name, value in options.items() if value is not None)]
-    if source.is_miniature:
-        imports, given = [*imports, "from ether_diffusion import miniature"], ["miniature.FOLDER"]
+    if source.miniature:
+        imports = [*imports, "from ether_diffusion import miniature"]
+        given = [f"miniature.FOLDERS[{source.miniature!r}]"]
+    if Path(source.path).is_dir():  # a model on the Hub has all components
+        given += [f"{name}=None" for name in absent_components(source.config())]
     given += [inputs] if inputs else []
     reader = "from_pretrained" if source.configs is None else "from_single_file"
     return "\n".join([*imports, f"pipe = {kind.__name__}.{reader}({', '.join(given)})"])

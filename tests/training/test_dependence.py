@@ -8,7 +8,7 @@ import pytest
 from helpers import control_data
 from helpers.scripts import in_process, refusal, same
 
-from ether_diffusion.files import MINIATURE_FOLDER
+from ether_diffusion.base_models import MINIATURES
 from ether_diffusion.training import control
 from ether_diffusion.training.dependence import dependence
 
@@ -100,7 +100,7 @@ def test_data_models_and_sizes_of_control_training_may_be_spelled_otherwise(
 def test_a_checkpoint_says_the_same_with_and_without_options_at_their_defaults():
     run = {"pretrained_model_name_or_path": "default (sha256:ab)", "seed": 0, "method": "ether", "center_crop": True}
     older = {**run, "gradient_checkpointing": True, "pre_compute_text_embeddings": False, "cache_latents": True}
-    newer = {**run, "pretrained_model_name_or_path": f"{MINIATURE_FOLDER} (sha256:ab)", "new_flag": "default"}
+    newer = {**run, "pretrained_model_name_or_path": f"{MINIATURES['miniature']} (sha256:ab)", "new_flag": "default"}
     assert dependence(older) == dependence(newer) == dependence({**run, "another": False})
     for name, value in {"seed": 1, "method": "lora", "pretrained_model_name_or_path": "x (sha256:ac)"}.items():
         assert dependence({**run, name: value}) != dependence(run)

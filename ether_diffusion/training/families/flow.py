@@ -21,6 +21,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from transformers.utils import is_torchvision_available
 
+from ether_diffusion.base_models import absent_components
 from ether_diffusion.errors import InputError
 from ether_diffusion.images import some, to_pixels, to_rgb
 from ether_diffusion.training.data.views import Target
@@ -71,6 +72,7 @@ class FlowFamily(Family):
         self._load, self._skeletons = load, {}
         super().__init__(pipe)
         self.noise, self.guidance = FlowNoise(pipe.scheduler.config), 1.0
+        self.native_resolution = self.native_side(pipe.components)
         if load is not None:
             self._skeletons = super().modules()
             self.device = torch.device("cpu")
@@ -90,7 +92,12 @@ class FlowFamily(Family):
         adaptable = {name: models[name] for name in (cls.denoiser, *cls.trained_text_encoders)}
         positions = getattr(models[cls.denoiser].config, "pos_embed_max_size", None)
         largest = None if positions is None else positions * multiple
-        return Blueprint(adaptable, cls.native_resolution, multiple, counts, largest)
+        return Blueprint(adaptable, cls.native_side(models), multiple, counts, largest)
+
+    @classmethod
+    def native_side(cls, models: Mapping[str, nn.Module]) -> int:
+        """Side in pixels of the images that the transformer was made for; models: the components, without weights."""
+        return cls.native_resolution
 
     @classmethod
     def load(cls, source: ModelSource, dtype: torch.dtype, quantize: str | None = None) -> FlowFamily:
@@ -102,7 +109,7 @@ class FlowFamily(Family):
         skeletons = read_models(source, [name for name in index if is_model(index, name)])
         with source.reading():
             pipe = getattr(diffusers, cls.pipeline_class).from_pretrained(
-                source.path, revision=source.revision, **skeletons
+                source.path, revision=source.revision, **absent_components(index), **skeletons
             )
 
         def load(name: str) -> nn.Module:
@@ -252,8 +259,8 @@ class FlowFamily(Family):
                 with self.tiling(pipe):
                     return pipe(**inputs)
             finally:
-                for name, skeleton in resting.items():
-                    setattr(pipe, name, skeleton)
+                # Not set alone: a pipeline whose component was None once would be saved without it.
+                pipe.register_modules(**resting)
 
     def _encoded(
         self, prompts: Sequence[str | None], references: Sequence[Sequence[Tensor]] | None

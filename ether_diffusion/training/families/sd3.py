@@ -1,13 +1,14 @@
 """Stable Diffusion 3 and 3.5: two CLIP text encoders and T5, latents as they are."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ether_diffusion.training.families.base import Conditioning, rows, stacked
 from ether_diffusion.training.families.flow import FlowFamily
 from ether_diffusion.training.families.flux import DOUBLE_ATTENTION
 from ether_diffusion.training.families.source import ModelSource
+from ether_diffusion.training.latents import side_factor
 
 
 class StableDiffusion3(FlowFamily):
@@ -21,6 +22,11 @@ class StableDiffusion3(FlowFamily):
     trained_text_encoders = ("text_encoder", "text_encoder_2")
     targets = DOUBLE_ATTENTION
     unread = r"attn\.(add_q_proj|to_add_out)"
+
+    @classmethod
+    def native_side(cls, models: Mapping[str, nn.Module]) -> int:
+        """As the pipeline has it: what its transformer's config says, in latents."""
+        return models[cls.denoiser].config.sample_size * side_factor(models["vae"])
 
     @classmethod
     def base_of(cls, source: ModelSource) -> str | None:

@@ -12,9 +12,8 @@ import torch
 from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline
 from torch import nn
 
-from ether_diffusion import miniature
+from ether_diffusion.base_models import MINIATURE, base_path, miniature_name, public_name
 from ether_diffusion.errors import InputError
-from ether_diffusion.files import MINIATURE_NAME, is_miniature
 from ether_diffusion.training.data.views import Target
 from ether_diffusion.training.families.single_file import configs_of, is_single_file
 from ether_diffusion.training.memory import is_out_of_memory
@@ -40,7 +39,7 @@ class ModelSource:
     @classmethod
     def from_options(cls, options: ModelOptions) -> ModelSource:
         """As the flags say. Raises `InputError` where a file of weights cannot be used."""
-        path, configs = options.pretrained_model_name_or_path or str(miniature.FOLDER), options.config_name_or_path
+        path, configs = base_path(options.pretrained_model_name_or_path or MINIATURE), options.config_name_or_path
         if is_single_file(path):
             configs = configs_of(path, configs)
         elif configs is not None:
@@ -53,14 +52,15 @@ class ModelSource:
         return {"pretrained_model_name_or_path": self.configs or self.path, "revision": self.revision}
 
     @property
-    def is_miniature(self) -> bool:
-        return is_miniature(self.path)
+    def miniature(self) -> str | None:
+        """The name of the miniature that this is; None for other models."""
+        return miniature_name(self.path)
 
     @property
     def name(self) -> str:
         """What to call the model in public: a Hub id as it is, of a local folder only the last part."""
-        if self.is_miniature:
-            return MINIATURE_NAME
+        if self.miniature:
+            return public_name(self.miniature)
         return Path(self.path).resolve().name if Path(self.path).exists() else self.path
 
     def is_called(self, word: str) -> bool:
@@ -70,7 +70,7 @@ class ModelSource:
 
     @property
     def on_hub(self) -> bool:
-        return not self.is_miniature and not Path(self.path).exists()
+        return not self.miniature and not Path(self.path).exists()
 
     @property
     def given(self) -> str:

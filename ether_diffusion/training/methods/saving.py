@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ether_diffusion.adapters.reading import PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME
 from ether_diffusion.adapters.schema import WEIGHTS_NAME
+from ether_diffusion.base_models import open_pipeline
 from ether_diffusion.errors import InputError
 from ether_diffusion.files import new_entries
 from ether_diffusion.training.methods.configs import Method
@@ -123,8 +124,8 @@ def load_trained(base: DiffusionPipeline | str | Path, folder: Path) -> Diffusio
     names = (WEIGHTS_NAME, LORA_NAME, DiffusionPipeline.config_name)
     ether, lora, full = ((folder / name).is_file() for name in names)
     if full and not (ether or lora):
-        return DiffusionPipeline.from_pretrained(folder)
-    pipe = base if isinstance(base, DiffusionPipeline) else DiffusionPipeline.from_pretrained(base)
+        return open_pipeline(folder)
+    pipe = base if isinstance(base, DiffusionPipeline) else open_pipeline(base)
     adapters = sorted(folder.glob(f"*/{PEFT_CONFIG_NAME}"))
     if ether:
         pipe.load_ether_weights(folder)
@@ -138,16 +139,19 @@ def load_trained(base: DiffusionPipeline | str | Path, folder: Path) -> Diffusio
     return pipe
 
 
-def loading_code(method: Method, components: Sequence[str]) -> str:
+def loading_code(method: Method, components: Sequence[str], absent: Iterable[str] = ()) -> str:
     """The Python lines that put what `save_trained` wrote on a `pipe`; of all weights, those that make the pipe.
 
     In them `{where}` stands for the quoted name of the folder or repository.
+
+    absent: components that the pipeline does without, though its class asks for them.
     """
     if method.layout == "ether":
         return "import ether_diffusion\n\npipe.load_ether_weights({where})"
     if method.layout == "lora":
         return "pipe.load_lora_weights({where})"
     if method.layout == "full":
-        return "from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({where})"
+        given = ", ".join(["{where}", *(f"{name}=None" for name in absent)])
+        return f"from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({given})"
     lines = (f'PeftModel.from_pretrained(pipe.{name}, {{where}}, subfolder="{name}")' for name in components)
     return "\n".join(["from peft import PeftModel", "", *lines])

@@ -29,7 +29,7 @@ class ModelOptions(OptionGroup):
 
     pretrained_model_name_or_path: str | None = option(
         "A diffusers pipeline, as a folder or an id on the Hub, or all its weights as one .safetensors file. Default: "
-        "the miniature that comes with the package.",
+        "miniature, a small UNet that comes with the package; there is a small transformer, too: miniature-dit.",
         None,
         path=True,
     )

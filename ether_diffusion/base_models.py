@@ -1,0 +1,60 @@
+"""Base models: the miniatures that are shipped, by their names, and opening any pipeline as it was saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers import DiffusionPipeline
+
+MINIATURES = {
+    "miniature": Path(__file__).parent / "miniature" / "weights",
+    "miniature-dit": Path(__file__).parent / "miniature" / "weights_dit",
+}
+"""The pipeline folders that are shipped with the package, by the names under which commands take them."""
+MINIATURE = "miniature"
+
+
+def base_path(model: str | Path) -> str:
+    """Where a base model lies: the folder of a miniature for its name, anything else as it is."""
+    return str(MINIATURES.get(str(model), model))
+
+
+def miniature_name(model: str | Path) -> str | None:
+    """The name of the miniature that a path is the folder of, or that is named; None for other models."""
+    place = Path(base_path(model)).resolve()
+    return next((name for name, folder in MINIATURES.items() if place == folder.resolve()), None)
+
+
+def public_name(miniature: str) -> str:
+    """What files and cards call a miniature."""
+    return f"ether-diffusion {miniature}"
+
+
+def open_pipeline(
+    base: str | Path,
+    kind: type[DiffusionPipeline] = DiffusionPipeline,
+    *,
+    revision: str | None = None,
+    **options: Any,
+) -> DiffusionPipeline:
+    """`kind.from_pretrained`, also of what was saved without a component that its class asks for, as SD3 without T5.
+
+    base: a folder, an id on the Hub, or the name of a miniature. options: as `from_pretrained` takes them.
+    """
+    path = base_path(base)
+    index = kind.load_config(path, revision=revision)
+    return kind.from_pretrained(path, revision=revision, **{**absent_components(index), **options})
+
+
+def absent_components(index: Mapping[str, Any]) -> dict[str, None]:
+    """The components that a pipeline of this `model_index.json` was saved without, and that its class asks for.
+
+    Diffusers opens such a folder only if it is told, which is as for a folder that has the component.
+    """
+    kind = getattr(diffusers, str(index.get("_class_name")), None)
+    optional = getattr(kind, "_optional_components", ())
+    empty = {name for name, entry in index.items() if isinstance(entry, list | tuple) and [*entry] == [None, None]}
+    return dict.fromkeys(sorted(empty - {*optional}))
