@@ -20,19 +20,20 @@ from ether_diffusion.adapters.schema import AdapterFile, canonical_path
 from ether_diffusion.adapters.writing import collect
 from ether_diffusion.analysis.weights import angles_from_start, conflict, transform_distance, transform_of
 from ether_diffusion.base_models import open_pipeline
+from ether_diffusion.control.classes import CONTROL_PIPELINES
 from ether_diffusion.control.encoder import CONTROL, ControlEncoder
-from ether_diffusion.control.pipelines import EtherControlPipeline, EtherControlXLPipeline
+from ether_diffusion.control.pipelines import over
 from ether_diffusion.errors import EtherFileError
 from ether_diffusion.tuner.transforms import Transform
 
 METHODS = {"ether": "ETHER", "ether_plus": "ETHER+"}
 ADAPTER = "inspected"
 """The name under which an adapter is attached to the base that it is checked against."""
-CONTROLLED = {
-    diffusers.StableDiffusionPipeline: (EtherControlPipeline, diffusers.StableDiffusionControlNetPipeline),
-    diffusers.StableDiffusionXLPipeline: (EtherControlXLPipeline, diffusers.StableDiffusionXLControlNetPipeline),
+WITH_CONTROLNET = {
+    diffusers.StableDiffusionPipeline: diffusers.StableDiffusionControlNetPipeline,
+    diffusers.StableDiffusionXLPipeline: diffusers.StableDiffusionXLControlNetPipeline,
 }
-"""Stock pipeline -> the one with light control, the one with a ControlNet."""
+"""Stock pipeline -> the one with a ControlNet."""
 
 Side = tuple[str | None, str, str]
 """Component, canonical module path, "input" or "output"."""
@@ -151,13 +152,11 @@ def open_base(
     base is opened as it is.
     """
     pipe = open_pipeline(base, variant=variant, revision=revision)
-    if type(pipe) not in CONTROLLED:
-        return pipe
-    light, with_controlnet = CONTROLLED[type(pipe)]
-    if CONTROL in adapter.weights:
-        return light.from_pipe(pipe)
-    if "controlnet" in {*adapter.configs, *adapter.weights}:
-        widths = ControlEncoder.for_unet(pipe.unet, factor=pipe.vae_scale_factor).config.block_out_channels
+    light, with_controlnet = CONTROL_PIPELINES.get(type(pipe).__name__), WITH_CONTROLNET.get(type(pipe))
+    if light is not None and CONTROL in adapter.weights:
+        return over(light, pipe)
+    if with_controlnet is not None and "controlnet" in {*adapter.configs, *adapter.weights}:
+        widths = ControlEncoder.for_denoiser(pipe.unet, factor=pipe.vae_scale_factor).config.block_out_channels
         controlnet = diffusers.ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=widths)
         return with_controlnet.from_pipe(pipe, controlnet=controlnet)
     return pipe

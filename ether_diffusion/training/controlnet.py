@@ -46,8 +46,14 @@ class ControlNetAdaptation(ControlAdaptation):
     control, objective = objectives.CONTROLNET, objectives.ControlNetObjective
 
     def plan(self, options: ControlTrainingOptions, blueprint: Blueprint) -> tuple[Configs, int]:
+        if "unet" not in blueprint.models:
+            raise InputError(
+                f"{self.family_class.pipeline_class}: --control_type controlnet is trained for pipelines with a UNet, "
+                "such as StableDiffusionPipeline and StableDiffusionXLPipeline; --control_type light fits here"
+            )
         configs = configs_of(self.method, self.family_class, options.adapter)
         with torch.device("meta"):
+            self.planned_encoder = self.make_encoder(blueprint.models["unet"])
             controlnet = self._plan_controlnet(blueprint.models["unet"])
         configs = {self.control: configs["unet"]} if "unet" in configs else {}
         count = dry_run({self.control: controlnet}, configs)

@@ -11,9 +11,9 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
+from ether_diffusion.latents import LatentSpace
 from ether_diffusion.training.data.views import Framing, Target
 from ether_diffusion.training.families.source import ModelSource
-from ether_diffusion.training.latents import LatentSpace
 from ether_diffusion.training.noise import DiscreteNoise, FlowNoise
 from ether_diffusion.training.options import FlowOptions, PerformanceOptions
 from ether_diffusion.tuner.attention import enable_ether_attention

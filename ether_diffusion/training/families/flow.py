@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from transformers.utils import is_torchvision_available
 
 from ether_diffusion.base_models import absent_components
+from ether_diffusion.control.pipelines import stock_class
 from ether_diffusion.errors import InputError
 from ether_diffusion.images import some, to_pixels, to_rgb
+from ether_diffusion.latents import LatentSpace, side_factor
 from ether_diffusion.training.data.views import Target
 from ether_diffusion.training.families.base import Conditioning, Family
 from ether_diffusion.training.families.quantization import loading_config, quantize_loaded
 from ether_diffusion.training.families.source import Blueprint, ModelSource, parameter_counts
-from ether_diffusion.training.latents import LatentSpace, side_factor
 from ether_diffusion.training.noise import FlowNoise
 from ether_diffusion.training.options import FlowOptions
 
@@ -247,7 +248,7 @@ class FlowFamily(Family):
         inputs |= self.prompt_inputs(self._encoded(prompts, seen))
         if self.negative_prompt is not None:
             negative = self._encoded([None] * len(prompts), seen)
-            taken = inspect.signature(pipe.__call__).parameters
+            taken = inspect.signature(stock_class(pipe).__call__).parameters
             given = {f"{NEGATIVE}{name}": value for name, value in self.prompt_inputs(negative).items()}
             given["negative_prompt"] = None  # not all pipelines leave it away by default
             inputs |= {name: value for name, value in given.items() if name in taken}

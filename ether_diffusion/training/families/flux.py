@@ -8,11 +8,11 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
+from ether_diffusion.tokens import from_tokens, grid_ids, join_patches, split_patches, to_tokens
 from ether_diffusion.training.data.views import Target
 from ether_diffusion.training.families.base import Conditioning, rows, stacked
 from ether_diffusion.training.families.flow import FlowFamily
 from ether_diffusion.training.families.source import ModelSource
-from ether_diffusion.training.tokens import from_tokens, grid_ids, join_patches, split_patches, to_tokens
 from ether_diffusion.tuner.model import ATTENTION
 
 DOUBLE_ATTENTION = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")

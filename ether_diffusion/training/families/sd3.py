@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from ether_diffusion.latents import side_factor
 from ether_diffusion.training.families.base import Conditioning, rows, stacked
 from ether_diffusion.training.families.flow import FlowFamily
 from ether_diffusion.training.families.flux import DOUBLE_ATTENTION
 from ether_diffusion.training.families.source import ModelSource
-from ether_diffusion.training.latents import side_factor
 
 
 class StableDiffusion3(FlowFamily):

@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ether_diffusion.control.encoder import ENCODERS
 from ether_diffusion.errors import InputError
 from ether_diffusion.images import INTERPOLATIONS, rising
 from ether_diffusion.training.options.base import ABOVE_ZERO, PART, POSITIVE, Fits, OptionGroup, option
 from ether_diffusion.training.options.model import METHODS, AdapterOptions
+from ether_diffusion.training.options.noise import FlowOptions
 from ether_diffusion.training.options.optimization import OptimizationOptions
 from ether_diffusion.training.options.run import RunOptions, TrainingOptions, ValidationOptions
 
@@ -32,10 +34,18 @@ class ControlOptions(OptionGroup):
     """control"""
 
     control_type: str = option(
-        "light: a small encoder adds the features of the control image once, after the UNet's first layer. "
+        "light: a small encoder adds the features of the control image once, after the denoiser's first layer. "
         "controlnet: a copy of the UNet's first half under the method, with trained hint stem and zero convolutions.",
         "light",
         choices=CONTROL_TYPES,
+    )
+    control_encoder: str | None = option(
+        "Encoder of --control_type light. latent: one linear map of the control image's latents, which is added after "
+        "a transformer's first layer as more channels of its input would be. conv: small convolutions that look at "
+        "the image itself, for flat label maps and for UNets. Default: latent with a transformer, conv with a UNet.",
+        None,
+        choices=tuple(ENCODERS),
+        without="control_type controlnet",
     )
     control_lr: float = option(
         "Learning rate of what is trained besides the method: the light encoder, or the hint stem and the "
@@ -182,6 +192,7 @@ class ControlTrainingOptions(TrainingOptions):
     control: ControlOptions
     adapter: ControlAdapterOptions
     optimization: ControlOptimizationOptions
+    flow: FlowOptions
     validation: ControlValidationOptions
     run: ControlRunOptions
 
