@@ -2,12 +2,11 @@
 
 import json
 import shutil
-import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers.scripts import run_script
+from helpers.scripts import launch
 from PIL import Image
 
 from ether_diffusion import miniature
@@ -117,16 +116,7 @@ def test_a_line_that_fails_does_not_keep_the_others_from_their_images(tmp_path, 
 
 @pytest.mark.slow
 def test_two_processes_share_the_lines(prompts, tmp_path):
-    launch = [
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "-m",
-        "ether_diffusion.commands.main",
-    ]
-    done = run_script([sys.executable, *launch, *command(prompts, tmp_path / "out")])
+    done = launch("ether_diffusion.commands.main", *command(prompts, tmp_path / "out"), processes=2)
     assert done.returncode == 0, done.stderr[-2000:]
     assert main(command(prompts, tmp_path / "one")) == 0
     names = sorted(path.name for path in (tmp_path / "one").glob("*.png"))
