@@ -118,7 +118,9 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for each in tree_iter(result):
-            if isinstance(each, torch.Tensor) and (storage := each.untyped_storage()) not in self._seen:
+            if not isinstance(each, torch.Tensor) or each.layout is not torch.strided:  # sparse: of several storages
+                continue
+            if (storage := each.untyped_storage()) not in self._seen:
                 size = -(-storage.nbytes() // self.block) * self.block
                 self._seen.add(storage)
                 self._now += size

@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ether_diffusion.adapters.entries import validated
 from ether_diffusion.adapters.schema import (
     MAX_TENSORS,
     AdapterFile,
@@ -25,7 +26,6 @@ from ether_diffusion.adapters.schema import (
     is_module_weight,
     read_document,
     split_components,
-    validated,
 )
 from ether_diffusion.errors import EtherFileError
 from ether_diffusion.tuner.config import ETHER

@@ -26,7 +26,8 @@ from ether_diffusion.adapters.attach import attach
 from ether_diffusion.adapters.fit import fit
 from ether_diffusion.adapters.locate import find_adapter_file
 from ether_diffusion.base_models import open_pipeline
-from ether_diffusion.control.pipelines import EtherControlPipeline, EtherControlXLPipeline
+from ether_diffusion.control.classes import CONTROL_PIPELINES
+from ether_diffusion.control.pipelines import ControlMixin
 from ether_diffusion.demo.jobs import Cancelled, Failed, Generated, Generating, Job
 from ether_diffusion.demo.library import Adapter, Library
 from ether_diffusion.demo.settings import Settings
@@ -38,11 +39,6 @@ logger = logging.getLogger(__name__)
 LOADED_AT_MOST = 32
 PREVIEW_SHARE = 0.25
 """Of the time that an image takes, what previews may add at most."""
-WITH_CONTROL = {
-    "StableDiffusionPipeline": EtherControlPipeline,
-    "StableDiffusionXLPipeline": EtherControlXLPipeline,
-}
-"""By the class of the base; they generate the same images, and take control adapters besides."""
 
 
 class Worker:
@@ -73,7 +69,7 @@ class Worker:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.float16 if self.device == "cuda" else torch.float32
         config = DiffusionPipeline.load_config(base, revision=revision)
-        kind = WITH_CONTROL.get(config["_class_name"], DiffusionPipeline)
+        kind = CONTROL_PIPELINES.get(config["_class_name"], DiffusionPipeline)
         pipe = open_pipeline(base, kind, dtype=dtype, **self.version)
         pipe.set_progress_bar_config(disable=True)
         self.pipe = pipe.to(self.device)
@@ -86,7 +82,7 @@ class Worker:
     @property
     def controls(self) -> bool:
         """Whether control adapters can be used on this base."""
-        return isinstance(self.pipe, EtherControlPipeline | EtherControlXLPipeline)
+        return isinstance(self.pipe, ControlMixin)
 
     def close(self) -> None:
         """End the thread; what is being generated is cancelled."""

@@ -101,17 +101,23 @@ class Change:
         return relative_error(found, dense_delta(self.weight, list(self.adapters.values())), self.weight)
 
 
-def changes_of(pipe: DiffusionPipeline, adapter_names: Sequence[str] | str | None = None) -> list[Change]:
+def changes_of(
+    pipe: DiffusionPipeline,
+    adapter_names: Sequence[str] | str | None = None,
+    *,
+    with_encoder: str | None = None,
+) -> list[Change]:
     """The change of every layer that the named adapters act on, at their present strengths.
 
     Args:
         adapter_names: in the order in which they act. Default: the active adapters.
+        with_encoder: an adapter whose control encoder is written elsewhere, so there may be no change at all.
 
     Raises:
         ValueError: an unknown adapter, none that acts, a quantised or offloaded weight, or another method's adapter
             on the pipeline.
     """
-    check_alone(pipe)
+    check_alone(pipe, with_encoder)
     known = records_of(pipe)
     adapter_names = None if adapter_names is None else named(adapter_names, known)
     changes = [
@@ -119,7 +125,7 @@ def changes_of(pipe: DiffusionPipeline, adapter_names: Sequence[str] | str | Non
         for component, path, layer in _layers(pipe)
         if (acting := _acting(layer, adapter_names))
     ]
-    if not changes:
+    if not changes and with_encoder is None:
         raise _nothing("export", adapter_names or known)
     return changes
 
@@ -156,17 +162,20 @@ def _nothing(verb: str, names: Iterable[str]) -> ValueError:
     )
 
 
-def check_alone(pipe: DiffusionPipeline) -> None:
+def check_alone(pipe: DiffusionPipeline, with_encoder: str | None = None) -> None:
     """Raise where the pipeline holds what a LoRA or merged weights have no place for, beside ETHER's vectors.
 
     That is adapters of another method, whose modules would be written as they are, and what control training leaves
     besides: replaced modules, or an encoder that is in use, without which the adapter is not what was trained.
 
+    with_encoder: an adapter whose encoder is not lost.
+
     Raises:
         ValueError: with the adapters' names and components.
     """
     for name, record in records_of(pipe).items():
-        if record.replaced or (record.control is not None and record.control.active):
+        has_encoder = record.control is not None and record.control.active and name != with_encoder
+        if record.replaced or has_encoder:
             held = f"replaced modules of {', '.join(record.replaced)}" if record.replaced else "a control encoder"
             raise ValueError(
                 f"{name}: holds {held}, which would be lost; only save_ether_weights writes them: delete it first "

@@ -126,6 +126,12 @@ def _parameters_of(kind: type[DiffusionPipeline]) -> dict[str, inspect.Parameter
     return found
 
 
+def check_count(name: str, value: Any, *, or_else: str = "") -> None:
+    """Raises InputError for what is no positive whole number."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{name}={value!r}: a positive whole number{or_else} fits")
+
+
 def check_timeout(timeout: Any) -> None:
     """Raises InputError for what is no positive number of seconds."""
     if timeout is not None and not (is_number(timeout) and timeout > 0):

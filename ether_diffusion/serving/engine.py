@@ -18,7 +18,6 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ether_diffusion.errors import InputError
 from ether_diffusion.serving import checks
 from ether_diffusion.serving.alone import run_alone
 from ether_diffusion.serving.coroutines import Coroutine
@@ -31,7 +30,7 @@ from ether_diffusion.serving.proxies import CODECS, make_proxies
 from ether_diffusion.serving.requests import Requests, RowEstimates
 from ether_diffusion.serving.resident import ResidentAdapters
 from ether_diffusion.serving.running import Running, ThreadSettings
-from ether_diffusion.serving.store import Store
+from ether_diffusion.serving.store import Store, check_folder
 
 MAX_LINE = 64
 HOST_BYTES = 2**31
@@ -69,11 +68,12 @@ class Engine:
         host_bytes: int = HOST_BYTES,
         typical: Mapping[str, Any] | None = None,
     ) -> None:
-        for name, value in (("max_batch", max_batch), ("max_line", max_line), ("host_bytes", host_bytes)):
-            if not (isinstance(value, int) and not isinstance(value, bool) and value > 0) and value != "auto":
-                raise InputError(f"{name}={value!r}: a positive whole number fits")
-        if max_line == "auto" or host_bytes == "auto":
-            raise InputError("'auto' is for max_batch alone")
+        if max_batch != "auto":
+            checks.check_count("max_batch", max_batch, or_else=", or 'auto'")
+        checks.check_count("max_line", max_line)
+        checks.check_count("host_bytes", host_bytes)
+        if adapters is not None:
+            check_folder(adapters)
         checks.check_pipeline(pipe)
         self.pipe = pipe
         self._proxies = make_proxies(pipe)

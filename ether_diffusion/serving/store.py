@@ -41,8 +41,7 @@ class Store:
 
     def __init__(self, folder: str | Path, read: Callable[[Path], Any], *, limit: int) -> None:
         self.folder, self.limit = Path(folder), limit
-        if not self.folder.is_dir():
-            raise InputError(f"adapters={str(folder)!r}: there is no such folder")
+        check_folder(folder)
         self._read = read
         self._held: OrderedDict[str, tuple[Stamp, Any]] = OrderedDict()  # least used first
         self._lock, self.reading = threading.Lock(), threading.Lock()
@@ -132,6 +131,12 @@ class Store:
     def _drop(self, name: str) -> None:
         if name in self._held:
             self.nbytes -= self._held.pop(name)[1].nbytes
+
+
+def check_folder(folder: str | Path) -> None:
+    """Raises InputError where there is no such folder."""
+    if not Path(folder).is_dir():
+        raise InputError(f"adapters={str(folder)!r}: there is no such folder")
 
 
 def _is_name(name: str) -> bool:

@@ -89,11 +89,11 @@ def kontext(folder) -> DiffusionPipeline:
     return flux(folder, FluxKontextPipeline)
 
 
-def klein(folder) -> DiffusionPipeline:
+def klein(folder, layers: int = 28) -> DiffusionPipeline:
     return Flux2KleinPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=flux2_autoencoder(),
-        text_encoder=qwen3_model(Qwen3ForCausalLM, layers=28),  # the pipeline reads the states of 9, 18 and 27
+        text_encoder=qwen3_model(Qwen3ForCausalLM, layers),  # the pipeline reads the states of 9, 18 and 27
         tokenizer=qwen_tokenizer(),
         transformer=flux2_transformer(guidance=False),
     )

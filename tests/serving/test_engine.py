@@ -35,6 +35,13 @@ def test_eight_schedulers_with_mixed_steps_and_guidance_are_right_in_one_batch(t
     assert engine.counts.largest > 8  # they were joined
 
 
+def test_a_batch_of_one_is_the_stock_pipeline_bit_for_bit(tiny_pipeline, alone):
+    asked = [Asked(scheduler=name, guidance=guidance) for name in SCHEDULERS for guidance in (1.0, 5.0)]
+    with Engine(tiny_pipeline, max_batch=1) as engine:
+        jobs = [each.submit(engine) for each in asked]
+        assert all(distance(job, alone.images(each)) == 0 for job, each in zip(jobs, asked, strict=True))
+
+
 def test_the_miniature_generates_the_same_images(tmp_path):
     pipe, stock = load_pipeline(), Alone(load_pipeline())
     for each in (pipe, stock.pipe):

@@ -63,9 +63,15 @@ def test_arguments_that_the_pipeline_needs_are_given_as_typical(tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 1.5, "many", True, None])
-def test_what_is_no_batch_size_is_refused(tiny_pipeline, wrong):
-    with pytest.raises(InputError, match="max_batch"):
-        Engine(tiny_pipeline, max_batch=wrong)
+@pytest.mark.parametrize("name", ["max_batch", "max_line", "host_bytes"])
+def test_what_is_no_size_is_refused_before_anything_is_measured(name, wrong):
+    with pytest.raises(InputError, match=f"{name}={wrong!r}: a positive whole number"):
+        Engine(None, **{name: wrong})
+
+
+def test_a_missing_folder_of_adapters_is_refused_before_anything_is_measured(tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        Engine(None, tmp_path / "none")
 
 
 def test_a_model_whose_calls_are_not_joined_gets_a_batch_of_one(tiny_pipeline):
