@@ -14,8 +14,16 @@ from ether_diffusion.tuner.mixed_batch import BASE
 CASES = {
     "linear": (lambda: nn.Linear(8, 12), (5, 3, 8)),
     "linear without a bias": (lambda: nn.Linear(8, 12, bias=False), (5, 8)),
+    "linear with a hook": (lambda: hooked(nn.Linear(8, 12)), (5, 3, 8)),
     "convolution": (lambda: nn.Conv2d(4, 6, 3, padding=1, stride=2), (5, 4, 7, 6)),
 }
+
+
+def hooked(layer):
+    layer.register_forward_hook(lambda *_: None)
+    return layer
+
+
 OTHER = {"method": "ether_plus", "num_blocks": 1, "init_weights": False}
 
 
@@ -56,6 +64,18 @@ def test_names_that_are_not_one_for_each_row_are_refused():
     layer.merge()
     with pytest.raises(ValueError, match="default is merged"):
         layer(torch.randn(3, 8).double(), adapter_names=["default"] * 3)
+
+
+def test_layers_in_bfloat16_and_under_autocast():
+    layer, x = make(nn.Linear(8, 12)), torch.randn(3, 8)
+    expected = layer(x, adapter_names=["default", BASE, "default"])
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(
+            layer(x, adapter_names=["default", BASE, "default"]).float(), expected, atol=0.05, rtol=0.05
+        )
+    layer.to(torch.bfloat16)
+    found = layer(x.bfloat16(), adapter_names=["default", BASE, "default"])
+    torch.testing.assert_close(found.float(), expected, atol=0.05, rtol=0.05)
 
 
 def test_disabled_adapters_are_in_no_row():
