@@ -173,7 +173,7 @@ def test_the_pipeline_has_no_adapter_when_the_engine_is_closed(tiny_pipeline, ad
     assert np.abs(again.images(with_adapter("dog")) - alone.images(with_adapter("dog"))).max() <= ONE_GREY_LEVEL
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "z_image", "krea2"])
 def test_transformers_have_an_adapter_for_each_row(name, tmp_path):
     pipe = flow_zoo.make(name, tmp_path / "pipe")
     pipe.save_pretrained(tmp_path / "base")

@@ -1,5 +1,7 @@
 """An adapter for each row of a batch: each row is as it would be alone, whatever the others have."""
 
+import copy
+
 import accelerate
 import pytest
 import torch
@@ -10,7 +12,8 @@ from helpers.tiny import make_pipeline
 from helpers.zoo import adapt_components, save_control
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from ether_diffusion import EtherFileError
 from ether_diffusion.errors import InputError
@@ -350,3 +353,28 @@ def test_files_that_no_row_can_have_are_refused(tiny_pipeline, tiny_pipeline_fol
             rows.read(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         rows.read(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}])
+def test_loras_that_are_more_than_plain_factors_are_refused(options, tiny_pipeline, tmp_path):
+    config = LoraConfig(r=2, target_modules=ATTENTION, init_lora_weights=False, **options)
+    get_peft_model(copy.deepcopy(tiny_pipeline.unet), config).save_pretrained(tmp_path)
+    rows = AdapterRows(tiny_pipeline, max_rows=1)
+    with pytest.raises(EtherFileError, match="more than plain LoRA"):
+        rows.read(tmp_path)
+
+
+def test_a_lora_with_a_broken_config_or_factor_is_refused(tiny_pipeline, adapters, tmp_path):
+    rows = AdapterRows(tiny_pipeline, max_rows=1)
+    tensors = load_file(adapters["lora"] / "pytorch_lora_weights.safetensors")
+    first = next(name for name in tensors if "lora_A" in name)
+    cases = {
+        "is not JSON": (tensors, {"lora_adapter_metadata": "{"}),
+        "has one factor of two": ({k: v for k, v in tensors.items() if k != first}, None),
+        "not made of finite": (tensors | {first: tensors[first] * float("nan")}, None),
+        "is for no component": (tensors | {f"decoder.{first}": tensors[first].clone()}, None),
+    }
+    for message, (broken, metadata) in cases.items():
+        save_file(broken, tmp_path / "broken.safetensors", metadata)
+        with pytest.raises(EtherFileError, match=message):
+            rows.read(tmp_path / "broken.safetensors")
