@@ -77,7 +77,9 @@ def test_arguments_that_do_not_fit_are_refused_before_anything_waits(engine, arg
 
 def test_a_control_image_needs_a_pipeline_that_applies_control_encoders(tmp_path):
     with Engine(flow_zoo.make("kontext", tmp_path), max_batch=1) as engine:
-        with pytest.raises(InputError, match="FluxKontextPipeline: there is light control for StableDiffusionPipeline, "):
+        with pytest.raises(
+            InputError, match="FluxKontextPipeline: there is light control for StableDiffusionPipeline, "
+        ):
             engine.submit(prompt="a dog", control_image="an image")
 
 
@@ -89,6 +91,16 @@ def test_a_full_line_refuses_more(engine):
     assert len(jobs) in (2, 3)
     for job in jobs:
         job.cancel()
+
+
+def test_requests_that_are_submitted_together_are_in_line_all_or_none(engine):
+    with pytest.raises(EngineFull, match="3 more exceed the limit .max_line=2"):
+        engine.submit_all([{"prompt": "a dog"}] * 3)
+    with pytest.raises(InputError, match="no_such"):
+        engine.submit_all([{"prompt": "a dog"}, {"prompt": "a dog", "no_such": 1}])
+    assert engine.waiting == engine.running == 0
+    first, second = engine.submit_all([{"prompt": "a dog", "seed": seed} for seed in (1, 2)])
+    assert (first.seed, second.seed) == (1, 2) and len(first.result().images) == len(second.result().images) == 1
 
 
 def test_a_control_pipeline_without_control_images_is_served_as_its_stock_class(tiny_pipeline):
