@@ -17,7 +17,6 @@ from ether_diffusion.adapters.fit import fit
 from ether_diffusion.adapters.locate import find_adapter_file
 from ether_diffusion.base_models import open_pipeline
 from ether_diffusion.control.classes import CONTROL_PIPELINES
-from ether_diffusion.control.pipelines import ControlMixin
 from ether_diffusion.demo.jobs import Failed, Generated, Generating, News
 from ether_diffusion.demo.library import Adapter, Library
 from ether_diffusion.demo.sampling import guidance, sizes
@@ -71,11 +70,6 @@ class Worker:
         self._guidance_argument, self.guidance = guidance(pipe)
         self.engine = Engine(self.pipe, library, max_batch=max_batch)
         self._fits: dict[tuple[str, tuple[int, int]], str] = {}
-
-    @property
-    def controls(self) -> bool:
-        """Whether control adapters can be used on this base."""
-        return isinstance(self.pipe, ControlMixin)
 
     def takes(self, argument: str) -> bool:
         """Whether the base's pipeline takes an argument, such as a negative prompt."""

@@ -7,6 +7,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from diffusers import HeunDiscreteScheduler
 from helpers import flow_zoo
 from helpers.demo import PROMPT, STEPS, count_steps, generate
 from PIL import Image
@@ -89,7 +90,7 @@ def test_a_transformer_with_its_own_sizes_and_guidance_is_served(tmp_path):
     (tmp_path / "adapters").mkdir()
     worker = Worker(tmp_path / "base", Library(tmp_path / "adapters"), device="cpu", max_batch=4)
     try:
-        assert (worker.side, worker.unit, worker.guidance) == (16, 4, 7.0) and worker.controls
+        assert (worker.side, worker.unit, worker.guidance) == (16, 4, 7.0)
         news = list(worker.generate(Settings(prompt="a dog", steps=3, width=20, height=16, negative_prompt="a cat")))
         ((base, adapted),) = news[-1].images
         assert base.size == (20, 16) and adapted is None
@@ -126,6 +127,20 @@ def test_news_say_the_step_and_show_a_preview(worker):
     assert [each.step for each in steps] == sorted({each.step for each in steps}) and steps[-1].steps == 8
     assert any(each.preview is not None for each in steps)
     assert isinstance(news[-1], Generated)
+
+
+def test_news_of_images_that_run_together_are_of_the_first_and_the_share_of_all(worker):
+    *news, last = worker.generate(Settings(prompt=PROMPT, steps=4, images=2, adapters=(("toy-1", 1.0),)))
+    assert [each.images for each in news] == [4] * len(news) and len(last.images) == 2
+    places = [(each.image, each.step, each.done) for each in news]
+    assert places == sorted(places) and 0 < places[0][-1] and places[-1][-1] < 1
+
+
+def test_news_of_a_scheduler_that_takes_more_steps_count_those_that_were_asked_for(worker, monkeypatch):
+    heun = HeunDiscreteScheduler.from_config(worker.pipe.scheduler.config)
+    monkeypatch.setattr(worker.pipe, "scheduler", heun)  # 7 steps for 4
+    *news, _ = worker.generate(Settings(prompt=PROMPT, steps=4))
+    assert {each.steps for each in news} == {4} and max(each.step for each in news) <= 4
 
 
 def test_closing_the_news_cancels(worker, monkeypatch):
