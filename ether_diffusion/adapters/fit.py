@@ -165,7 +165,7 @@ def _layers_for(where: str, model: nn.Module, config: EtherConfig, tensors: Mapp
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         path, _, vector = key.rpartition(".")
-        name = _resolve(modules, path)
+        name = find_module(modules, path)
         if name is None or "base_layer" in path.split("."):
             raise EtherFileError(
                 f"{where}: {path} does not exist in this {type(model).__name__}; the adapter was made for another "
@@ -187,7 +187,7 @@ def _layers_for(where: str, model: nn.Module, config: EtherConfig, tensors: Mapp
     return found
 
 
-def _resolve(modules: Mapping[str, nn.Module], path: str) -> str | None:
+def find_module(modules: Mapping[str, nn.Module], path: str) -> str | None:
     """The name in this model of the module at a canonical path, in whichever release's naming the model has."""
     candidates = (path, path.removeprefix("text_model."), f"text_model.{path}")
     return next((name for name in candidates if name in modules), None)

@@ -24,9 +24,8 @@ def stacked_delta(weight: Tensor, adapters: Sequence[Adaptation]) -> Factors:
     """Exact factors of what adapters do to a weight one after the other.
 
     With W_j = adapt(W_{j−1}) the sum telescopes, W_m − W_0 = Σ_j (W_j − W_{j−1}) = Σ_j B_j A_j, so the factors of the
-    steps side by side are the factors of the whole. They are then rewritten with orthonormal rows A, by a QR
-    decomposition in float64: where terms nearly cancel (ETHER+ near its start has v̂ ≈ −û), they have to do so before
-    B and A are rounded.
+    steps side by side are the factors of the whole. They are then rewritten with orthonormal rows A: terms may nearly
+    cancel (ETHER+ near its start has v̂ ≈ −û).
 
     Args:
         weight: (o, i) or (o, i, *kernel).
@@ -39,7 +38,15 @@ def stacked_delta(weight: Tensor, adapters: Sequence[Adaptation]) -> Factors:
     for adaptation in adapters:
         steps.append(low_rank_delta(weight, *adaptation))
         weight = adapt_weight(weight, *adaptation)
-    down, up = torch.cat([step[0] for step in steps]), torch.cat([step[1] for step in steps], 1)
+    return orthonormal(torch.cat([step[0] for step in steps]), torch.cat([step[1] for step in steps], 1))
+
+
+def orthonormal(down: Tensor, up: Tensor) -> Factors:
+    """The product of factors (r, i·k) and (o, r) as one of the rank min(r, o, i·k), with orthonormal rows of `down`.
+
+    In float64: what nearly cancels has done so before the factors are rounded.
+    """
+    down, up = down.double(), up.double()
     if len(down) > len(up):
         up, triangle = torch.linalg.qr(up)
         down = triangle @ down

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from diffusers import DiffusionPipeline
 
 from ether_diffusion.adapters.locate import find_adapter_file
 from ether_diffusion.adapters.schema import AdapterFile
 from ether_diffusion.errors import InputError
+from ether_diffusion.serving.rows import AdapterRows, HostAdapter
 from ether_diffusion.serving.store import Store
-
-if TYPE_CHECKING:
-    from ether_diffusion.serving.rows import AdapterRows, HostAdapter
 
 
 class ResidentAdapters:
@@ -34,13 +31,8 @@ class ResidentAdapters:
     def __init__(self, pipe: DiffusionPipeline, folder: str | Path, *, max_rows: int, host_bytes: int) -> None:
         self._pipe, self._max_rows = pipe, max_rows
         self.store = Store(folder, lambda path: self._rows.read(path), limit=host_bytes)
-        self._rows = self._make_rows()
+        self._rows = AdapterRows(pipe, max_rows=max_rows)
         self._free = list(range(max_rows, 0, -1))
-
-    def _make_rows(self) -> AdapterRows:
-        from ether_diffusion.serving.rows import AdapterRows
-
-        return AdapterRows(self._pipe, max_rows=self._max_rows)
 
     def get(self, name: str) -> HostAdapter:
         """An adapter as it is now; raises as `Store.get`."""
@@ -77,7 +69,7 @@ class ResidentAdapters:
             try:
                 yield
             finally:
-                self._rows = self._make_rows()
+                self._rows = AdapterRows(self._pipe, max_rows=self._max_rows)
 
     def close(self) -> None:
         """Leave the pipeline as it was."""

@@ -22,7 +22,6 @@ from ether_diffusion.errors import InputError
 from ether_diffusion.export.lora import export_lora
 from ether_diffusion.serving import Cancelled, Engine, EngineFull, UnknownAdapter
 
-pytest.importorskip("ether_diffusion.serving.rows")
 TARGETS = {"unet": ATTENTION, "text_encoder": CLIP[:4]}
 NAMES = ["dog", "cat", "a name with spaces", "🐕"]
 
