@@ -38,7 +38,7 @@ VECTOR_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.floa
 MAX_TENSORS = 1 << 14
 MAX_WIDTH = 1 << 20  # numbers in one vector
 MAX_WEIGHT = 1 << 24  # numbers in one weight of a module
-MAX_WEIGHTS = 1 << 26  # numbers in all weights of modules together
+MAX_WEIGHTS = 1 << 28  # numbers in all weights of modules together
 MAX_MODULES = 256
 
 

@@ -69,7 +69,7 @@ def open_inputs(args: argparse.Namespace, result: str) -> tuple[DiffusionPipelin
             held = f"modules that were trained as a whole ({modules})"
             instead = (
                 "control training leaves the ControlNet merged in the folder controlnet beside the file, for "
-                "ControlNetModel.from_pretrained"
+                "from_pretrained of ControlNetModel, FluxControlNetModel or SD3ControlNetModel"
             )
         raise InputError(f"--adapter {adapter}: holds {held}, which {result} has no place for; {instead}")
     return open_adapted(

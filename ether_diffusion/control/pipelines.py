@@ -315,8 +315,8 @@ def native_sides(pipe: DiffusionPipeline) -> tuple[int, int]:
     return side, side
 
 
-def over(kind: type[DiffusionPipeline], pipe: DiffusionPipeline) -> DiffusionPipeline:
-    """A pipeline of another class over the components of one, as they are and where they are.
+def over(kind: type[DiffusionPipeline], pipe: DiffusionPipeline, **more: nn.Module) -> DiffusionPipeline:
+    """A pipeline of another class over the components of one, as they are and where they are, and more components.
 
     Diffusers' `from_pipe` would cast them all to one dtype.
     """
@@ -324,7 +324,7 @@ def over(kind: type[DiffusionPipeline], pipe: DiffusionPipeline) -> DiffusionPip
     config = {name: pipe.config[name] for name in options if name in pipe.config}
     if "add_watermarker" in options:
         config["add_watermarker"] = pipe.watermark is not None
-    parts = {name: part for name, part in pipe.components.items() if name in modules}
+    parts = {name: part for name, part in pipe.components.items() if name in modules} | more
     made = kind(**parts, **config)
     if (origin := pipe.config.get("_name_or_path")) is not None:  # which files tell of
         made.register_to_config(_name_or_path=origin)

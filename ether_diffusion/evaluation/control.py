@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from ether_diffusion import metrics
-from ether_diffusion.analysis.report import WITH_CONTROLNET
 from ether_diffusion.base_models import MINIATURE as SHIPPED
 from ether_diffusion.base_models import base_path, miniature_name, open_pipeline
 from ether_diffusion.control.classes import CONTROL_PIPELINES
+from ether_diffusion.control.controlnets import CONTROLNETS, controlnets_for, start_noise, with_controlnet
 from ether_diffusion.control.encoder import CONTROL, read_encoder
 from ether_diffusion.control.pipelines import denoiser_name, native_sides, over, stock_class
 from ether_diffusion.errors import InputError
@@ -201,12 +201,14 @@ def _prepared(pipe: DiffusionPipeline, given: str) -> DiffusionPipeline:
 def _controlled(pipe: DiffusionPipeline, options: ControlEvaluation) -> tuple[DiffusionPipeline, str]:
     """The pipeline under control, and the argument of its calls that takes the control images."""
     folder = Path(options.adapter)
-    light, with_controlnet = CONTROL_PIPELINES[type(pipe).__name__], WITH_CONTROLNET.get(type(pipe))
-    net = next((each for each in (folder, folder / "controlnet") if _is_controlnet(each)), None)
-    if net is not None and with_controlnet is None:
-        raise InputError(f"--adapter {net}: is a ControlNet, which is not for a {type(pipe).__name__}")
+    name = type(pipe).__name__
+    light, nets = CONTROL_PIPELINES[name], controlnets_for(name)
+    found = {each: kind for each in (folder, folder / "controlnet") if (kind := _controlnet_class(each))}
+    net = next(iter(found), None)
+    if net is not None and (nets is None or nets.model_class.__name__ != found[net]):
+        raise InputError(f"--adapter {net}: is a {found[net]}, which is not for a {name}")
     if net is not None:
-        controlled = with_controlnet.from_pipe(pipe, controlnet=ControlNetModel.from_pretrained(net))
+        controlled = with_controlnet(pipe, nets.model_class.from_pretrained(net))
     elif (folder / CONTROL).is_dir():  # beside what training with another method has left
         controlled = over(light, _prepared(load_trained(pipe, folder), f"--adapter {folder}"))
         controlled.add_control("control", read_encoder(folder / CONTROL))
@@ -216,7 +218,7 @@ def _controlled(pipe: DiffusionPipeline, options: ControlEvaluation) -> tuple[Di
         if not controlled.controls:
             raise InputError(f"--adapter {folder}: holds no control encoder, so images would ignore their maps")
     controlled.set_progress_bar_config(disable=True)
-    return controlled, "control_image" if net is None else "image"
+    return controlled, "control_image" if net is None else nets.argument
 
 
 def _side(pipe: DiffusionPipeline, base: str) -> int:
@@ -237,13 +239,15 @@ def _guidance(pipe: DiffusionPipeline, options: ControlEvaluation) -> float:
 
 def _guidance_argument(pipe: DiffusionPipeline) -> str:
     """What the pipeline calls guidance by the caption."""
-    family = families()[stock_class(pipe).__name__]
+    family = families().get(stock_class(pipe).__name__)  # none of those with a ControlNet
     return getattr(family, "guidance_argument", "guidance_scale")
 
 
-def _is_controlnet(folder: Path) -> bool:
+def _controlnet_class(folder: Path) -> str | None:
+    """Name of the class of a ControlNet in a folder; None where there is none."""
     config = folder / "config.json"
-    return config.is_file() and json.loads(config.read_text("utf-8")).get("_class_name") == ControlNetModel.__name__
+    name = json.loads(config.read_text("utf-8")).get("_class_name") if config.is_file() else None
+    return name if name in {kind.model_class.__name__ for _, kind in CONTROLNETS.values()} else None
 
 
 def _generate(
@@ -268,11 +272,13 @@ def _generate(
         if argument is not None:
             control[argument] = [sample.control for sample in part]
             control["controlnet_conditioning_scale"] = options.controlnet_conditioning_scale
+        draws = [generator(options.seed, "evaluation", start + k) for k in range(len(part))]
+        control |= start_noise(pipe, len(part), part[0].control.size[::-1], draws)
         images += pipe(
             [sample.text for sample in part],
             num_inference_steps=options.num_inference_steps,
             **how,
-            generator=[generator(options.seed, "evaluation", start + k) for k in range(len(part))],
+            generator=draws,
             **control,
         ).images
     return images

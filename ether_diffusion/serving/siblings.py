@@ -7,7 +7,8 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from ether_diffusion.control.pipelines import ControlMixin, EtherControlPipeline, EtherControlXLPipeline
+from ether_diffusion.control.classes import control_pipeline_class
+from ether_diffusion.control.pipelines import ControlMixin
 from ether_diffusion.errors import InputError
 
 
@@ -44,10 +45,7 @@ def make_control_sibling(pipe: DiffusionPipeline) -> DiffusionPipeline:
     """
     if isinstance(pipe, ControlMixin):
         return pipe
-    for kind in (EtherControlPipeline, EtherControlXLPipeline):
-        if kind._stock is type(pipe):
-            return make_sibling(pipe, kind)
-    raise InputError(
-        f"control_image: a {type(pipe).__name__} applies no control encoders; StableDiffusionPipeline and "
-        "StableDiffusionXLPipeline do"
-    )
+    try:
+        return make_sibling(pipe, control_pipeline_class(type(pipe)))
+    except ValueError as error:
+        raise InputError(f"control_image: {error}") from error

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -55,6 +56,7 @@ class Adaptation(Generic[Options]):
         inputs: what the card's code calls the pipeline with besides the prompt.
         can_shard: whether what is trained can be made beside a sharded denoiser.
         second: what the other image is for where images come in pairs, as `ImageSet` takes it.
+        beside: models beside those of the pipeline, without weights, by name.
 
     Raises:
         InputError: layers that are not there, or cannot be adapted so.
@@ -64,6 +66,7 @@ class Adaptation(Generic[Options]):
     inputs: str = ""
     can_shard: bool = True
     second: str = REFERENCE
+    beside: Mapping[str, nn.Module] = MappingProxyType({})
 
     def __init__(self, options: Options, method: Method, family: type[Family], blueprint: Blueprint):
         self.method, self.family_class = method, family

@@ -40,7 +40,7 @@ class LightControl(ControlAdaptation):
                 f"{name}: light control is trained for {', '.join(CONTROL_PIPELINES)}"
                 f"{editor if family.takes_references else ''}"
             )
-        self.kind = options.control.control_encoder or ("latent" if family.is_flow else "conv")
+        self.kind = options.control.control_encoder or self.default_kind
         if self.kind == "latent" and not family.is_flow:
             raise InputError("--control_encoder latent: needs a transformer; a UNet's first convolution takes conv")
         with torch.device("meta"):
@@ -48,6 +48,11 @@ class LightControl(ControlAdaptation):
         self.second = objectives.CONTROL_LATENTS if self.kind == "latent" else objectives.CONTROL_IMAGE
         configs, count = super().plan(options, blueprint)
         return configs, count + self.planned_encoder.num_parameters()
+
+    @property
+    def default_kind(self) -> str:
+        """Of the encoder, where none is asked for."""
+        return "latent" if self.family_class.is_flow else "conv"
 
     def make_encoder(self, denoiser: nn.Module) -> AnyEncoder:
         if self.kind == "conv":
@@ -58,8 +63,9 @@ class LightControl(ControlAdaptation):
     def resolve(
         self, options: ControlTrainingOptions, accelerator: Accelerator, *, epoch_samples: int
     ) -> ControlTrainingOptions:
-        # The default by its name, so that a run goes on under either.
-        options = replace(options, control=replace(options.control, control_encoder=self.kind))
+        # The default by its name is as none at all, so that a run goes on under either, and one of an earlier release.
+        kind = None if self.kind == self.default_kind else self.kind
+        options = replace(options, control=replace(options.control, control_encoder=kind))
         return super().resolve(options, accelerator, epoch_samples=epoch_samples)
 
     def attach(self, family: Family, options: ControlTrainingOptions) -> Attached:

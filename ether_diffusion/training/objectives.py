@@ -264,7 +264,7 @@ class LightControlObjective(DenoisingObjective):
 
 
 class ControlNetObjective(DenoisingObjective):
-    """Denoise with a frozen UNet, to whose activations a ControlNet, the component `controlnet`, adds.
+    """Denoise with a frozen denoiser, to whose activations a ControlNet, the component `controlnet`, adds.
 
     Source: ControlNet, arXiv:2302.05543.
     """

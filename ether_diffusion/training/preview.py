@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -156,7 +157,8 @@ class Preview:
             size = {"width": control.width, "height": control.height}
             inputs = {**self.family.size_inputs((control.height, control.width)), **size}
             if controlled:
-                inputs["image" if hasattr(pipe, "controlnet") else "control_image"] = control
+                taken = inspect.signature(pipe.__call__).parameters
+                inputs["control_image" if "control_image" in taken else "image"] = control
         return self.family.generate(
             [self.prompts[row]],
             pipe=pipe,

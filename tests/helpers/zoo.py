@@ -18,7 +18,7 @@ from peft import inject_adapter_in_model
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from ether_diffusion import ControlEncoder, EtherConfig, EtherLayer, control_pipeline_class
-from ether_diffusion.analysis.report import WITH_CONTROLNET
+from ether_diffusion.control.controlnets import with_controlnet
 
 STEM = ["controlnet_cond_embedding", "controlnet_mid_block"]
 
@@ -139,7 +139,7 @@ def save_control(kind: str, base: Path, folder: Path, *, vectors: bool = True) -
     else:
         widths = encoder.config.block_out_channels
         net = ControlNetModel.from_unet(stock.unet, conditioning_embedding_out_channels=widths)
-        pipe, component = WITH_CONTROLNET[type(stock)].from_pipe(stock, controlnet=net), "controlnet"
+        pipe, component = with_controlnet(stock, net), "controlnet"
     if vectors:
         adapt_components(pipe, component, num_blocks=2, target_modules=["to_q"])
     whole = {"replaced_modules": {"controlnet": STEM}} if kind == "controlnet" else {}

@@ -285,9 +285,10 @@ class FlowFamily(Family):
         """Encoded prompts as the pipeline takes them."""
         return {name: torch.stack([row[name] for row in conditioning]) for name in conditioning[0]}
 
-    def guidance_of(self, noisy: Tensor) -> Tensor | None:
-        """What the transformer is told of guidance, for each sample; None where it has no embedding of it."""
-        if not getattr(self.component(self.denoiser).config, "guidance_embeds", False):
+    def guidance_of(self, noisy: Tensor, model: nn.Module | None = None) -> Tensor | None:
+        """What the transformer, or another model, is told of guidance, for each sample; None without an embedding."""
+        model = self.component(self.denoiser) if model is None else model
+        if not getattr(model.config, "guidance_embeds", False):
             return None
         return torch.full((len(noisy),), self.guidance, device=noisy.device)
 

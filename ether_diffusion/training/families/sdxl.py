@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLControlNetPipeline
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -26,7 +25,6 @@ class StableDiffusionXL(UNetFamily):
     """
 
     pipeline_class = "StableDiffusionXLPipeline"
-    controlnet_pipeline_class = StableDiffusionXLControlNetPipeline
     vae_precision = torch.float32  # in float16 SDXL's autoencoder overflows
     encoder_classes = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 

@@ -74,7 +74,6 @@ class UNetFamily(Family):
 
     Class attributes:
         encoder_classes: the components that encode prompts, name -> class.
-        controlnet_pipeline_class: the stock pipeline of a ControlNet, for this family.
         loading: what `from_pretrained` is told besides.
         vae_precision: of the autoencoder's arithmetic; None leaves that of its weights.
 
@@ -83,7 +82,6 @@ class UNetFamily(Family):
 
     denoiser = "unet"
     encoder_classes: ClassVar[Mapping[str, type[nn.Module]]]
-    controlnet_pipeline_class: ClassVar[type[DiffusionPipeline]]
     loading: ClassVar[Mapping[str, Any]] = {}
     vae_precision: ClassVar[torch.dtype | None] = None
 
