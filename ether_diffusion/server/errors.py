@@ -21,7 +21,7 @@ LOG = logging.getLogger("ether_diffusion.server")
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 CLIENT_LEFT = 499
 """Nobody reads it; for the counts, as nginx has it."""
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class ApiError(Exception):
@@ -109,7 +109,7 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def answer_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        return _of_validation(error.errors()[0]).response()
+        return _of_validation(max(error.errors(), key=lambda fault: len(fault["loc"]))).response()
 
     @app.exception_handler(HTTPException)
     async def answer_http(request: Request, error: HTTPException) -> JSONResponse:
@@ -122,8 +122,11 @@ def add_handlers(app: FastAPI) -> None:
 
 
 def _of_validation(fault: Mapping[str, Any]) -> ApiError:
-    """A body that is no JSON, or a field of it that does not fit; where is ("body", field, …)."""
-    place = [str(part) for part in fault["loc"][1:]]
+    """A body that is no JSON, or a field of it that does not fit.
+
+    fault: its loc is ("body", field, …), with the kind that was tried where a field may have several.
+    """
+    place = [part for part in map(str, fault["loc"][1:]) if part != "str" and not part.startswith("dict[")]
     if fault["type"] == "json_invalid":
         return ApiError(400, f"the body is no JSON: {fault.get('ctx', {}).get('error', fault['msg'])}")
     where = ".".join(place) or "body"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator
 
@@ -12,7 +12,7 @@ from ether_diffusion.serving.lines import HIGHEST_SEED, SIZE
 BASE = "base"
 MOST_IMAGES = 10  # as OpenAI has it
 LONGEST_PROMPT = 32_000
-MOST_STEPS = 1_000
+MOST_STEPS = 500
 MOST_ADAPTERS = 16
 
 
@@ -50,6 +50,13 @@ class ImagesRequest(BaseModel):
             raise ValueError('needs width and height in pixels, as "768x512", or "auto"')
         return value
 
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _check_adapter(cls, value: Any) -> Any:
+        if not isinstance(value, str | dict | None):
+            raise ValueError('needs a name, or names with strengths, as {"dog": 0.8}')
+        return value
+
     @property
     def width_and_height(self) -> tuple[int, int] | None:
         """None for the pipeline's own."""
@@ -68,7 +75,7 @@ class ImagesRequest(BaseModel):
             raise ApiError(404, message, param="model", code="model_not_found")
         if name and self.adapter is not None:
             raise ApiError(400, "model names an adapter, and adapter too: name it once", param="adapter")
-        given = name or self.adapter or {}
+        given = name or ({} if self.adapter is None else self.adapter)
         return ((given, 1.0),) if isinstance(given, str) else tuple(given.items())
 
 

@@ -77,7 +77,9 @@ def test_arguments_that_do_not_fit_are_refused_before_anything_waits(engine, arg
 
 def test_a_control_image_needs_a_pipeline_that_applies_control_encoders(tmp_path):
     with Engine(flow_zoo.make("kontext", tmp_path), max_batch=1) as engine:
-        with pytest.raises(InputError, match="FluxKontextPipeline: there is light control for StableDiffusionPipeline, "):
+        with pytest.raises(
+            InputError, match="FluxKontextPipeline: there is light control for StableDiffusionPipeline, "
+        ):
             engine.submit(prompt="a dog", control_image="an image")
 
 
