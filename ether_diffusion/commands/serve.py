@@ -88,10 +88,11 @@ def run(args: argparse.Namespace) -> None:
     check_packages(args.engine)
     settings = check_flags(args)
     if args.engine == "ray":
-        from ether_diffusion.server.ray_serve import serve_on_ray
+        from ether_diffusion.server.ray_serve import RayArguments, serve_on_ray
 
         low, high = read_replicas(args.replicas or "1:1")
-        serve_on_ray(args, settings, low, high)
+        given = {name: value for name, value in vars(args).items() if name in RayArguments.model_fields}
+        serve_on_ray(RayArguments(**given, min_replicas=low, max_replicas=high), host=args.host, port=args.port)
         return
 
     from ether_diffusion.server.run import bound_socket, serve

@@ -95,7 +95,7 @@ def of_file(error: Exception, folder: Path, name: str) -> ApiError:
         LOG.error("adapter %s cannot be read or written", printable(name), exc_info=error)
         return ApiError(500, f"the server cannot read or write the adapter {name}")
     text = printable(str(error))
-    for place in {str(folder), str(folder.absolute()), str(folder.resolve())}:
+    for place in sorted({str(folder), str(folder.absolute()), str(folder.resolve())}, key=len, reverse=True):
         text = text.replace(f"{printable(place)}/", "")
     return ApiError(422, text, param="adapter", code="adapter_does_not_fit")
 

@@ -88,11 +88,12 @@ def settled(running: Serving, seconds: float = 10) -> None:
 
 
 @contextmanager
-def leaving_client(running: Serving, **body):
+def leaving_client(running: Serving, headers=None, **body):
     """A client that has asked, and leaves at the end without having waited for the answer."""
     content = {"prompt": "a dog", "num_inference_steps": 500, **body}
     request = running.client.build_request("POST", GENERATIONS, json=content)
     with socket.create_connection((request.url.host, request.url.port)) as connection:
         head = f"POST {GENERATIONS} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
+        head += "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
         connection.sendall(f"{head}Content-Length: {len(request.content)}\r\n\r\n".encode() + request.content)
         yield
