@@ -27,12 +27,13 @@ from ether_diffusion.adapters.fit import fit
 from ether_diffusion.adapters.locate import find_adapter_file
 from ether_diffusion.base_models import open_pipeline
 from ether_diffusion.control.classes import CONTROL_PIPELINES
-from ether_diffusion.control.pipelines import ControlMixin
+from ether_diffusion.control.pipelines import ControlMixin, native_sides, stock_class
 from ether_diffusion.demo.jobs import Cancelled, Failed, Generated, Generating, Job
 from ether_diffusion.demo.library import Adapter, Library
 from ether_diffusion.demo.settings import Settings
 from ether_diffusion.errors import EtherFileError, InputError
 from ether_diffusion.export.lora import export_lora
+from ether_diffusion.training.families import families
 
 logger = logging.getLogger(__name__)
 
@@ -299,8 +300,10 @@ class _Watch:
 
 def _sizes(pipe: DiffusionPipeline) -> tuple[int, int]:
     """A pipeline's own image size, and what sizes must be a multiple of, in pixels."""
+    factor, family = getattr(pipe, "vae_scale_factor", 8), families().get(stock_class(pipe).__name__)
+    if family is not None and family.is_flow:
+        return native_sides(pipe)[0], factor * family.patch
     denoiser = getattr(pipe, "unet", None) or pipe.transformer
-    factor = getattr(pipe, "vae_scale_factor", 8)
     latent_side = getattr(pipe, "default_sample_size", None) or denoiser.config.sample_size
     levels = len(getattr(denoiser.config, "block_out_channels", None) or (1, 1))
     return latent_side * factor, factor * 2 ** (levels - 1)

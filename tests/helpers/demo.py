@@ -18,7 +18,7 @@ STEPS = 2
 
 def serve_page(folder: Path, **flags: object):
     """The demo as its command starts it, on a free port; the page, with `local_url`, `worker` and `trainer`."""
-    usual = {"base": None, "adapters": None, "host": "127.0.0.1", "port": 0, "share": False, "auth": None}
+    usual = {"base": "miniature", "adapters": None, "host": "127.0.0.1", "port": 0, "share": False, "auth": None}
     usual |= {"variant": None, "revision": None}
     return serve(Namespace(**usual | {"device": "cpu"} | flags), folder)
 
