@@ -29,7 +29,7 @@ from ether_diffusion.training.run import VALIDATION_FOLDER
 FEWEST_PHOTOS, MOST_PHOTOS = 3, 8
 STEPS, PREVIEWS = 200, 4
 """Of one training; previews count the sheet of samples at the end."""
-SAMPLE_STEPS, SAMPLE_GUIDANCE = 20, 5.0
+SAMPLE_STEPS = 20
 TOKEN = "sks"
 WORD = re.compile(r"[A-Za-z][A-Za-z -]{0,29}")
 PATIENCE = 10.0
@@ -165,7 +165,7 @@ class _Training:
             "validation_steps": max(self.steps // PREVIEWS, 1),
             "num_validation_images": 2,
             "num_inference_steps": SAMPLE_STEPS,
-            "guidance_scale": SAMPLE_GUIDANCE,
+            "guidance_scale": self.worker.guidance,
             "seed": 0,
         }
         flags["pretrained_model_name_or_path"] = self.worker.base
@@ -207,7 +207,7 @@ class _Training:
             prompt=self.prompt,
             adapters=((name, 1.0),),
             steps=SAMPLE_STEPS,
-            guidance=SAMPLE_GUIDANCE,
+            guidance=self.worker.guidance,
             width=side,
             height=side,
         )

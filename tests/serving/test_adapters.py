@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from helpers import flow_zoo
-from helpers.lora import ATTENTION, CLIP, save_adapter
+from helpers.lora import ATTENTION, save_adapter
 from helpers.pipelines import ONE_GREY_LEVEL, open_pipeline
-from helpers.serving import SCHEDULERS, WAIT, Alone, Asked, distance
+from helpers.serving import NAMES, SCHEDULERS, TARGETS, WAIT, Alone, Asked, distance, save_adapters
 from helpers.zoo import save_control
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,20 +21,6 @@ from ether_diffusion import EtherControlPipeline, EtherFileError
 from ether_diffusion.errors import InputError
 from ether_diffusion.export.lora import export_lora
 from ether_diffusion.serving import Cancelled, Engine, EngineFull, UnknownAdapter
-
-TARGETS = {"unet": ATTENTION, "text_encoder": CLIP[:4]}
-NAMES = ["dog", "cat", "a name with spaces", "🐕"]
-
-
-def save_adapters(folder, base, names=NAMES, first_seed=1):
-    """Adapters of both methods, as `<name>.safetensors`."""
-    for k, name in enumerate(names):
-        method = ("ether", "ether_plus")[k % 2]
-        made = save_adapter(folder / "made", base, "one", TARGETS, first_seed + k, method=method)
-        (file,) = made.glob("*.safetensors")
-        os.replace(file, folder / f"{name}.safetensors")
-    shutil.rmtree(folder / "made")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +241,34 @@ def test_what_needs_the_pipeline_itself_is_called_with_nothing_beside_it(engine,
     assert jobs[1].result(WAIT).is_file()
     for job in (jobs[0], jobs[2]):
         assert distance(job, alone.images(with_adapter("dog"))) <= ONE_GREY_LEVEL
+
+
+def test_what_is_called_alone_has_the_adapter_that_it_asks_for(engine, tmp_path):
+    def export(pipe):
+        return export_lora(pipe, tmp_path / "lora", to="diffusers-lora").path
+
+    assert engine.call_alone(export, adapter="dog").result(WAIT).is_file()
+    assert engine.call_alone(lambda pipe: dict(pipe.ether_adapters)).result(WAIT) == {}
+    with pytest.raises(UnknownAdapter):
+        engine.call_alone(export, adapter="dgo")
+
+
+def test_adapters_may_lie_wherever_a_catalogue_says(tiny_pipeline, adapters, alone):
+    class Renamed:
+        def names(self):
+            return ["hound"]
+
+        def find(self, name):
+            if name != "hound":
+                raise InputError(f"no {name}")
+            return adapters / "dog.safetensors"
+
+    with Engine(tiny_pipeline, Renamed(), max_batch=4) as engine:
+        assert engine.store.names() == ["hound"]
+        job = with_adapter("hound").submit(engine)
+        assert distance(job, alone.images(with_adapter("dog"))) <= ONE_GREY_LEVEL
+        with pytest.raises(InputError, match="no dog"):
+            with_adapter("dog").submit(engine)
 
 
 # Whatever happens ---------------------------------------------------------------------------------------------------
