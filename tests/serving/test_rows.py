@@ -184,7 +184,7 @@ two_seeds = st.tuples(st.integers(0, 9), st.integers(0, 9))
 @given(
     own=any_row, place=st.integers(0, ROWS - 1), first=others, second=others, seeds=st.tuples(*[st.integers(0, 9)] * 2)
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_a_row_is_bitwise_the_same_whatever_the_others_have(table, own, place, first, second, seeds):
     pipe, rows = table
     outputs = []
@@ -199,7 +199,7 @@ def test_a_row_is_bitwise_the_same_whatever_the_others_have(table, own, place, f
 
 
 @given(indices=others)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_row_0_is_bitwise_the_base_beside_any_others(table, indices):
     pipe, rows = table
     base = forward(pipe, sample())
