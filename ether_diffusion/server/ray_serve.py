@@ -229,9 +229,9 @@ def serve_on_ray(arguments: RayArguments, *, host: str, port: int) -> None:
     """
     arguments.settings()
     stop = threading.Event()
-    for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, lambda *_: stop.set())
     with ray.init(log_to_driver=True):
+        for each in (signal.SIGTERM, signal.SIGINT):  # in place of Ray's own, which end the process at once
+            signal.signal(each, lambda *_: stop.set())
         serve.start(http_options={"host": host, "port": port})
         serve.run(build(arguments), name=APP, route_prefix="/")
         print(f"ether-diffusion serve: http://{host}:{port} on Ray", flush=True)
