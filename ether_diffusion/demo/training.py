@@ -15,6 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from ether_diffusion.base_models import miniature_name
 from ether_diffusion.demo.jobs import Cancelled, Failed
 from ether_diffusion.demo.library import IMAGE_NAME, clean_name
 from ether_diffusion.demo.photos import read_photo
@@ -168,7 +169,8 @@ class _Training:
             "guidance_scale": self.worker.guidance,
             "seed": 0,
         }
-        flags["pretrained_model_name_or_path"] = self.worker.base
+        # By its name: the card of the adapter repeats the command, and a path would be one of this machine.
+        flags["pretrained_model_name_or_path"] = miniature_name(self.worker.base) or self.worker.base
         flags |= {name: value for name, value in self.worker.version.items() if value is not None}
         command = [sys.executable, "-m", "ether_diffusion.training.dreambooth"]
         command += [f"--{flag}={value}" for flag, value in flags.items()]

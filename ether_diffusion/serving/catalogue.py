@@ -52,7 +52,7 @@ class FolderCatalogue:
             UnknownAdapter: no such name; lists near ones.
             InputError: a file and a folder have it.
         """
-        if _is_name(name):
+        if is_name(name):
             candidates = (self.folder / f"{name}{SUFFIX}", self.folder / name)
             found = [path for path in candidates if self._name(path) == name]
             if len(found) > 1:
@@ -72,7 +72,7 @@ def check_folder(folder: str | Path) -> None:
         raise InputError(f"adapters={str(folder)!r}: there is no such folder")
 
 
-def _is_name(name: str) -> bool:
+def is_name(name: str) -> bool:
     """Whether this can be the name of an entry of a folder, and is no path: nothing outside can be asked for."""
     try:
         size = len(name.encode())

@@ -20,6 +20,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from ether_diffusion.errors import InputError
 from ether_diffusion.serving import checks
 from ether_diffusion.serving.alone import run_alone
 from ether_diffusion.serving.catalogue import Catalogue, check_folder
@@ -253,6 +254,22 @@ class Engine:
     def store(self) -> Store | None:
         """The adapters of the folder."""
         return None if self._adapters is None else self._adapters.store
+
+    def check_adapter(self, path: str | Path) -> None:
+        """Read an adapter from anywhere with all checks, and let go of it.
+
+        Raises:
+            InputError: the engine was made without a folder of adapters.
+            FileNotFoundError, OSError, ValueError: it cannot be read, or does not fit the pipeline.
+        """
+        if self._adapters is None:
+            raise InputError("this engine was made without a folder of adapters")
+        self._adapters.check(Path(path))
+
+    @property
+    def alive(self) -> bool:
+        """Whether it takes requests, or still works on those that it took."""
+        return self._thread.is_alive()
 
     @property
     def counts(self) -> Counts:

@@ -17,7 +17,12 @@ TEXT_KEY = "ether_diffusion"
 
 
 def write_png(path: Path, image: Image.Image, settings: Mapping[str, Any]) -> None:
-    """Write a PNG with its settings in one step: what has the name is whole.
+    """Write a PNG with its settings in one step: what has the name is whole. settings: as `encode_png` takes them."""
+    replace_file(path, encode_png(image, settings))
+
+
+def encode_png(image: Image.Image, settings: Mapping[str, Any]) -> bytes:
+    """A PNG with its settings.
 
     settings: prompt, negative_prompt, adapters, steps, guidance, width, height, seed and images, as the demo reads
         them from an image that is dropped on it.
@@ -25,4 +30,4 @@ def write_png(path: Path, image: Image.Image, settings: Mapping[str, Any]) -> No
     info, content = PngImagePlugin.PngInfo(), io.BytesIO()
     info.add_text(TEXT_KEY, json.dumps(dict(settings)))
     image.save(content, "PNG", pnginfo=info)
-    replace_file(path, content.getvalue())
+    return content.getvalue()

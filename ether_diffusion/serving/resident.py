@@ -45,6 +45,11 @@ class ResidentAdapters:
         """The file of an adapter as it is now, for requests that run alone; raises as `Store.find` and the loader."""
         return find_adapter_file(self.store.find(name))
 
+    def check(self, path: Path) -> None:
+        """Read an adapter from anywhere with all checks, and let go of it; raises as `AdapterRows.read`."""
+        with self.store.reading:
+            self._rows.read(path)
+
     def take_row(self, adapters: Sequence[tuple[HostAdapter, float]]) -> int:
         """A row with these adapters; 0, which has none, for none."""
         if not adapters:

@@ -66,9 +66,9 @@ class Store:
                 if (adapter := self._held_at(name, stamp)) is not None:  # read by another thread meanwhile
                     return adapter
                 adapter = self._read_whole(path, stamp)
-            if adapter is not None:
-                self._hold(name, stamp, adapter)
-                return adapter
+                if adapter is not None:
+                    self._hold(name, stamp, adapter)  # before another thread, which waits to read it, goes on
+                    return adapter
         raise EtherFileError(f"{name}: was changed each of the {READS_AT_MOST} times that it was read")
 
     def _held_at(self, name: str, stamp: Stamp) -> Any | None:

@@ -1,6 +1,9 @@
 """Requests to the engine, and what the stock pipeline makes of each alone."""
 
+import os
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +18,7 @@ from diffusers import (
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
+from helpers.lora import ATTENTION, CLIP, save_adapter
 
 SCHEDULERS = {
     kind.__name__: kind
@@ -31,6 +35,19 @@ SCHEDULERS = {
 }
 WAIT = 60
 """Seconds after which a test takes a request for lost."""
+TARGETS = {"unet": ATTENTION, "text_encoder": CLIP[:4]}
+NAMES = ["dog", "cat", "a name with spaces", "🐕"]
+
+
+def save_adapters(folder: Path, base: Path, names=NAMES, first_seed: int = 1) -> Path:
+    """Adapters of both methods, as `<name>.safetensors`."""
+    for k, name in enumerate(names):
+        method = ("ether", "ether_plus")[k % 2]
+        made = save_adapter(folder / "made", base, "one", TARGETS, first_seed + k, method=method)
+        (file,) = made.glob("*.safetensors")
+        os.replace(file, folder / f"{name}.safetensors")
+    shutil.rmtree(folder / "made")
+    return folder
 
 
 def scheduler_of(name: str, config):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from helpers import flow_zoo
-from helpers.lora import ATTENTION, CLIP, save_adapter
+from helpers.lora import ATTENTION, save_adapter
 from helpers.pipelines import ONE_GREY_LEVEL, open_pipeline
-from helpers.serving import SCHEDULERS, WAIT, Alone, Asked, distance
+from helpers.serving import NAMES, SCHEDULERS, TARGETS, WAIT, Alone, Asked, distance, save_adapters
 from helpers.zoo import save_control
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,20 +21,6 @@ from ether_diffusion import EtherControlPipeline, EtherFileError
 from ether_diffusion.errors import InputError
 from ether_diffusion.export.lora import export_lora
 from ether_diffusion.serving import Cancelled, Engine, EngineFull, UnknownAdapter
-
-TARGETS = {"unet": ATTENTION, "text_encoder": CLIP[:4]}
-NAMES = ["dog", "cat", "a name with spaces", "🐕"]
-
-
-def save_adapters(folder, base, names=NAMES, first_seed=1):
-    """Adapters of both methods, as `<name>.safetensors`."""
-    for k, name in enumerate(names):
-        method = ("ether", "ether_plus")[k % 2]
-        made = save_adapter(folder / "made", base, "one", TARGETS, first_seed + k, method=method)
-        (file,) = made.glob("*.safetensors")
-        os.replace(file, folder / f"{name}.safetensors")
-    shutil.rmtree(folder / "made")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +159,7 @@ def test_the_pipeline_has_no_adapter_when_the_engine_is_closed(tiny_pipeline, ad
     assert np.abs(again.images(with_adapter("dog")) - alone.images(with_adapter("dog"))).max() <= ONE_GREY_LEVEL
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "z_image", "krea2"])
 def test_transformers_have_an_adapter_for_each_row(name, tmp_path):
     pipe = flow_zoo.make(name, tmp_path / "pipe")
     pipe.save_pretrained(tmp_path / "base")
