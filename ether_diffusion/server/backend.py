@@ -122,7 +122,7 @@ class LocalBackend:
         try:
             return await asyncio.shield(submitting)
         except asyncio.CancelledError:  # the thread goes on; what it submits is not wanted any more
-            submitting.add_done_callback(lambda done: done.exception() or done.result().cancel())
+            submitting.add_done_callback(_cancel_job)
             raise
 
     def _submit_now(self, task: ImageTask, clock: StepClock) -> Job:
@@ -174,6 +174,12 @@ class LocalBackend:
 
     async def _in_thread(self, function: Any, *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+
+
+def _cancel_job(submitting: asyncio.Future) -> None:
+    """Cancel what was submitted, if anything was."""
+    if not submitting.cancelled() and submitting.exception() is None:
+        submitting.result().cancel()
 
 
 class StepClock:

@@ -46,7 +46,7 @@ def test_requests_that_run_keep_the_adapter_that_is_replaced_or_deleted(own_serv
     cat = (adapters / "cat.safetensors").read_bytes()
     kept = []
     running = threading.Thread(
-        target=lambda: kept.append(own_server.generate(adapter="dog", seed=2, num_inference_steps=60))
+        target=lambda: kept.append(own_server.generate(adapter="dog", seed=2, num_inference_steps=30))
     )
     running.start()
     wait_until(lambda: own_server.engine.running == 1)
@@ -55,7 +55,7 @@ def test_requests_that_run_keep_the_adapter_that_is_replaced_or_deleted(own_serv
     assert own_server.client.delete("/v1/adapters/dog").json() == {"id": "dog", "object": "adapter", "deleted": True}
     assert own_server.generate(adapter="dog").status_code == 404
     running.join()
-    assert np.abs(images_of(kept[0])[0] - as_image(alone.images(asked("dog", seed=2, steps=60)))).max() <= 1
+    assert np.abs(images_of(kept[0])[0] - as_image(alone.images(asked("dog", seed=2, steps=30)))).max() <= 1
     assert np.abs(replaced - as_image(alone.images(asked("cat", seed=2)))).max() <= 1
     assert own_server.client.delete("/v1/adapters/dog").status_code == 404
 

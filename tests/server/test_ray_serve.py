@@ -12,7 +12,8 @@ import httpx
 import numpy as np
 import psutil
 import pytest
-from helpers.scripts import wait_until
+import yaml
+from helpers.scripts import ROOT, wait_until
 from helpers.server import as_image, asked, error_of, images_of
 from helpers.serving import NAMES
 
@@ -93,6 +94,20 @@ def test_an_adapter_that_many_ask_for_is_served_by_all_replicas(cluster):
 
 
 @pytest.mark.slow
+def test_a_client_that_leaves_stops_the_replica_that_worked_for_it(cluster):
+    root, client = cluster
+    with pytest.raises(httpx.ReadTimeout):
+        client.post("/v1/images/generations", json={"prompt": "a dog", "num_inference_steps": 500, "n": 4}, timeout=2)
+
+    def are_idle() -> bool:
+        before = sum(map(cpu_seconds, replicas(root).values()))
+        time.sleep(1)
+        return sum(map(cpu_seconds, replicas(root).values())) - before < 0.2
+
+    wait_until(are_idle, 15)
+
+
+@pytest.mark.slow
 def test_a_replica_that_is_killed_under_load_is_missed_by_nobody(cluster, alone):
     root, client = cluster
     names = [NAMES[k % 4] for k in range(12)]
@@ -121,3 +136,10 @@ def test_the_deployment_says_what_the_documentation_says_of_it(tiny_pipeline_fol
     config = engines._bound_deployment._deployment_config
     assert (config.max_ongoing_requests, config.max_queued_requests) == (8, 64)
     assert (config.autoscaling_config.min_replicas, config.autoscaling_config.max_replicas) == (2, 8)
+
+
+def test_the_config_file_for_clusters_can_be_given():
+    config = yaml.safe_load((ROOT / "configs" / "ray_serve.yaml").read_text())
+    (application,) = config["applications"]
+    assert application["import_path"] == f"{build.__module__}:{build.__name__}"
+    assert RayArguments(**application["args"]).max_replicas == 8

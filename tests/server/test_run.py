@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 from helpers.scripts import wait_until
-from helpers.server import GENERATIONS, images_of
+from helpers.server import GENERATIONS, images_of, serving
 
 from ether_diffusion.errors import InputError
 from ether_diffusion.server.run import bound_socket
@@ -39,7 +39,17 @@ def started(tiny_pipeline_folder, served_adapters_once, tmp_path):
         process.wait()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_server_that_stops_answers_what_it_took(tiny_pipeline):
+    with ThreadPoolExecutor(1) as threads:
+        with serving(tiny_pipeline) as running:
+            body = {"prompt": "a dog", "num_inference_steps": 60}
+            answer = threads.submit(httpx.post, f"{running.url}{GENERATIONS}", json=body, timeout=60)
+            wait_until(lambda: running.engine.running == 1)
+        assert len(images_of(answer.result())) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_when_all_that_it_took_is_answered(started, number):
     process, client, log = started
     assert client.get("/health/ready").status_code == 200
