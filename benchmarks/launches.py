@@ -88,6 +88,7 @@ def passes(model: nn.Module, call: Callable[[], Tensor], precision: str, trainin
     """What one call of the model costs, by "forward" and, in training, "backward"."""
     model.train(training)
     found = {"forward": Count(), "backward": Count()} if training else {"forward": Count()}
+    _once(model, call, precision, training)  # constants are made once in a process
     with torch.set_grad_enabled(training), casting(precision):
         with counted(found["forward"]):
             y = call()
@@ -95,9 +96,16 @@ def passes(model: nn.Module, call: Callable[[], Tensor], precision: str, trainin
         gradient = torch.ones_like(y)
         with counted(found["backward"]):
             y.backward(gradient)
+    return found
+
+
+def _once(model: nn.Module, call: Callable[[], Tensor], precision: str, training: bool) -> None:
+    with torch.set_grad_enabled(training), casting(precision):
+        y = call()
+    if training:
+        y.backward(torch.ones_like(y))
     for parameter in model.parameters():
         parameter.grad = None
-    return found
 
 
 def added(one: nn.Module, limit: nn.Module, call: Callable[[nn.Module], Tensor], precision: str) -> dict[str, dict]:

@@ -1,6 +1,6 @@
 """Which operator computes an adapted linear layer, and in which of its two forms.
 
-`blocks`, `single_block` and `reflection` have the same two names: `adapted_linear`, which gives y and what its
+`blocks`, `single_block`, `in_sequence` and `reflection` have the same two names: `adapted_linear`, which gives y and what its
 gradient needs, and `AdaptedLinear`, the same for autograd.
 """
 
@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ether_diffusion.tuner.operators import blocks, reflection, single_block
+from ether_diffusion.tuner.operators import blocks, in_sequence, reflection, single_block
 from ether_diffusion.tuner.transforms import Vectors, accurate_dtype, adapt_weight
 
 
@@ -49,8 +49,8 @@ def adapted_linear(
         operator = blocks
     elif vectors.v is None and vectors.u_out is None:
         operator = reflection
-    else:
-        operator = single_block
+    else:  # strength mixes products, not sides
+        operator = in_sequence if low_rank and strength == 1 else single_block
     if trained:
         return operator.AdaptedLinear.apply(x, weight, bias, strength, low_rank, *vectors)
     return operator.adapted_linear(x, weight, bias, vectors, strength, low_rank)[0]  # without autograd's overhead
@@ -66,7 +66,8 @@ def adapted_weight(weight: Tensor, vectors: Vectors, strength: float = 1.0) -> T
     if strength == 0:
         return accurate
     if weight.ndim == 2 and len(vectors.u) == 1:
-        return single_block.adapted_weight(accurate, vectors, strength)
+        operator = reflection if vectors.v is None else single_block
+        return operator.adapted_weight(accurate, vectors, strength)
     return adapt_weight(accurate, vectors, strength)
 
 
