@@ -7,13 +7,14 @@ Layers as small as those of an attention wait for launches rather than for sums.
 dispatcher and is no view; what it writes are the bytes of its results. Counted are a linear layer alone, on few rows
 and on many, and whole denoisers, of which the operations of the same denoiser without an adapter are taken away and
 the rest is divided by the number of adapted layers. Training counts forward and backward; under autocast the frozen
-weights are bfloat16, as in the training scripts. An operation of PyTorch may be more than one kernel on a GPU (some
-reductions and products with few rows are two), whichever the method. Prints a table and writes JSON.
+weights are bfloat16, as in the training scripts. An operation of PyTorch may be more than one kernel on a GPU (a
+sum that starts from a matrix copies it first), whichever the method. Prints a table and writes JSON, by commit.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -183,8 +184,10 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     args: argparse.Namespace = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    report = run([*LAYERS, *args.workloads], args.methods, args.precisions)
-    write_json(args.output_dir / "launches.json", {"machine": machine(), "commit": commit(), "places": report})
+    path = args.output_dir / "launches.json"
+    runs = json.loads(path.read_text())["runs"] if path.exists() else {}
+    runs[commit()] = run([*LAYERS, *args.workloads], args.methods, args.precisions)
+    write_json(path, {"machine": machine(), "runs": runs})
 
 
 if __name__ == "__main__":

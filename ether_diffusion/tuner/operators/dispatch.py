@@ -1,7 +1,7 @@
 """Which operator computes an adapted linear layer, and in which of its two forms.
 
-`blocks`, `single_block`, `in_sequence` and `reflection` have the same two names: `adapted_linear`, which gives y and what its
-gradient needs, and `AdaptedLinear`, the same for autograd.
+`blocks`, `single_block`, `in_sequence` and `reflection` have the same two names: `adapted_linear`, which gives y and
+what its gradient needs, and `AdaptedLinear`, the same for autograd.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def adapted_linear(
 ) -> Tensor:
     """An adapted linear layer, y = x W(α)ᵀ + b; see `transforms.adapt_weight` for W(α).
 
-    Under autocast it computes in autocast's dtype, as `torch.nn.functional.linear` does; sums over the vectors and the
-    weight's update are float32 in every dtype.
+    Under autocast it computes in autocast's dtype, as `torch.nn.functional.linear` does; unit vectors
+    are made in float32, and the gradients of raw vectors are in their own dtype.
 
     Args:
         x: (..., i).
@@ -34,7 +34,8 @@ def adapted_linear(
         bias: (o,) or None.
         vectors: float32.
         strength: α, not 0.
-        form: "weight" or "low_rank"; default: the cheaper one.
+        form: "weight", for many rows, or "low_rank", for few, where a single block transforms input and output in
+            sequence if it can; default: the cheaper one.
 
     Returns:
         (..., o), in the dtype that `torch.nn.functional.linear` would give.

@@ -42,7 +42,7 @@ def pack(vectors: Vectors, dtype: torch.dtype, spare: int = 0) -> tuple[Tensor, 
 def raw_gradients(
     vectors: Vectors, of_input: Tensor, of_output: Tensor | None, lengths: Tensor, spare: int = 0
 ) -> list[Tensor | None]:
-    """dL/dr for the raw vectors, from the gradients of their unit vectors; the factors −1 and 1 are still missing there.
+    """dL/dr for the raw vectors, from the gradients of their unit vectors, in which the factors −1 and 1 are missing.
 
     of_input: (m, i), of u (and v). of_output: (2, o), of v_out and u_out. lengths: as from `pack`, which computes in
     their dtype.
