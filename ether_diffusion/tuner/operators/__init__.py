@@ -14,9 +14,10 @@ So there are four forms of the same function:
 - activation side (`displacement`): reflect what goes into a layer and what comes out of it; works over any layer.
 
 `adapted_linear` takes the cheaper of the first three. What a layer of usual size waits for is the number of
-operations, each a launch on a GPU: `benchmarks/launches.py` counts them. Nothing is kept for the backward pass but the layer's input and a
-few vectors; W(α) is made again there. No gradient of the weight is ever made: it would be gᵀx, and all that is needed
-of it are its products with a few vectors.
+operations, each a launch on a GPU: `benchmarks/launches.py` counts them.
+
+Nothing is kept for the backward pass but the layer's input and a few vectors; W(α) is made again there. No gradient of
+the weight is ever made: it would be gᵀx, and all that is needed of it are its products with a few vectors.
 
 Axes: N rows of x, i inputs, o outputs, n blocks.
 
