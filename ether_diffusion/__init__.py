@@ -4,8 +4,23 @@ Importing this package registers ETHER with PEFT and gives every `DiffusionPipel
 """
 
 from ether_diffusion.adapters import pipeline as loaders
-from ether_diffusion.control.encoder import ControlEncoder, inject
-from ether_diffusion.control.pipelines import EtherControlPipeline, EtherControlXLPipeline
+from ether_diffusion.control.classes import (
+    EtherControlChromaPipeline,
+    EtherControlFlux2KleinPipeline,
+    EtherControlFlux2Pipeline,
+    EtherControlFluxPipeline,
+    EtherControlKrea2Pipeline,
+    EtherControlLumina2Pipeline,
+    EtherControlPipeline,
+    EtherControlQwenImagePipeline,
+    EtherControlSanaPipeline,
+    EtherControlStableDiffusion3Pipeline,
+    EtherControlXLPipeline,
+    EtherControlZImagePipeline,
+    control_pipeline_class,
+)
+from ether_diffusion.control.encoder import ControlEncoder, LatentControlEncoder
+from ether_diffusion.control.projection import inject
 from ether_diffusion.errors import EtherFileError
 from ether_diffusion.tuner.attention import EtherAttnProcessor, disable_ether_attention, enable_ether_attention
 from ether_diffusion.tuner.config import EtherConfig
@@ -19,13 +34,25 @@ __all__ = [
     "ControlEncoder",
     "EtherAttnProcessor",
     "EtherConfig",
+    "EtherControlChromaPipeline",
+    "EtherControlFlux2KleinPipeline",
+    "EtherControlFlux2Pipeline",
+    "EtherControlFluxPipeline",
+    "EtherControlKrea2Pipeline",
+    "EtherControlLumina2Pipeline",
     "EtherControlPipeline",
+    "EtherControlQwenImagePipeline",
+    "EtherControlSanaPipeline",
+    "EtherControlStableDiffusion3Pipeline",
     "EtherControlXLPipeline",
+    "EtherControlZImagePipeline",
     "EtherConv2d",
     "EtherFileError",
     "EtherLayer",
     "EtherLinear",
     "EtherModel",
+    "LatentControlEncoder",
+    "control_pipeline_class",
     "disable_ether_attention",
     "enable_ether_attention",
     "inject",

@@ -6,6 +6,7 @@ python tools/flag_table.py > docs/training-flags.md
 import dataclasses
 import re
 import sys
+import textwrap
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -42,7 +43,7 @@ def render(scripts: Mapping[str, type]) -> str:
         for title, rows in tables.items():
             if all((title, row) in known for row in rows):
                 shared.setdefault(known[title, rows[0]], []).append(title)
-        parts += [f"As in {before}: {', '.join(titles)}." for before, titles in shared.items()]
+        parts += [textwrap.fill(f"As in {before}: {', '.join(titles)}.", 119) for before, titles in shared.items()]
         for title, rows in tables.items():
             before = {known[title, row]: None for row in rows if (title, row) in known}
             if new := [row for row in rows if (title, row) not in known]:

@@ -24,9 +24,10 @@ from ether_diffusion.adapters.components import (
     records_of,
     tuner_layers,
 )
+from ether_diffusion.adapters.encoder_entry import about_encoder
 from ether_diffusion.adapters.fit import fit
 from ether_diffusion.adapters.schema import AdapterFile, Document, without_base_layer
-from ether_diffusion.control.encoder import CONTROL, ControlEncoder
+from ether_diffusion.control.encoder import CONTROL, AnyEncoder
 from ether_diffusion.control.pipelines import Control
 from ether_diffusion.tuner.config import EtherConfig
 from ether_diffusion.tuner.guards import guard
@@ -94,14 +95,16 @@ def _check_free(
                 )
 
 
-def add_control(pipe: DiffusionPipeline, adapter_name: str, encoder: ControlEncoder) -> None:
+def add_control(pipe: DiffusionPipeline, adapter_name: str, encoder: AnyEncoder) -> None:
     """Register a control encoder, as it is and in use, under the name of an adapter of the pipeline, or of none.
 
     Raises:
         ValueError: a name that is taken or cannot be one, or an encoder that does not fit.
     """
-    if not isinstance(encoder, ControlEncoder):
-        raise ValueError(f"add_control: got a {type(encoder).__name__}, needs a ControlEncoder")
+    if not isinstance(encoder, AnyEncoder):
+        raise ValueError(
+            f"add_control: got a {type(encoder).__name__}, needs a ControlEncoder or a LatentControlEncoder"
+        )
     check_name(adapter_name)
     records = records_of(pipe)
     record = records.get(adapter_name) or AdapterRecord(adapter_name)
@@ -142,9 +145,9 @@ def hotswap(pipe: DiffusionPipeline, file: AdapterFile, adapter_name: str) -> Ad
             where = f"hotswap: {component}: {path}"
             targets += _vector_targets(where, source, layers[path], vectors, adapter_name)
     replaced = {component: sorted(each.modules) for component, each in record.replaced.items()}
-    here = replaced | ({CONTROL: record.control.encoder.arguments} if record.control is not None else {})
+    here = replaced | ({CONTROL: about_encoder(record.control.encoder)} if record.control is not None else {})
     new = {
-        component: sorted(weights.about["modules"]) if component != CONTROL else fitted.encoder.arguments
+        component: sorted(weights.about["modules"]) if component != CONTROL else about_encoder(fitted.encoder)
         for component, weights in fitted.file.weights.items()
     }
     if here != new:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ether_diffusion.adapters.schema import canonical_path, without_base_layer
 from ether_diffusion.control.encoder import CONTROL
-from ether_diffusion.control.pipelines import Control
+from ether_diffusion.control.pipelines import Control, denoiser_name
 from ether_diffusion.errors import EtherFileError
 from ether_diffusion.tuner.base_layer import is_plain
 from ether_diffusion.tuner.config import EtherConfig
@@ -153,9 +153,9 @@ def records_of(pipe: DiffusionPipeline) -> dict[str, AdapterRecord]:
 
 
 def keep_record(pipe: DiffusionPipeline, record: AdapterRecord, components: Iterable[str]) -> None:
-    """Hang a record on the components that take part; that of a control encoder, on the UNet too."""
+    """Hang a record on the components that take part; that of a control encoder, on the denoiser too."""
     models = models_of(pipe)
-    names = [*components, *(["unet"] if record.control is not None else [])]
+    names = [*components, *([denoiser_name(pipe)] if record.control is not None else [])]
     for name in dict.fromkeys(names):
         models[name].__dict__.setdefault(RECORDS, {})[record.name] = record
 

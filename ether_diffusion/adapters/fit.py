@@ -19,9 +19,11 @@ from ether_diffusion.adapters.components import (
     names_of,
     replaceable_parameters,
 )
+from ether_diffusion.adapters.encoder_entry import empty_encoder
 from ether_diffusion.adapters.fingerprint import differing_components
 from ether_diffusion.adapters.schema import AdapterFile, ModuleWeights
-from ether_diffusion.control.encoder import CONTROL, ControlEncoder
+from ether_diffusion.control.classes import CONTROL_PIPELINES
+from ether_diffusion.control.encoder import CONTROL, AnyEncoder
 from ether_diffusion.errors import EtherFileError
 from ether_diffusion.tuner.config import EtherConfig
 from ether_diffusion.tuner.guards import projects_at_once
@@ -41,7 +43,7 @@ class Fitted:
     file: AdapterFile
     layers: dict[str, dict[str, dict[str, Tensor]]]
     parameters: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)
-    encoder: ControlEncoder | None = None
+    encoder: AnyEncoder | None = None
     other_base: list[str] = field(default_factory=list)
 
 
@@ -163,7 +165,7 @@ def _layers_for(where: str, model: nn.Module, config: EtherConfig, tensors: Mapp
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         path, _, vector = key.rpartition(".")
-        name = _resolve(modules, path)
+        name = find_module(modules, path)
         if name is None or "base_layer" in path.split("."):
             raise EtherFileError(
                 f"{where}: {path} does not exist in this {type(model).__name__}; the adapter was made for another "
@@ -185,7 +187,7 @@ def _layers_for(where: str, model: nn.Module, config: EtherConfig, tensors: Mapp
     return found
 
 
-def _resolve(modules: Mapping[str, nn.Module], path: str) -> str | None:
+def find_module(modules: Mapping[str, nn.Module], path: str) -> str | None:
     """The name in this model of the module at a canonical path, in whichever release's naming the model has."""
     candidates = (path, path.removeprefix("text_model."), f"text_model.{path}")
     return next((name for name in candidates if name in modules), None)
@@ -215,7 +217,7 @@ def _width(base: nn.Module, vector: str) -> int | None:
     return getattr(base, "out_features" if out else "in_features", None)
 
 
-def _encoder_for(pipe: DiffusionPipeline, where: str, weights: ModuleWeights) -> ControlEncoder:
+def _encoder_for(pipe: DiffusionPipeline, where: str, weights: ModuleWeights) -> AnyEncoder:
     """The encoder that sound weights of a file make up, in use on the pipeline's device.
 
     Raises:
@@ -224,16 +226,21 @@ def _encoder_for(pipe: DiffusionPipeline, where: str, weights: ModuleWeights) ->
     if not hasattr(pipe, "check_control"):
         raise EtherFileError(
             f"{where}: the adapter has a control encoder, which a {type(pipe).__name__} does not apply: load it onto "
-            "an EtherControlPipeline (for SDXL, EtherControlXLPipeline)"
+            f"an {_with_control(pipe)}"
         )
-    with torch.device("meta"):  # draws no random numbers for a start that is not kept
-        encoder = ControlEncoder(**weights.about["config"])
+    encoder = empty_encoder(weights.about)  # draws no random numbers for a start that is not kept
     if obstacle := pipe.check_control(encoder):
         raise EtherFileError(f"{where}: the encoder {obstacle}; it was made for another architecture")
     dtype = torch.get_default_dtype()
     encoder.load_state_dict({name: t.to(dtype, copy=True) for name, t in weights.tensors.items()}, assign=True)
     encoder.eval().requires_grad_(False)
     return encoder.to(pipe.device) if pipe.device.type != "meta" else encoder
+
+
+def _with_control(pipe: DiffusionPipeline) -> str:
+    """Names of the classes that apply control encoders, as far as they can be what is meant instead."""
+    kind = CONTROL_PIPELINES.get(type(pipe).__name__)
+    return "EtherControlPipeline (for SDXL, EtherControlXLPipeline)" if kind is None else kind.__name__
 
 
 def _parameters_for(where: str, model: nn.Module, weights: ModuleWeights) -> dict[str, nn.Parameter]:

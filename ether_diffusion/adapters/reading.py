@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ether_diffusion.adapters.entries import validated
 from ether_diffusion.adapters.schema import (
     MAX_TENSORS,
     AdapterFile,
@@ -25,7 +26,6 @@ from ether_diffusion.adapters.schema import (
     is_module_weight,
     read_document,
     split_components,
-    validated,
 )
 from ether_diffusion.errors import EtherFileError
 from ether_diffusion.tuner.config import ETHER
@@ -167,7 +167,7 @@ def _count_values(text: bytes) -> int:
 # Safetensors ----------------------------------------------------------------------------------------------------
 
 
-def _check_start(path: Path) -> None:
+def check_start(path: Path) -> None:
     """Refuse, from its length and its header's bytes, what is no safetensors file, or would cost far more memory.
 
     Raises:
@@ -205,7 +205,7 @@ def _open(path: Path, needs: str | None = None) -> tuple[dict[str, Tensor], dict
         EtherFileError: anything but a complete safetensors file of vectors: no data is read before the header is
             checked.
     """
-    _check_start(path)
+    check_start(path)
     try:
         with safe_open(path, "pt") as file:
             header, names = file.metadata() or {}, file.keys()

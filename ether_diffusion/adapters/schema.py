@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import hashlib
 import math
-import reprlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+from pydantic import ConfigDict, Field, StringConstraints, field_validator
 from torch import Tensor
 
-from ether_diffusion.control.encoder import CONTROL, ControlEncoder
+from ether_diffusion.adapters.encoder_entry import check_encoder
+from ether_diffusion.adapters.entries import Entry, validated
+from ether_diffusion.control.encoder import CONTROL
 from ether_diffusion.errors import EtherFileError
-from ether_diffusion.images import rising
 from ether_diffusion.tuner.config import EtherConfig
 from ether_diffusion.tuner.layer import EtherLayer
 from ether_diffusion.tuner.transforms import LARGEST_LENGTH, SMALLEST_LENGTH
@@ -38,9 +38,7 @@ VECTOR_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.floa
 MAX_TENSORS = 1 << 14
 MAX_WIDTH = 1 << 20  # numbers in one vector
 MAX_WEIGHT = 1 << 24  # numbers in one weight of a module
-MAX_WEIGHTS = 1 << 26  # numbers in all weights of modules together
-MAX_CHANNELS = 1 << 14
-MAX_LEVELS = 8
+MAX_WEIGHTS = 1 << 28  # numbers in all weights of modules together
 MAX_MODULES = 256
 
 
@@ -106,17 +104,10 @@ def digest(tensors: Mapping[str, Tensor], document: str) -> str:
 
 # The document -------------------------------------------------------------------------------------------------
 
-Channels = Annotated[int, Field(ge=1, le=MAX_CHANNELS)]
 ModulePath = Annotated[str, StringConstraints(min_length=1)]
 
 
-class _Entry(BaseModel):
-    """A part of the document: no other keys, no conversion of types."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class ConfigEntry(_Entry):
+class ConfigEntry(Entry):
     """An EtherConfig, as far as it describes the adapter and not the model."""
 
     method: str = "ether"
@@ -130,23 +121,7 @@ class ConfigEntry(_Entry):
     modules_to_save: list[str] | None = None
 
 
-class EncoderEntry(_Entry):
-    """The arguments of a `ControlEncoder`."""
-
-    out_channels: Channels
-    conditioning_channels: Channels
-    block_out_channels: Annotated[list[Channels], Field(min_length=1, max_length=MAX_LEVELS)]
-    interpolation: Literal["nearest", "lanczos"]
-    value_range: Annotated[list[float], AfterValidator(rising)] | None = None
-
-
-class ControlEntry(_Entry):
-    """What the document says of a control encoder."""
-
-    config: EncoderEntry
-
-
-class ModulesEntry(_Entry):
+class ModulesEntry(Entry):
     """What the document says of the modules that replace those of a component."""
 
     modules: Annotated[list[ModulePath], Field(min_length=1, max_length=MAX_MODULES)]
@@ -159,7 +134,7 @@ class ModulesEntry(_Entry):
         return modules
 
 
-class Document(_Entry):
+class Document(Entry):
     """What a file says of itself. Its writer may add entries of its own (the prompt); these are `model_extra`."""
 
     model_config = ConfigDict(extra="allow")
@@ -170,41 +145,6 @@ class Document(_Entry):
     versions: dict[str, str] = {}
     base_model: str | None = None
     base_fingerprint: dict[str, dict[str, str]] = {}
-
-
-Model = TypeVar("Model", bound=BaseModel)
-
-
-def validated(model: type[Model], where: str, values: Any) -> Model:
-    """Values from a file as a model.
-
-    Raises:
-        EtherFileError: the first thing that does not fit: where it stands, what arrived and what fits.
-    """
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        errors = [(_place(each["loc"], values), each) for each in error.errors(include_url=False)]
-        place, first = errors[0]
-        if first["type"] == "missing":
-            what = f"{first['loc'][-1]} is missing"
-        elif first["type"] == "extra_forbidden":
-            what = "is nothing that this release knows"
-        else:  # where several types fit, there is an error for each
-            messages = dict.fromkeys(each["msg"].removeprefix("Value error, ") for at, each in errors if at == place)
-            needs = " or ".join(messages).replace("Input should be", "needs")
-            what = f"got {reprlib.repr(first['input'])}: {needs}"
-        raise EtherFileError(": ".join([where, *([".".join(place)] if place else []), what])) from error
-
-
-def _place(steps: Sequence[int | str], values: Any) -> list[str]:
-    """The keys that lead to an error, without pydantic's names of types, which are no keys."""
-    place = []
-    for step in steps:
-        if isinstance(values, dict) and step in values or isinstance(values, list) and isinstance(step, int):
-            values = values[step]
-            place.append(str(step))
-    return place
 
 
 def read_document(where: str, values: Mapping[str, Any]) -> Document:
@@ -362,7 +302,7 @@ def check_weights(where: str, component: str, about: Any, tensors: Mapping[str, 
             finite.
     """
     if component == CONTROL:
-        _check_encoder(where, validated(ControlEntry, f"{where}: weights", about).config, tensors)
+        check_encoder(where, about, tensors)
     else:
         _check_modules(where, validated(ModulesEntry, f"{where}: weights", about).modules, tensors)
     names = {dtype: name for name, dtype in VECTOR_DTYPES.items()}
@@ -381,17 +321,3 @@ def _check_modules(where: str, modules: Sequence[str], tensors: Mapping[str, Ten
     for path in modules:
         if not any(name.startswith(f"{path}.") for name in tensors):
             raise EtherFileError(f"{where}: the module {path} is listed, but there are no weights of it")
-
-
-def _check_encoder(where: str, config: EncoderEntry, tensors: Mapping[str, Tensor]) -> None:
-    with torch.device("meta"):  # shapes alone: the sizes are the file's
-        needed = {name: tuple(p.shape) for name, p in ControlEncoder(**config.model_dump()).named_parameters()}
-    if wrong := sorted(set(needed) ^ set(tensors)):
-        raise EtherFileError(
-            f"{where}: {wrong[0]} {'is missing' if wrong[0] in needed else 'is no weight of a control encoder'}"
-        )
-    for name, shape in needed.items():
-        if tuple(tensors[name].shape) != shape:
-            raise EtherFileError(
-                f"{where}: {name} has shape {tuple(tensors[name].shape)}, but the config needs {shape}"
-            )

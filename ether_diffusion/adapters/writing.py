@@ -19,6 +19,7 @@ from ether_diffusion.adapters.components import (
     records_of,
     replaceable_parameters,
 )
+from ether_diffusion.adapters.encoder_entry import about_encoder
 from ether_diffusion.adapters.fingerprint import base_model_name, fingerprint
 from ether_diffusion.adapters.reading import interpret
 from ether_diffusion.adapters.schema import (
@@ -80,7 +81,7 @@ def _weights_of(
     if record.control is not None:
         encoder = record.control.encoder
         weights[CONTROL] = ModuleWeights(
-            {"config": encoder.arguments}, {name: p.detach() for name, p in encoder.named_parameters()}
+            about_encoder(encoder), {name: p.detach() for name, p in encoder.named_parameters()}
         )
     chosen = {component: set(replaced.modules) for component, replaced in record.replaced.items()}
     for component, paths in more.items():

@@ -20,20 +20,16 @@ from ether_diffusion.adapters.schema import AdapterFile, canonical_path
 from ether_diffusion.adapters.writing import collect
 from ether_diffusion.analysis.weights import angles_from_start, conflict, transform_distance, transform_of
 from ether_diffusion.base_models import open_pipeline
-from ether_diffusion.control.encoder import CONTROL, ControlEncoder
-from ether_diffusion.control.pipelines import EtherControlPipeline, EtherControlXLPipeline
-from ether_diffusion.errors import EtherFileError
+from ether_diffusion.control.classes import CONTROL_PIPELINES
+from ether_diffusion.control.controlnets import controlnets_for, with_controlnet
+from ether_diffusion.control.encoder import CONTROL
+from ether_diffusion.control.pipelines import denoiser_name, over
+from ether_diffusion.errors import EtherFileError, InputError
 from ether_diffusion.tuner.transforms import Transform
 
 METHODS = {"ether": "ETHER", "ether_plus": "ETHER+"}
 ADAPTER = "inspected"
 """The name under which an adapter is attached to the base that it is checked against."""
-CONTROLLED = {
-    diffusers.StableDiffusionPipeline: (EtherControlPipeline, diffusers.StableDiffusionControlNetPipeline),
-    diffusers.StableDiffusionXLPipeline: (EtherControlXLPipeline, diffusers.StableDiffusionXLControlNetPipeline),
-}
-"""Stock pipeline -> the one with light control, the one with a ControlNet."""
-
 Side = tuple[str | None, str, str]
 """Component, canonical module path, "input" or "output"."""
 
@@ -147,20 +143,23 @@ def open_base(
 ) -> diffusers.DiffusionPipeline:
     """Open the base as the pipeline that the adapter is made for: with control where the adapter has control.
 
-    A ControlNet starts as training starts it, as a copy of the UNet. For other adapters, and of other classes, the
-    base is opened as it is.
+    A ControlNet starts as training starts it, as a copy of the denoiser's first layers. For other adapters, and of
+    other classes, the base is opened as it is.
     """
     pipe = open_pipeline(base, variant=variant, revision=revision)
-    if type(pipe) not in CONTROLLED:
+    name, controlnet = type(pipe).__name__, "controlnet"
+    if name in CONTROL_PIPELINES and CONTROL in adapter.weights:
+        return over(CONTROL_PIPELINES[name], pipe)
+    kind = controlnets_for(name)
+    if kind is None or controlnet not in {*adapter.configs, *adapter.weights}:
         return pipe
-    light, with_controlnet = CONTROLLED[type(pipe)]
-    if CONTROL in adapter.weights:
-        return light.from_pipe(pipe)
-    if "controlnet" in {*adapter.configs, *adapter.weights}:
-        widths = ControlEncoder.for_unet(pipe.unet, factor=pipe.vae_scale_factor).config.block_out_channels
-        controlnet = diffusers.ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=widths)
-        return with_controlnet.from_pipe(pipe, controlnet=controlnet)
-    return pipe
+    held = adapter.weights.get(controlnet)
+    layers = kind.layers_in(held.tensors if held is not None else ())
+    try:
+        nets = kind(getattr(pipe, denoiser_name(pipe)), pipe.vae_scale_factor, layers)
+    except InputError:  # one that training did not begin as a copy
+        return pipe
+    return with_controlnet(pipe, nets.copy_of(nets.denoiser))
 
 
 def check_fit(

@@ -4,21 +4,25 @@
   ether-diffusion export --to kohya --base base --adapter dog style --scale 1 0.8 --dtype float16 --output_dir loras
 
 A LoRA is exact on the base weights it was computed from. What the formats hold: docs/export.md. Adapters of control
-training hold more than reflections, which no LoRA can, and are refused.
+training hold more than reflections, which no LoRA can, and are refused; but those of FLUX.1 with an encoder of latents
+are written for diffusers' FluxControlPipeline (--to diffusers-lora).
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 
 from diffusers import DiffusionPipeline
 
 from ether_diffusion.adapters.locate import find_adapter_file
+from ether_diffusion.adapters.schema import ModuleWeights
 from ether_diffusion.base_models import base_path
 from ether_diffusion.commands.base_version import add_base_version_arguments
 from ether_diffusion.control.encoder import CONTROL
 from ether_diffusion.dtypes import DTYPES
 from ether_diffusion.errors import InputError
+from ether_diffusion.export.control import FORMAT
 from ether_diffusion.export.lora import export_lora
 from ether_diffusion.export.lora_files import DEFAULT_NAMES, WRITERS
 from ether_diffusion.export.merge import open_adapted
@@ -55,17 +59,17 @@ def open_inputs(args: argparse.Namespace, result: str) -> tuple[DiffusionPipelin
     """
     for adapter in args.adapter:
         weights = find_adapter_file(adapter).weights
-        if not weights:
+        if not weights or _are_columns(args, weights):
             continue
         if CONTROL in weights:
             held = "a control encoder"
-            instead = "load it with EtherControlPipeline (for SDXL, EtherControlXLPipeline)"
+            instead = "load it with EtherControlPipeline (docs/control.md has the classes of other pipelines)"
         else:
             modules = "; ".join(f"{name}: {', '.join(each.about['modules'])}" for name, each in weights.items())
             held = f"modules that were trained as a whole ({modules})"
             instead = (
                 "control training leaves the ControlNet merged in the folder controlnet beside the file, for "
-                "ControlNetModel.from_pretrained"
+                "from_pretrained of ControlNetModel, FluxControlNetModel or SD3ControlNetModel"
             )
         raise InputError(f"--adapter {adapter}: holds {held}, which {result} has no place for; {instead}")
     return open_adapted(
@@ -76,6 +80,14 @@ def open_inputs(args: argparse.Namespace, result: str) -> tuple[DiffusionPipelin
         variant=args.variant,
         revision=args.revision,
     )
+
+
+def _are_columns(args: argparse.Namespace, weights: Mapping[str, ModuleWeights]) -> bool:
+    """Whether weights besides vectors are columns of FLUX.1's first layer, which a LoRA of diffusers' format holds."""
+    if set(weights) != {CONTROL} or weights[CONTROL].about.get("kind") != "latent":
+        return False
+    config = DiffusionPipeline.load_config(base_path(args.base), revision=args.revision)
+    return getattr(args, "to", None) == FORMAT and config["_class_name"] == "FluxPipeline"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -98,7 +98,12 @@ def _component_row(entry: Mapping[str, Any], layers: Iterable[Mapping[str, Any]]
 
 
 def _weights_row(entry: Mapping[str, Any]) -> tuple[str, ...]:
-    if config := entry.get("config"):
+    config = entry.get("config")
+    if config and entry.get("kind") == "latent":
+        patch = config["patch_size"]
+        columns = f"{config['in_channels'] * patch**2} to {config['out_channels']}"
+        what = f"control encoder of latents, {columns} channels, patches of {patch}, {config['interpolation']}"
+    elif config:
         widths = (config["conditioning_channels"], *config["block_out_channels"], config["out_channels"])
         what = f"control encoder, channels {'-'.join(map(str, widths))}, {config['interpolation']}"
     else:

@@ -13,6 +13,8 @@ COMMANDS = {
     "analyze": "measure what an adapter does to the weights of a base model",
     "export": "write adapters as a LoRA for PEFT, diffusers, or kohya's format (ComfyUI, A1111)",
     "merge": "write a whole pipeline with adapters merged into its weights",
+    "generate": "generate images from prompts, each with adapters of its own, in mixed batches",
+    "serve": "answer requests for images over HTTP, in OpenAI's form, each with adapters of its own",
     "evaluate-control": "measure how well images follow their control images",
     "demo": "open a web page to generate, train, inspect and export",
 }

@@ -13,9 +13,8 @@ from PIL import Image, PngImagePlugin
 
 from ether_diffusion.errors import InputError
 from ether_diffusion.images import DAMAGE
+from ether_diffusion.serving.png import TEXT_KEY
 
-TEXT_KEY = "ether_diffusion"
-"""Of the PNG text chunk that holds the settings."""
 MAP_CHUNK = b"etMp"
 """Of the private PNG chunk that holds the map, as a PNG. Text chunks are read up to one megabyte only."""
 LARGEST_MAP = 2048

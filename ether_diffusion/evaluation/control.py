@@ -1,23 +1,26 @@
 """How well a pipeline under control follows its control images: generate from each, score, compare with the base."""
 
 import importlib.util
+import inspect
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from ether_diffusion import metrics
-from ether_diffusion.analysis.report import CONTROLLED
 from ether_diffusion.base_models import MINIATURE as SHIPPED
 from ether_diffusion.base_models import base_path, miniature_name, open_pipeline
-from ether_diffusion.control.encoder import CONTROL, ControlEncoder
+from ether_diffusion.control.classes import CONTROL_PIPELINES
+from ether_diffusion.control.controlnets import CONTROLNETS, controlnets_for, start_noise, with_controlnet
+from ether_diffusion.control.encoder import CONTROL, read_encoder
+from ether_diffusion.control.pipelines import denoiser_name, native_sides, over, stock_class
 from ether_diffusion.errors import InputError
 from ether_diffusion.evaluation.features import FRECHET_FEATURES, MINIATURE, MiniatureFeatures
 from ether_diffusion.evaluation.samples import IGNORED, Sample, held_out, read_samples
@@ -26,7 +29,8 @@ from ether_diffusion.images import image_grid
 from ether_diffusion.metrics.frechet import INCEPTION
 from ether_diffusion.miniature.control_data import HELD_OUT
 from ether_diffusion.miniature.segmenter import MiniatureSegmenter
-from ether_diffusion.training.families.unet import latent_side
+from ether_diffusion.training.families import families
+from ether_diffusion.training.families.unet import GUIDANCE_SCALE, latent_side
 from ether_diffusion.training.methods.saving import load_trained
 from ether_diffusion.training.options.base import POSITIVE, OptionGroup, option
 from ether_diffusion.training.options.control import RANGE, parse_range
@@ -52,7 +56,9 @@ class ControlEvaluation(OptionGroup):
     output_dir: Path = option("Folder for report.json and sheet.png.")
     max_samples: int | None = option("Use only the first so many lines of --data_dir.", None, fits=POSITIVE)
     num_inference_steps: int = option("Denoising steps of each image.", 25, fits=POSITIVE)
-    guidance_scale: float = option("Guidance by the caption.", 7.5)
+    guidance_scale: float | None = option(
+        f"Guidance by the caption. Default: {GUIDANCE_SCALE} with a UNet, else the pipeline's own.", None
+    )
     controlnet_conditioning_scale: float = option("Strength of control.", 1.0)
     seed: int = option("Of the noise that images start from. Default: 0.", 0)
     batch_size: int = option("Images at once.", 4, fits=POSITIVE)
@@ -90,14 +96,14 @@ def evaluate(options: ControlEvaluation) -> tuple[dict[str, Any], Image.Image]:
 
     Raises:
         InputError: data that cannot be used, or a package that is missing.
-        ValueError: an adapter that does not fit, or a base without a UNet.
+        ValueError: an adapter that does not fit, or a base for which there is no control.
         OSError: nothing there, or the Hub cannot be reached.
     """
     base = base_path(options.base or SHIPPED)
     features = options.fid_features or (INCEPTION if options.miniature is None else MINIATURE)
     pipe = _open(base, options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    side = latent_side(pipe.unet, base) * pipe.vae_scale_factor
+    side, options = _side(pipe, base), replace(options, guidance_scale=_guidance(pipe, options))
     samples = _samples(options, side)
     _check_features(features, len(samples))
     controlled, argument = _controlled(pipe, options)
@@ -184,8 +190,8 @@ def _open(base: str, options: ControlEvaluation) -> DiffusionPipeline:
 
 def _prepared(pipe: DiffusionPipeline, given: str) -> DiffusionPipeline:
     """The pipeline, ready to generate without progress bars; `given`: the flag and value that it comes from."""
-    if getattr(pipe, "unet", None) is None:
-        raise InputError(f"{given}: {type(pipe).__name__} has no UNet, which control needs")
+    if type(pipe).__name__ not in CONTROL_PIPELINES:
+        raise InputError(f"{given}: is a {type(pipe).__name__}; control is for {', '.join(CONTROL_PIPELINES)}")
     if getattr(pipe, "safety_checker", None) is not None:
         pipe.safety_checker = None  # an image that it blackens would be scored
     pipe.set_progress_bar_config(disable=True)
@@ -195,26 +201,53 @@ def _prepared(pipe: DiffusionPipeline, given: str) -> DiffusionPipeline:
 def _controlled(pipe: DiffusionPipeline, options: ControlEvaluation) -> tuple[DiffusionPipeline, str]:
     """The pipeline under control, and the argument of its calls that takes the control images."""
     folder = Path(options.adapter)
-    large = isinstance(pipe, StableDiffusionXLPipeline)
-    light, with_controlnet = CONTROLLED[StableDiffusionXLPipeline if large else StableDiffusionPipeline]
-    net = next((each for each in (folder, folder / "controlnet") if _is_controlnet(each)), None)
+    name = type(pipe).__name__
+    light, nets = CONTROL_PIPELINES[name], controlnets_for(name)
+    found = {each: kind for each in (folder, folder / "controlnet") if (kind := _controlnet_class(each))}
+    net = next(iter(found), None)
+    if net is not None and (nets is None or nets.model_class.__name__ != found[net]):
+        raise InputError(f"--adapter {net}: is a {found[net]}, which is not for a {name}")
     if net is not None:
-        controlled = with_controlnet.from_pipe(pipe, controlnet=ControlNetModel.from_pretrained(net))
+        controlled = with_controlnet(pipe, nets.model_class.from_pretrained(net))
     elif (folder / CONTROL).is_dir():  # beside what training with another method has left
-        controlled = light.from_pipe(_prepared(load_trained(pipe, folder), f"--adapter {folder}"))
-        controlled.add_control("control", ControlEncoder.from_pretrained(folder / CONTROL))
+        controlled = over(light, _prepared(load_trained(pipe, folder), f"--adapter {folder}"))
+        controlled.add_control("control", read_encoder(folder / CONTROL))
     else:
-        controlled = light.from_pipe(pipe)
+        controlled = over(light, pipe)
         controlled.load_ether_weights(options.adapter)
         if not controlled.controls:
             raise InputError(f"--adapter {folder}: holds no control encoder, so images would ignore their maps")
     controlled.set_progress_bar_config(disable=True)
-    return controlled, "control_image" if net is None else "image"
+    return controlled, "control_image" if net is None else nets.argument
 
 
-def _is_controlnet(folder: Path) -> bool:
+def _side(pipe: DiffusionPipeline, base: str) -> int:
+    """Side in pixels of the images that are generated."""
+    if denoiser_name(pipe) == "unet":
+        return latent_side(pipe.unet, base) * pipe.vae_scale_factor
+    return native_sides(pipe)[0]
+
+
+def _guidance(pipe: DiffusionPipeline, options: ControlEvaluation) -> float:
+    """Guidance by the caption: as asked for, else a UNet's usual one or the pipeline's own."""
+    if options.guidance_scale is not None:
+        return options.guidance_scale
+    if denoiser_name(pipe) == "unet":
+        return GUIDANCE_SCALE
+    return inspect.signature(type(pipe).__call__).parameters[_guidance_argument(pipe)].default
+
+
+def _guidance_argument(pipe: DiffusionPipeline) -> str:
+    """What the pipeline calls guidance by the caption."""
+    family = families().get(stock_class(pipe).__name__)  # none of those with a ControlNet
+    return getattr(family, "guidance_argument", "guidance_scale")
+
+
+def _controlnet_class(folder: Path) -> str | None:
+    """Name of the class of a ControlNet in a folder; None where there is none."""
     config = folder / "config.json"
-    return config.is_file() and json.loads(config.read_text("utf-8")).get("_class_name") == ControlNetModel.__name__
+    name = json.loads(config.read_text("utf-8")).get("_class_name") if config.is_file() else None
+    return name if name in {kind.model_class.__name__ for _, kind in CONTROLNETS.values()} else None
 
 
 def _generate(
@@ -226,17 +259,26 @@ def _generate(
     """
     images: list[Image.Image] = []
     title = "without control" if argument is None else "with control"
+    how: dict[str, Any] = {}
+    if denoiser_name(pipe) == "transformer":
+        how[_guidance_argument(pipe)] = options.guidance_scale
+        if "use_resolution_binning" in inspect.signature(stock_class(pipe).__call__).parameters:
+            how["use_resolution_binning"] = False  # the size is that of the control images
+    else:
+        how["guidance_scale"] = options.guidance_scale
     for start in tqdm(range(0, len(samples), options.batch_size), desc=title, mininterval=5):
         part = samples[start : start + options.batch_size]
         control: dict[str, Any] = {}
         if argument is not None:
             control[argument] = [sample.control for sample in part]
             control["controlnet_conditioning_scale"] = options.controlnet_conditioning_scale
+        draws = [generator(options.seed, "evaluation", start + k) for k in range(len(part))]
+        control |= start_noise(pipe, len(part), part[0].control.size[::-1], draws)
         images += pipe(
             [sample.text for sample in part],
             num_inference_steps=options.num_inference_steps,
-            guidance_scale=options.guidance_scale,
-            generator=[generator(options.seed, "evaluation", start + k) for k in range(len(part))],
+            **how,
+            generator=draws,
             **control,
         ).images
     return images

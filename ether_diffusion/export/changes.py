@@ -24,9 +24,8 @@ def stacked_delta(weight: Tensor, adapters: Sequence[Adaptation]) -> Factors:
     """Exact factors of what adapters do to a weight one after the other.
 
     With W_j = adapt(W_{j−1}) the sum telescopes, W_m − W_0 = Σ_j (W_j − W_{j−1}) = Σ_j B_j A_j, so the factors of the
-    steps side by side are the factors of the whole. They are then rewritten with orthonormal rows A, by a QR
-    decomposition in float64: where terms nearly cancel (ETHER+ near its start has v̂ ≈ −û), they have to do so before
-    B and A are rounded.
+    steps side by side are the factors of the whole. They are then rewritten with orthonormal rows A: terms may nearly
+    cancel (ETHER+ near its start has v̂ ≈ −û).
 
     Args:
         weight: (o, i) or (o, i, *kernel).
@@ -39,7 +38,15 @@ def stacked_delta(weight: Tensor, adapters: Sequence[Adaptation]) -> Factors:
     for adaptation in adapters:
         steps.append(low_rank_delta(weight, *adaptation))
         weight = adapt_weight(weight, *adaptation)
-    down, up = torch.cat([step[0] for step in steps]), torch.cat([step[1] for step in steps], 1)
+    return orthonormal(torch.cat([step[0] for step in steps]), torch.cat([step[1] for step in steps], 1))
+
+
+def orthonormal(down: Tensor, up: Tensor) -> Factors:
+    """The product of factors (r, i·k) and (o, r) as one of the rank min(r, o, i·k), with orthonormal rows of `down`.
+
+    In float64: what nearly cancels has done so before the factors are rounded.
+    """
+    down, up = down.double(), up.double()
     if len(down) > len(up):
         up, triangle = torch.linalg.qr(up)
         down = triangle @ down
@@ -94,17 +101,23 @@ class Change:
         return relative_error(found, dense_delta(self.weight, list(self.adapters.values())), self.weight)
 
 
-def changes_of(pipe: DiffusionPipeline, adapter_names: Sequence[str] | str | None = None) -> list[Change]:
+def changes_of(
+    pipe: DiffusionPipeline,
+    adapter_names: Sequence[str] | str | None = None,
+    *,
+    with_encoder: str | None = None,
+) -> list[Change]:
     """The change of every layer that the named adapters act on, at their present strengths.
 
     Args:
         adapter_names: in the order in which they act. Default: the active adapters.
+        with_encoder: an adapter whose control encoder is written elsewhere, so there may be no change at all.
 
     Raises:
         ValueError: an unknown adapter, none that acts, a quantised or offloaded weight, or another method's adapter
             on the pipeline.
     """
-    check_alone(pipe)
+    check_alone(pipe, with_encoder)
     known = records_of(pipe)
     adapter_names = None if adapter_names is None else named(adapter_names, known)
     changes = [
@@ -112,7 +125,7 @@ def changes_of(pipe: DiffusionPipeline, adapter_names: Sequence[str] | str | Non
         for component, path, layer in _layers(pipe)
         if (acting := _acting(layer, adapter_names))
     ]
-    if not changes:
+    if not changes and with_encoder is None:
         raise _nothing("export", adapter_names or known)
     return changes
 
@@ -149,17 +162,20 @@ def _nothing(verb: str, names: Iterable[str]) -> ValueError:
     )
 
 
-def check_alone(pipe: DiffusionPipeline) -> None:
+def check_alone(pipe: DiffusionPipeline, with_encoder: str | None = None) -> None:
     """Raise where the pipeline holds what a LoRA or merged weights have no place for, beside ETHER's vectors.
 
     That is adapters of another method, whose modules would be written as they are, and what control training leaves
     besides: replaced modules, or an encoder that is in use, without which the adapter is not what was trained.
 
+    with_encoder: an adapter whose encoder is not lost.
+
     Raises:
         ValueError: with the adapters' names and components.
     """
     for name, record in records_of(pipe).items():
-        if record.replaced or (record.control is not None and record.control.active):
+        has_encoder = record.control is not None and record.control.active and name != with_encoder
+        if record.replaced or has_encoder:
             held = f"replaced modules of {', '.join(record.replaced)}" if record.replaced else "a control encoder"
             raise ValueError(
                 f"{name}: holds {held}, which would be lost; only save_ether_weights writes them: delete it first "

@@ -20,10 +20,13 @@ from torch import Tensor
 from ether_diffusion.adapters.components import models_of
 from ether_diffusion.adapters.fingerprint import base_model_name, fingerprint
 from ether_diffusion.dtypes import DTYPES
-from ether_diffusion.export.changes import Change, alignment, changes_of, stacked_delta
+from ether_diffusion.export.changes import Change, alignment, changes_of, relative_error, stacked_delta
+from ether_diffusion.export.control import COMPONENT, FIRST_LAYER, Columns, control_columns, widened
 from ether_diffusion.export.lora_files import (
     DEFAULT_NAMES,
     WRITERS,
+    Key,
+    Stored,
     diffusers_components,
     finish,
     gather_parts,
@@ -50,6 +53,7 @@ class Report:
     strengths: Mapping[str, list[float]]  # by adapter: those of its layers
     erases: bool  # an adapter is ETHER, whose reflection erases û halfway
     unread: bool = False  # by diffusers, which has no reader for this format of this family
+    has_columns: bool = False  # of the first layer, which see a control image
 
     def __str__(self) -> str:
         low, high = min(self.ranks.values()), max(self.ranks.values())
@@ -70,6 +74,11 @@ class Report:
             lines.append(
                 f"diffusers has no reader for {self.to} of this family: load_lora_weights would pass over this file; "
                 "export to diffusers-lora for it"
+            )
+        if self.has_columns:
+            lines.append(
+                "the first layer has new columns, which see the control image: load_lora_weights of diffusers' "
+                "FluxControlPipeline widens it"
             )
         lines.append(
             "two exported adapters add instead of composing, the more wrongly the larger max |û_a·û_b|: export "
@@ -96,6 +105,8 @@ def export_lora(
 ) -> Report:
     """Write ETHER adapters of a pipeline, composed and at their present strengths, as one LoRA.
 
+    On FLUX.1, "diffusers-lora" also holds a control encoder of latents, for diffusers' `FluxControlPipeline`.
+
     Args:
         output_dir: peft-lora: a new folder, with a folder per component. Else: the folder of the file.
         to: "peft-lora", "diffusers-lora" (for `load_lora_weights`) or "kohya" (for sd-scripts, ComfyUI, A1111-likes).
@@ -117,18 +128,25 @@ def export_lora(
         raise ValueError(f"rank={rank}: a whole number of at least 1, or None for each layer's exact rank")
     target = _target(Path(output_dir), to, weight_name)
     with new_path(target) as partial:
-        changes = changes_of(pipe, adapter_names)
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        columns = control_columns(pipe, to, names)
+        changes = changes_of(pipe, names, with_encoder=None if columns is None else columns.adapter)
         places = [_place(pipe, change, to) for change in changes]
         keys = [(change.component, place.name) for change, place in zip(changes, places, strict=True)]
         factors = [stacked_delta(change.weight, list(change.adapters.values())) for change in changes]
+        layers = gather_parts(list(zip(keys, places, factors, strict=True)))
+        inputs = {key: tuple(change.weight.shape[1:]) for key, change in zip(keys, changes, strict=True)}
+        if columns is not None:
+            first = COMPONENT, FIRST_LAYER
+            layers[first], inputs[first] = widened(layers.get(first), columns), (2 * columns.weight.shape[1],)
         stored = finish(
-            gather_parts(list(zip(keys, places, factors, strict=True))),
-            {key: tuple(change.weight.shape[1:]) for key, change in zip(keys, changes, strict=True)},
+            layers,
+            inputs,
             rank=rank,
             dtype=dtype,
             one_alpha=to == "kohya",
         )
-        strengths, dtype_name = _strengths(changes), str(dtype).removeprefix("torch.")
+        strengths, dtype_name = _strengths(changes, columns), str(dtype).removeprefix("torch.")
         record = {
             "adapters": [{"name": name, "strengths": values} for name, values in strengths.items()],
             "base_model": base_model_name(pipe),
@@ -144,13 +162,17 @@ def export_lora(
             size=sum(file.stat().st_size for file in (partial, *partial.rglob("*")) if file.is_file()),
             ranks={".".join(key): len(layer.down) for key, layer in stored.items()},
             errors={
-                f"{change.component}.{change.canonical}": change.error_of(stored[key].change(place.rows))
+                f"{change.component}.{change.canonical}": change.error_of(
+                    stored[key].change(place.rows)[:, : change.weight[0].numel()]
+                )
                 for change, key, place in zip(changes, keys, places, strict=True)
-            },
+            }
+            | _errors_of_columns(stored, columns),
             conflicts=_conflicts(changes),
             strengths=strengths,
             erases=any(each.vectors.v is None for change in changes for each in change.adapters.values()),
             unread=to == "kohya" and family_of(models_of(pipe)) in UNREAD_BY_DIFFUSERS,
+            has_columns=columns is not None,
         )
 
 
@@ -193,8 +215,17 @@ def _place(pipe: DiffusionPipeline, change: Change, to: str) -> Place:
     return own_place(change.path if to == "peft-lora" else change.canonical, change.layer)
 
 
-def _strengths(changes: Sequence[Change]) -> dict[str, list[float]]:
-    found: dict[str, set[float]] = {}
+def _errors_of_columns(stored: Mapping[Key, Stored], columns: Columns | None) -> dict[str, float]:
+    """The relative error of the columns that see a control image, if there are any."""
+    if columns is None:
+        return {}
+    outputs, inputs = columns.weight.shape
+    found = stored[COMPONENT, FIRST_LAYER].change(slice(outputs))[:, inputs:]
+    return {"control_encoder": relative_error(found, columns.weight, columns.weight)}
+
+
+def _strengths(changes: Sequence[Change], columns: Columns | None) -> dict[str, list[float]]:
+    found: dict[str, set[float]] = {} if columns is None else {columns.adapter: {columns.strength}}
     for change in changes:
         for name, adaptation in change.adapters.items():
             found.setdefault(name, set()).add(adaptation.strength)

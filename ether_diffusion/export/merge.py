@@ -17,6 +17,9 @@ from ether_diffusion.adapters.components import check_removable, ether_layers, m
 from ether_diffusion.adapters.locate import find_adapter_file
 from ether_diffusion.adapters.schema import WEIGHTS_NAME
 from ether_diffusion.base_models import open_pipeline
+from ether_diffusion.control.classes import control_pipeline_class
+from ether_diffusion.control.encoder import CONTROL
+from ether_diffusion.control.pipelines import over
 from ether_diffusion.dtypes import DTYPES
 from ether_diffusion.export.changes import check_acting, check_alone
 from ether_diffusion.files import new_path
@@ -57,6 +60,8 @@ def open_adapted(
         raise ValueError(f"{len(adapters)} adapters, but {len(scales)} strengths: one for each, or one for all")
     files = [find_adapter_file(adapter) for adapter in adapters]  # before the base, which takes longer
     pipe = open_pipeline(base, dtype=torch.float32, variant=variant, revision=revision)
+    if any(CONTROL in file.weights for file in files):
+        pipe = over(control_pipeline_class(type(pipe)), pipe)
     names = [_label(number, adapter) for number, adapter in enumerate(adapters, 1)]
     for name, file in zip(names, files, strict=True):
         record = attach(pipe, file, name)

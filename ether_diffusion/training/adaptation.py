@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from ether_diffusion.training.families import Blueprint, Family, ModelSource
 from ether_diffusion.training.methods.configs import Method, configs_of
 from ether_diffusion.training.methods.injection import Configs, add_adapters, dry_run
 from ether_diffusion.training.methods.saving import loading_code, save_trained
+from ether_diffusion.training.objectives import REFERENCE
 from ether_diffusion.training.optimizers import parameter_groups
 from ether_diffusion.training.options import TrainingOptions
 
@@ -53,6 +55,8 @@ class Adaptation(Generic[Options]):
         tags: of the model card.
         inputs: what the card's code calls the pipeline with besides the prompt.
         can_shard: whether what is trained can be made beside a sharded denoiser.
+        second: what the other image is for where images come in pairs, as `ImageSet` takes it.
+        beside: models beside those of the pipeline, without weights, by name.
 
     Raises:
         InputError: layers that are not there, or cannot be adapted so.
@@ -61,6 +65,8 @@ class Adaptation(Generic[Options]):
     tags: tuple[str, ...] = ("dreambooth",)
     inputs: str = ""
     can_shard: bool = True
+    second: str = REFERENCE
+    beside: Mapping[str, nn.Module] = MappingProxyType({})
 
     def __init__(self, options: Options, method: Method, family: type[Family], blueprint: Blueprint):
         self.method, self.family_class = method, family

@@ -5,10 +5,10 @@
         --train_data_dir data --validation_image map.png --validation_prompt "a red house" \\
         --mixed_precision fp16 --train_batch_size 8 --max_train_steps 20000 --output_dir out/maps
 
---control_type light, the paper's setting, trains a small encoder beside the reflections of a frozen UNet and leaves
-one file; --control_type controlnet trains a ControlNet whose copied weights are frozen under reflections, and leaves a
-stock ControlNet folder besides. Everything that can be wrong is checked before the weights are loaded. A run that was
-stopped goes on with --resume_from_checkpoint latest.
+--control_type light, the paper's setting, trains a small encoder beside the reflections of a frozen UNet or
+transformer and leaves one file; --control_type controlnet trains a ControlNet whose copied weights are frozen under
+reflections, and leaves a stock ControlNet folder besides. Everything that can be wrong is checked before the weights
+are loaded. A run that was stopped goes on with --resume_from_checkpoint latest.
 Flags may also stand in a YAML or JSON file, by their names without dashes, given before all flags: maps.yaml --seed 1.
 """
 
@@ -38,7 +38,7 @@ def run(options: Options, command: str) -> TrainingResult | None:
         InputError: what the user gave cannot be used; nothing heavy is loaded then.
     """
     kind = LightControl if options.control.control_type == "light" else ControlNetAdaptation
-    planned = TrainingRun(options, command, kind)
+    planned = TrainingRun(options, command, kind, options.flow)
     images = TrainingImages(
         find_pairs(options.data, seed=options.run.seed, value_range=parse_range(options.control.conditioning_range)),
         interpolation=options.control.conditioning_interpolation,

@@ -29,22 +29,21 @@ class ControlAdaptation(Adaptation[ControlTrainingOptions]):
     """
 
     tags = ("controlnet",)
+    second = objectives.CONTROL_IMAGE
     control: str
     objective: type[objectives.DenoisingObjective]
 
     def __init__(self, options: ControlTrainingOptions, method: Method, family: type[Family], blueprint: Blueprint):
-        if "unet" not in blueprint.models:
+        if options.data.streaming and family.is_flow and not options.adapter.train_text_encoder:
             raise InputError(
-                f"{family.pipeline_class}: control is trained for pipelines with a UNet, such as "
-                "StableDiffusionPipeline and StableDiffusionXLPipeline"
+                f"--streaming: a {family.pipeline_class} encodes all prompts before the training, and a stream never "
+                "tells all of them; drop it"
             )
         self.factor = blueprint.resolution_multiple
         self.interpolation = options.control.conditioning_interpolation
         self.value_range = parse_range(options.control.conditioning_range)
         self.path = options.control.controlnet_model_name_or_path
         self.given = f"--controlnet_model_name_or_path {self.path}"
-        with torch.device("meta"):
-            self.planned_encoder = self.make_encoder(blueprint.models["unet"])
         super().__init__(options, method, family, blueprint)
 
     @property
@@ -105,10 +104,10 @@ class ControlAdaptation(Adaptation[ControlTrainingOptions]):
             f'control = load_image("map.png")  # the control image{note}',
         ]
 
-    def make_encoder(self, unet: nn.Module) -> ControlEncoder:
-        """An encoder for this UNet, its weights drawn from the global random numbers."""
-        return ControlEncoder.for_unet(
-            unet, factor=self.factor, interpolation=self.interpolation, value_range=self.value_range
+    def make_encoder(self, denoiser: nn.Module) -> ControlEncoder:
+        """An encoder of images for this denoiser, its weights drawn from the global random numbers."""
+        return ControlEncoder.for_denoiser(
+            denoiser, factor=self.factor, interpolation=self.interpolation, value_range=self.value_range
         )
 
 

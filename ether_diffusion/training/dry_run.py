@@ -12,6 +12,7 @@ from torch import nn
 from ether_diffusion.dtypes import PRECISIONS
 from ether_diffusion.training.card import CARD_NAME, GRID_NAME
 from ether_diffusion.training.families.quantization import BITS
+from ether_diffusion.training.families.source import parameter_counts
 from ether_diffusion.training.memory import format_bytes
 from ether_diffusion.training.run import CheckedRun
 
@@ -67,12 +68,13 @@ def memory_parts(checked: CheckedRun, *, per_sample: int = 1, references: int = 
     width, denoiser = dtype.itemsize, run.family_class.denoiser
     bits = BITS.get(str(options.performance.quantize), 8 * width)
     parts = {name: int(n * (bits / 8 if name == denoiser else width)) for name, n in run.blueprint.parameters.items()}
+    parts |= {name: width * count for name, count in parameter_counts(run.adaptation.beside).items()}
     states = OPTIMIZER_STATES[options.optimization.optimizer]
     parts["trained, gradients, optimiser"] = 4 * run.adaptation.parameter_count * (2 + states)
     if run.family_class.is_flow:
         images = per_sample * options.optimization.train_batch_size
-        values = _kept_values(checked, run.blueprint.models[denoiser], images, shown=1 + references)
-        parts[ACTIVATIONS] = width * values
+        models = [run.blueprint.models[denoiser], *run.adaptation.beside.values()]
+        parts[ACTIVATIONS] = width * sum(_kept_values(checked, each, images, shown=1 + references) for each in models)
     return parts
 
 

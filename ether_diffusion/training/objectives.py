@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ether_diffusion.control.encoder import CONTROL, inject
+from ether_diffusion.control.encoder import CONTROL
+from ether_diffusion.control.projection import inject
 from ether_diffusion.training.data import TrainingImages
 from ether_diffusion.training.data.views import Framing, View
 from ether_diffusion.training.families import Family
@@ -18,6 +19,8 @@ from ether_diffusion.training.families.base import Conditioning
 from ether_diffusion.training.seeds import generator
 
 ENCODER, CONTROLNET = CONTROL, "controlnet"
+REFERENCE, CONTROL_IMAGE, CONTROL_LATENTS = "reference", "control image", "control latents"
+"""What the second image of a pair is for: seen as a reference, or control, as an image or as its latents."""
 
 _KEPT_VIEWS = 512
 
@@ -38,7 +41,7 @@ class Sample:
     """What one prediction is asked about: latents and noise (c, h, w), and what goes with them.
 
     level: how noisy, as the family's noise has it.
-    control: the control image (3, height, width), from 0 to 1, or None.
+    control: the control image (3, height, width), from 0 to 1, or its latents (c, h, w), or None.
     reference, seen: latents (c, h, w) of the reference image, and that image (3, height, width), from -1 to 1, where
         the text encoders read it; or None.
     """
@@ -61,10 +64,20 @@ class ImageSet:
         family: encodes them.
         seed: of all that is drawn: latents, noise and level of a sample follow from (seed, index) alone.
         noise_offset: size of a shift of each channel's noise.
+        second: what the other image is for, where images come in pairs.
     """
 
-    def __init__(self, images: TrainingImages, family: Family, *, seed: int, noise_offset: float = 0.0):
+    def __init__(
+        self,
+        images: TrainingImages,
+        family: Family,
+        *,
+        seed: int,
+        noise_offset: float = 0.0,
+        second: str = REFERENCE,
+    ):
         self.images, self.family, self.seed, self.noise_offset = images, family, seed, noise_offset
+        self.second = second
         self._statistics: dict[tuple[View, bool], Tensor] = {}
         self._kept_views = _KEPT_VIEWS
 
@@ -96,24 +109,27 @@ class ImageSet:
         """What a sample has of the image that goes with its image, if there is one."""
         if not self.images.has_seconds(view):
             return {}
-        if not self.family.takes_references:
+        if self.second == CONTROL_IMAGE:
             return {"control": self.images.control(view)}
+        latents = self.family.latents.draw(self._encode(view, second=True), None)
+        if self.second == CONTROL_LATENTS:
+            return {"control": latents}
         seen = {"seen": self.images.reference(view)} if self.family.reads_references else {}
-        return {"reference": self.family.latents.draw(self._encode(view, reference=True), None), **seen}
+        return {"reference": latents, **seen}
 
     @torch.no_grad()
-    def _encode(self, view: View, reference: bool = False) -> Tensor:
+    def _encode(self, view: View, second: bool = False) -> Tensor:
         """The autoencoder's answer for a view, kept: with few images and crops most views come back.
 
         Views are encoded one by one, so that the result does not depend on the batch.
 
-        reference: of the reference image instead.
+        second: of the reference or control image instead.
         """
-        key = (view, reference)
+        key = (view, second)
         if key not in self._statistics:
             if len(self._statistics) >= self._kept_views:
                 del self._statistics[next(iter(self._statistics))]
-            pixels = self.images.reference(view) if reference else self.images.pixels(view)
+            pixels = self.images.reference(view) if second else self.images.pixels(view)
             with self.family.on_device("vae"):
                 self._statistics[key] = self.family.latents.encode(pixels)
         return self._statistics[key]
@@ -121,12 +137,12 @@ class ImageSet:
     def encode_all(self) -> None:
         """Encode every view that can come; needs images with fixed or central crops. They are kept on the CPU."""
         views = [(view, False) for view in self.images.all_views()]
-        if self.family.takes_references:
+        if self.second != CONTROL_IMAGE:
             views += [(view, True) for view, _ in views if self.images.has_seconds(view)]
         self._kept_views = len(views)
         with self.family.on_device("vae"):
-            for view, reference in views:
-                self._statistics[view, reference] = self._encode(view, reference).cpu()
+            for view, second in views:
+                self._statistics[view, second] = self._encode(view, second).cpu()
 
     def prompts(self) -> dict[tuple[str, View | None], list[Tensor] | None]:
         """Every prompt that can come, with the reference image that is read beside it, where one is.
@@ -232,7 +248,7 @@ class DenoisingObjective(nn.Module):
 
 
 class LightControlObjective(DenoisingObjective):
-    """Denoise with the features that an encoder makes of the control images, added after the UNet's conv_in.
+    """Denoise with the features that an encoder makes of the control images, added after the first projection.
 
     The encoder is the component `control_encoder`.
 
@@ -248,7 +264,7 @@ class LightControlObjective(DenoisingObjective):
 
 
 class ControlNetObjective(DenoisingObjective):
-    """Denoise with a frozen UNet, to whose activations a ControlNet, the component `controlnet`, adds.
+    """Denoise with a frozen denoiser, to whose activations a ControlNet, the component `controlnet`, adds.
 
     Source: ControlNet, arXiv:2302.05543.
     """
@@ -262,5 +278,5 @@ class ControlNetObjective(DenoisingObjective):
 
 
 def control_images(drawn: Sequence[Sample]) -> Tensor:
-    """The control images of samples, (b, 3, height, width)."""
+    """The control images of samples, (b, 3, height, width), or their latents (b, c, h, w)."""
     return torch.stack([sample.control for sample in drawn])

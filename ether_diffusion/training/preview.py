@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -113,7 +114,7 @@ class Preview:
         pipe: generates in place of the family's pipeline; takes the control images.
         """
         rows: list[tuple[str, list[Image.Image]]] = []
-        tuned = self._generate(pipe or self.family.pipe)
+        tuned = self._generate(pipe or self.family.pipe, controlled=self.controls is not None)
         for k, prompt in enumerate(self.prompts):
             if self.controls is not None:
                 rows.append(("control", [self.controls[k]]))
@@ -132,8 +133,8 @@ class Preview:
             log_images(accelerator, "validation", [grid], step)
 
     @torch.no_grad()
-    def _generate(self, pipe: DiffusionPipeline) -> list[list[Image.Image]]:
-        """The images of every prompt, by the model as it is."""
+    def _generate(self, pipe: DiffusionPipeline, *, controlled: bool = False) -> list[list[Image.Image]]:
+        """The images of every prompt, by the model as it is, under the control images or not."""
         quiet, scheduler = dict(getattr(pipe, "_progress_bar_config", {})), pipe.scheduler
         pipe.set_progress_bar_config(disable=True)
         pipe.scheduler = sampling_scheduler(scheduler, self.options)
@@ -141,18 +142,23 @@ class Preview:
         try:
             # One at a time: large images side by side need more memory than the training did.
             with self.family.on_device(*self.family.modules()):
-                return [[self._image(pipe, row, number) for number in numbers] for row in range(len(self.prompts))]
+                return [
+                    [self._image(pipe, row, number, controlled) for number in numbers]
+                    for row in range(len(self.prompts))
+                ]
         finally:
             pipe.scheduler = scheduler
             pipe.set_progress_bar_config(**{"disable": False, **quiet})
 
-    def _image(self, pipe: DiffusionPipeline, row: int, number: int) -> Image.Image:
+    def _image(self, pipe: DiffusionPipeline, row: int, number: int, controlled: bool) -> Image.Image:
         inputs: dict[str, Any] = dict(self.inputs)
         if self.controls is not None:
             control = self.controls[row]
-            inputs = {"width": control.width, "height": control.height}
-            if pipe is not self.family.pipe:  # the base takes no control image
-                inputs["image" if hasattr(pipe, "controlnet") else "control_image"] = control
+            size = {"width": control.width, "height": control.height}
+            inputs = {**self.family.size_inputs((control.height, control.width)), **size}
+            if controlled:
+                taken = inspect.signature(pipe.__call__).parameters
+                inputs["control_image" if "control_image" in taken else "image"] = control
         return self.family.generate(
             [self.prompts[row]],
             pipe=pipe,

@@ -213,7 +213,8 @@ class CheckedRun:
         idle = set(family.component_names) - {family.denoiser, *configs}
         family.freeze(run.accelerator.device, offloaded=sorted(idle) if options.performance.offload else ())
         offset = options.optimization.noise_offset
-        sets = [ImageSet(each, family, seed=seed, noise_offset=offset) for seed, each in drawn_from.items()]
+        how = {"noise_offset": offset, "second": run.adaptation.second}
+        sets = [ImageSet(each, family, seed=seed, **how) for seed, each in drawn_from.items()]
         self._encode(family, sets, prompts, reference)
         preview = None
         # A sharded denoiser runs on all processes or on none.

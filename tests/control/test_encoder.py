@@ -13,7 +13,7 @@ from ether_diffusion import (
 
 @pytest.mark.parametrize("factor", [1, 2, 4, 8, 16])
 def test_an_encoder_reduces_a_image_as_the_autoencoder_does(plain, factor):
-    encoder = ControlEncoder.for_unet(plain.unet, factor=factor)
+    encoder = ControlEncoder.for_denoiser(plain.unet, factor=factor)
     assert encoder.factor == factor
     assert encoder(torch.rand(2, 3, 32, 48)).shape == (2, 16, 32 // factor, 48 // factor)
     assert encoder.config.block_out_channels[:4] == (16, 32, 96, 256)[: len(encoder.config.block_out_channels)]
@@ -24,13 +24,13 @@ def test_an_encoder_reduces_a_image_as_the_autoencoder_does(plain, factor):
     [(320, 8, 1_086_480), (80, 4, 113_600)],  # Stable Diffusion of every size, and the miniature
 )
 def test_an_encoder_has_the_published_number_of_parameters(channels, factor, count):
-    encoder = ControlEncoder.for_unet(torch.nn.ModuleDict({"conv_in": torch.nn.Conv2d(4, channels, 3)}), factor)
+    encoder = ControlEncoder.for_denoiser(torch.nn.ModuleDict({"conv_in": torch.nn.Conv2d(4, channels, 3)}), factor)
     assert sum(parameter.numel() for parameter in encoder.parameters()) == count
 
 
 def test_an_encoder_for_an_adapted_unet_reads_through_the_adapter(plain):
     plain.unet.add_adapter(EtherConfig(target_modules=["conv_in"], num_blocks=2))
-    assert ControlEncoder.for_unet(plain.unet, 2).config.out_channels == 16
+    assert ControlEncoder.for_denoiser(plain.unet, 2).config.out_channels == 16
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_an_encoder_that_cannot_be_built_says_what_fits(options, message):
     with pytest.raises(ValueError, match=message):
         ControlEncoder(**options)
     with pytest.raises(ValueError, match="factor=6: 1, 2, 4"):
-        ControlEncoder.for_unet(None, factor=6)
+        ControlEncoder.for_denoiser(None, factor=6)
     with pytest.raises(ValueError, match=r"\(1, 3, 5, 8\).*multiples of 2"):
         ControlEncoder(4, block_out_channels=(4, 4))(torch.rand(1, 3, 5, 8))
 

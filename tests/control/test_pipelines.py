@@ -63,8 +63,8 @@ def test_the_control_acts_in_the_same_steps_as_a_controlnet(
 ):
     ours, theirs = [], []
 
-    def watching(unet, features):
-        return inject(unet, lambda: ours.append((now := features()) is not None) or now)
+    def watching(unet, features, **options):
+        return inject(unet, lambda: ours.append((now := features()) is not None) or now, **options)
 
     monkeypatch.setattr("ether_diffusion.control.pipelines.inject", watching)
     options = {"prompt": "a dog", "num_inference_steps": 10, "output_type": "latent"}

@@ -8,12 +8,12 @@ import torch
 
 pytest.importorskip("gradio_client")
 
-from helpers.demo import close, connect, serve_page  # noqa: E402
+from helpers.demo import MAX_BATCH, close, connect, serve_page  # noqa: E402
 
 from ether_diffusion import miniature  # noqa: E402
 from ether_diffusion.commands.demo import SHIPPED  # noqa: E402
+from ether_diffusion.control.classes import EtherControlPipeline  # noqa: E402
 from ether_diffusion.control.encoder import ControlEncoder  # noqa: E402
-from ether_diffusion.control.pipelines import EtherControlPipeline  # noqa: E402
 from ether_diffusion.demo.library import Library  # noqa: E402
 from ether_diffusion.demo.worker import Worker  # noqa: E402
 
@@ -24,7 +24,7 @@ def adapters(tmp_path_factory) -> Path:
     folder = shutil.copytree(SHIPPED, tmp_path_factory.mktemp("adapters"), dirs_exist_ok=True)
     torch.manual_seed(0)
     pipe = EtherControlPipeline.from_pipe(miniature.load_pipeline())
-    encoder = ControlEncoder.for_unet(pipe.unet, factor=pipe.vae_scale_factor)
+    encoder = ControlEncoder.for_denoiser(pipe.unet, factor=pipe.vae_scale_factor)
     torch.nn.init.normal_(encoder.embedding.conv_out.weight, std=0.2)
     pipe.add_control("map", encoder)
     pipe.save_ether_weights(folder / "map", "map")
@@ -34,7 +34,7 @@ def adapters(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="package")
 def worker(adapters):
-    worker = Worker(miniature.FOLDER, Library(adapters), device="cpu")
+    worker = Worker(miniature.FOLDER, Library(adapters), device="cpu", max_batch=MAX_BATCH)
     yield worker
     worker.close()
 

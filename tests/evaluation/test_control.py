@@ -12,8 +12,8 @@ from PIL import Image
 
 from ether_diffusion import miniature
 from ether_diffusion.commands import main as cli
+from ether_diffusion.control.classes import EtherControlPipeline
 from ether_diffusion.control.encoder import ControlEncoder
-from ether_diffusion.control.pipelines import EtherControlPipeline
 from ether_diffusion.evaluation import control
 from ether_diffusion.miniature.control_data import HELD_OUT, write_control_data
 from ether_diffusion.miniature.segmenter import train_segmenter
@@ -27,7 +27,7 @@ def evaluate(*words: object) -> int:
 def encoder_file(tiny_pipeline_folder, tmp_path) -> Path:
     """An encoder that nothing was taught, for the tiny pipeline."""
     pipe = EtherControlPipeline.from_pretrained(tiny_pipeline_folder)
-    pipe.add_control("default", ControlEncoder.for_unet(pipe.unet, pipe.vae_scale_factor))
+    pipe.add_control("default", ControlEncoder.for_denoiser(pipe.unet, pipe.vae_scale_factor))
     pipe.save_ether_weights(tmp_path / "adapter")
     return tmp_path / "adapter"
 
@@ -108,7 +108,7 @@ def test_the_miniature_is_evaluated_from_its_maps_to_the_report(tmp_path, monkey
     segmenter = train_segmenter(QUICK)
     monkeypatch.setattr(control.MiniatureSegmenter, "load_or_train", lambda folder: segmenter)
     pipe = EtherControlPipeline.from_pretrained(miniature.FOLDER)
-    pipe.add_control("default", ControlEncoder.for_unet(pipe.unet, pipe.vae_scale_factor))
+    pipe.add_control("default", ControlEncoder.for_denoiser(pipe.unet, pipe.vae_scale_factor))
     pipe.save_ether_weights(tmp_path / "adapter")
     given = ("--miniature", 4, "--adapter", tmp_path / "adapter", "--num_inference_steps", 2)
     assert evaluate(*given, "--output_dir", tmp_path / "out") == 0

@@ -204,7 +204,7 @@ def test_what_control_training_leaves_is_not_lost_in_a_merge_or_an_export(tiny_p
     pipe = EtherControlPipeline.from_pretrained(tiny_pipeline_folder)
     pipe.load_ether_weights(file, "dog")
     if held == "a control encoder":
-        pipe.add_control("dog", ControlEncoder.for_unet(pipe.unet, factor=pipe.vae_scale_factor))
+        pipe.add_control("dog", ControlEncoder.for_denoiser(pipe.unet, factor=pipe.vae_scale_factor))
     before = snapshot(pipe)
     with pytest.raises(ValueError, match=f"dog: holds {held}.* which would be lost; only save_ether_weights"):
         if verb == "merge":

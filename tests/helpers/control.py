@@ -23,7 +23,7 @@ OTHER = Image.fromarray(np.random.default_rng(1).integers(0, 256, (16, 16, 3), d
 
 def make_encoder(pipe, seed: int | None = 3, **options) -> ControlEncoder:
     """An encoder that fits; without a seed, untrained."""
-    encoder = ControlEncoder.for_unet(pipe.unet, factor=pipe.vae_scale_factor, **options)
+    encoder = ControlEncoder.for_denoiser(pipe.unet, factor=pipe.vae_scale_factor, **options)
     if seed is not None:
         torch.manual_seed(seed)
         for parameter in encoder.parameters():

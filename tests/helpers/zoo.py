@@ -17,8 +17,8 @@ from diffusers import (
 from peft import inject_adapter_in_model
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from ether_diffusion import ControlEncoder, EtherConfig, EtherLayer
-from ether_diffusion.analysis.report import CONTROLLED
+from ether_diffusion import ControlEncoder, EtherConfig, EtherLayer, control_pipeline_class
+from ether_diffusion.control.controlnets import with_controlnet
 
 STEM = ["controlnet_cond_embedding", "controlnet_mid_block"]
 
@@ -132,15 +132,14 @@ def ether_layers_of(pipe: DiffusionPipeline) -> list[EtherLayer]:
 def save_control(kind: str, base: Path, folder: Path, *, vectors: bool = True) -> Path:
     """What control training leaves: "light", with an encoder, or "controlnet", with two modules."""
     stock = DiffusionPipeline.from_pretrained(base)
-    light, with_controlnet = CONTROLLED[type(stock)]
-    encoder = ControlEncoder.for_unet(stock.unet, factor=stock.vae_scale_factor)
+    encoder = ControlEncoder.for_denoiser(stock.unet, factor=stock.vae_scale_factor)
     if kind == "light":
-        pipe, component = light.from_pipe(stock), "unet"
+        pipe, component = control_pipeline_class(type(stock)).from_pipe(stock), "unet"
         pipe.add_control("default", encoder)
     else:
         widths = encoder.config.block_out_channels
         net = ControlNetModel.from_unet(stock.unet, conditioning_embedding_out_channels=widths)
-        pipe, component = with_controlnet.from_pipe(stock, controlnet=net), "controlnet"
+        pipe, component = with_controlnet(stock, net), "controlnet"
     if vectors:
         adapt_components(pipe, component, num_blocks=2, target_modules=["to_q"])
     whole = {"replaced_modules": {"controlnet": STEM}} if kind == "controlnet" else {}

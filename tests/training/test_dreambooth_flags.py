@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ether_diffusion  # noqa: F401  (gives pipelines their *_ether_* methods)
+from ether_diffusion.latents import LatentSpace
 from ether_diffusion.training.families import StableDiffusion
-from ether_diffusion.training.latents import LatentSpace
 from ether_diffusion.training.options import METHODS
 
 

@@ -18,11 +18,11 @@ from transformers.utils import is_torchvision_available
 from ether_diffusion import EtherConfig
 from ether_diffusion.errors import InputError
 from ether_diffusion.images import to_pixels
+from ether_diffusion.tokens import from_tokens, join_patches
 from ether_diffusion.training.families import Family, ModelSource, families, family_at, family_of, flow
 from ether_diffusion.training.families.qwen_edit import QwenImageEdit, QwenImageEditPlus
 from ether_diffusion.training.families.unet import UNetFamily
 from ether_diffusion.training.methods.injection import add_adapters, trained_parameters
-from ether_diffusion.training.tokens import from_tokens, join_patches
 
 SHAPES = [(1, 1), (1, 2), (2, 1)]
 """Sizes of images, in sides of the smallest square."""

@@ -164,6 +164,9 @@ def test_other_methods_train_and_load(method, flow_bases, on, train):
     if method == "lora":
         stock = DiffusionPipeline.from_pretrained(base)
         stock.load_lora_weights(folder)
+        (saved,) = map(load_file, folder.glob("*.safetensors"))
+        loaded = [key for key, _ in stock.transformer.named_parameters() if ".lora_A." in key]
+        assert len(loaded) == sum(".lora_A." in key for key in saved) == len(saved) / 2
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
+from ether_diffusion.latents import LatentSpace
 from ether_diffusion.training.data.views import Framing, Target
 from ether_diffusion.training.families.source import ModelSource
-from ether_diffusion.training.latents import LatentSpace
 from ether_diffusion.training.noise import DiscreteNoise, FlowNoise
 from ether_diffusion.training.options import FlowOptions, PerformanceOptions
 from ether_diffusion.tuner.attention import enable_ether_attention
@@ -37,7 +37,9 @@ class Family:
       dtype)`: the pipeline with its weights;
     - `noise` and `latents`, and `native_resolution`, the side in pixels that the denoiser was made for;
     - `encode_prompts(prompts)`: their conditioning, and `encode_framings` if the denoiser is told sizes and crops;
-    - `predict(noisy, levels, conditioning)`: what the denoiser answers, in the convention of `noise.target`.
+    - `predict(noisy, levels, conditioning)`: what the denoiser answers, in the convention of `noise.target`;
+    - where there are ControlNets, `residuals(controlnet, noisy, levels, conditioning, control)`: what one adds to the
+      denoiser's activations, as `predict` takes it by name.
 
     Class attributes:
         pipeline_class: name of the pipeline of diffusers that it covers.

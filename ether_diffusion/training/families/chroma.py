@@ -6,10 +6,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ether_diffusion.tokens import from_tokens, grid_ids, join_patches, split_patches, to_tokens
 from ether_diffusion.training.families.base import Conditioning, rows, stacked
 from ether_diffusion.training.families.flow import FlowFamily
 from ether_diffusion.training.families.flux import DOUBLE_ATTENTION
-from ether_diffusion.training.tokens import from_tokens, grid_ids, join_patches, split_patches, to_tokens
 
 
 class Chroma(FlowFamily):

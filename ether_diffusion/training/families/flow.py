@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from transformers.utils import is_torchvision_available
 
 from ether_diffusion.base_models import absent_components
+from ether_diffusion.control.pipelines import stock_class
 from ether_diffusion.errors import InputError
 from ether_diffusion.images import some, to_pixels, to_rgb
+from ether_diffusion.latents import LatentSpace, side_factor
 from ether_diffusion.training.data.views import Target
 from ether_diffusion.training.families.base import Conditioning, Family
 from ether_diffusion.training.families.quantization import loading_config, quantize_loaded
 from ether_diffusion.training.families.source import Blueprint, ModelSource, parameter_counts
-from ether_diffusion.training.latents import LatentSpace, side_factor
 from ether_diffusion.training.noise import FlowNoise
 from ether_diffusion.training.options import FlowOptions
 
@@ -247,7 +248,7 @@ class FlowFamily(Family):
         inputs |= self.prompt_inputs(self._encoded(prompts, seen))
         if self.negative_prompt is not None:
             negative = self._encoded([None] * len(prompts), seen)
-            taken = inspect.signature(pipe.__call__).parameters
+            taken = inspect.signature(stock_class(pipe).__call__).parameters
             given = {f"{NEGATIVE}{name}": value for name, value in self.prompt_inputs(negative).items()}
             given["negative_prompt"] = None  # not all pipelines leave it away by default
             inputs |= {name: value for name, value in given.items() if name in taken}
@@ -284,9 +285,10 @@ class FlowFamily(Family):
         """Encoded prompts as the pipeline takes them."""
         return {name: torch.stack([row[name] for row in conditioning]) for name in conditioning[0]}
 
-    def guidance_of(self, noisy: Tensor) -> Tensor | None:
-        """What the transformer is told of guidance, for each sample; None where it has no embedding of it."""
-        if not getattr(self.component(self.denoiser).config, "guidance_embeds", False):
+    def guidance_of(self, noisy: Tensor, model: nn.Module | None = None) -> Tensor | None:
+        """What the transformer, or another model, is told of guidance, for each sample; None without an embedding."""
+        model = self.component(self.denoiser) if model is None else model
+        if not getattr(model.config, "guidance_embeds", False):
             return None
         return torch.full((len(noisy),), self.guidance, device=noisy.device)
 

@@ -1,18 +1,21 @@
 """FLUX.1: CLIP's pooled text and T5's states, 2×2 patches as tokens; Kontext adds the tokens of a reference image."""
 
+import inspect
 from collections.abc import Sequence
 from math import prod
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import FluxTransformer2DModel
-from torch import Tensor
+from diffusers import DiffusionPipeline, FluxControlNetModel, FluxTransformer2DModel
+from torch import Tensor, nn
 
+from ether_diffusion.control.controlnets import start_noise
+from ether_diffusion.tokens import from_tokens, grid_ids, join_patches, split_patches, to_tokens
 from ether_diffusion.training.data.views import Target
 from ether_diffusion.training.families.base import Conditioning, rows, stacked
 from ether_diffusion.training.families.flow import FlowFamily
 from ether_diffusion.training.families.source import ModelSource
-from ether_diffusion.training.tokens import from_tokens, grid_ids, join_patches, split_patches, to_tokens
 from ether_diffusion.tuner.model import ATTENTION
 
 DOUBLE_ATTENTION = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -41,29 +44,73 @@ class Flux(FlowFamily):
         states, pooled, _ = self.pipe.encode_prompt(list(prompts), device=self.device)
         return rows(prompt_embeds=states, pooled_prompt_embeds=pooled)
 
+    def generate(self, prompts: Sequence[str], *, pipe: DiffusionPipeline | None = None, **inputs: Any) -> Any:
+        pipe = pipe or self.pipe
+        if "controlnet" in pipe.components:
+            # As without a ControlNet: with one, the pipeline has another guidance, and the latents of the control
+            # image take the first random numbers.
+            if inputs.get("guidance_scale") is None:
+                call = inspect.signature(getattr(diffusers, self.pipeline_class).__call__)
+                inputs["guidance_scale"] = call.parameters["guidance_scale"].default
+            self.component(self.denoiser)
+            size = (inputs["height"], inputs["width"])
+            inputs |= start_noise(pipe, len(prompts), size, inputs["generator"])
+        return super().generate(prompts, pipe=pipe, **inputs)
+
     def predict(
         self,
         noisy: Tensor,
         levels: Tensor,
         conditioning: Sequence[Conditioning],
         references: Sequence[Tensor] = (),
+        **residuals: Any,
     ) -> Tensor:
-        """The velocity, in the shape of the latents; references: latents of a reference image for each."""
+        """The velocity, in the shape of the latents.
+
+        Args:
+            noisy, levels, conditioning: as for every family.
+            references: latents of a reference image for each.
+            residuals: from a ControlNet.
+        """
         transformer, patches = self.component(self.denoiser), split_patches(noisy)
-        given = [patches, *(split_patches(each) for each in references)]
-        ids = [grid_ids(*each.shape[-2:], axes=3, first=min(k, 1)) for k, each in enumerate(given)]
-        text = stacked(conditioning, "prompt_embeds").to(transformer.dtype)
-        answer = transformer(
-            hidden_states=torch.cat([to_tokens(each) for each in given], 1).to(transformer.dtype),
-            timestep=levels,
-            guidance=self.guidance_of(noisy),
-            pooled_projections=stacked(conditioning, "pooled_prompt_embeds").to(transformer.dtype),
-            encoder_hidden_states=text,
-            txt_ids=torch.zeros(text.shape[1], 3, device=noisy.device),
-            img_ids=torch.cat(ids).to(noisy.device),
-            return_dict=False,
-        )[0]
+        given = self._arguments(transformer, [patches, *map(split_patches, references)], levels, conditioning)
+        answer = transformer(**given, **residuals)[0]
         return join_patches(from_tokens(answer, patches))
+
+    def residuals(
+        self,
+        controlnet: FluxControlNetModel,
+        noisy: Tensor,
+        levels: Tensor,
+        conditioning: Sequence[Conditioning],
+        control: Tensor,
+    ) -> dict[str, Any]:
+        """What a ControlNet adds to the transformer's activations, as `predict` takes it.
+
+        control: latents of the control images (b, c, h, w).
+        """
+        given = self._arguments(controlnet, [split_patches(noisy)], levels, conditioning)
+        seen = to_tokens(split_patches(control)).to(given["hidden_states"].dtype)
+        double, single = controlnet(controlnet_cond=seen, **given)
+        return {"controlnet_block_samples": double, "controlnet_single_block_samples": single}
+
+    def _arguments(
+        self, model: nn.Module, images: Sequence[Tensor], levels: Tensor, conditioning: Sequence[Conditioning]
+    ) -> dict[str, Any]:
+        """What the transformer or a ControlNet is called with; images: patches (b, 4c, h, w), the noisy ones first."""
+        dtype, device = self.component(self.denoiser).dtype, levels.device
+        ids = [grid_ids(*each.shape[-2:], axes=3, first=min(k, 1)) for k, each in enumerate(images)]
+        text = stacked(conditioning, "prompt_embeds").to(dtype)
+        return {
+            "hidden_states": torch.cat([to_tokens(each) for each in images], 1).to(dtype),
+            "timestep": levels,
+            "guidance": self.guidance_of(images[0], model),
+            "pooled_projections": stacked(conditioning, "pooled_prompt_embeds").to(dtype),
+            "encoder_hidden_states": text,
+            "txt_ids": torch.zeros(text.shape[1], 3, device=device),
+            "img_ids": torch.cat(ids).to(device),
+            "return_dict": False,
+        }
 
 
 class FluxKontext(Flux):

@@ -6,10 +6,10 @@ import torch
 from diffusers import Flux2Transformer2DModel
 from torch import Tensor
 
+from ether_diffusion.tokens import from_tokens, grid_ids, to_tokens
 from ether_diffusion.training.families.base import Conditioning, rows, stacked
 from ether_diffusion.training.families.flow import FlowFamily
 from ether_diffusion.training.families.source import ModelSource
-from ether_diffusion.training.tokens import from_tokens, grid_ids, to_tokens
 from ether_diffusion.tuner.model import DENOISER_TARGETS
 
 REFERENCE_STEP = 10

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ether_diffusion.tokens import pad_rows
 from ether_diffusion.training.families.base import Conditioning
 from ether_diffusion.training.families.prefixed import PrefixedFamily
-from ether_diffusion.training.tokens import pad_rows
 
 
 class Lumina2(PrefixedFamily):

@@ -5,9 +5,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ether_diffusion.tokens import pad_rows
 from ether_diffusion.training.families.base import Conditioning
 from ether_diffusion.training.families.flow import FlowFamily
-from ether_diffusion.training.tokens import pad_rows
 
 
 class PrefixedFamily(FlowFamily):

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ether_diffusion.tokens import from_tokens, join_patches, pad_rows, split_patches, to_tokens
 from ether_diffusion.training.families.base import Conditioning
 from ether_diffusion.training.families.flow import FlowFamily
 from ether_diffusion.training.families.flux import DOUBLE_ATTENTION
-from ether_diffusion.training.tokens import from_tokens, join_patches, pad_rows, split_patches, to_tokens
 
 
 class QwenImage(FlowFamily):

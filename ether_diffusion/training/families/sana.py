@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
+from ether_diffusion.control.pipelines import stock_class
+from ether_diffusion.tokens import pad_rows
 from ether_diffusion.training.data.views import Target
 from ether_diffusion.training.families.base import Conditioning
 from ether_diffusion.training.families.prefixed import PrefixedFamily
 from ether_diffusion.training.families.source import ModelSource
-from ether_diffusion.training.tokens import pad_rows
 
 
 class Sana(PrefixedFamily):
@@ -33,7 +34,9 @@ class Sana(PrefixedFamily):
     def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
         """States (tokens, width) of each prompt after the instruction, without those of the instruction."""
         # `encode_prompt` has no instruction unless it is given one; the pipeline gives its own.
-        instruction = inspect.signature(self.pipe.__call__).parameters["complex_human_instruction"].default
+        instruction = (
+            inspect.signature(stock_class(self.pipe).__call__).parameters["complex_human_instruction"].default
+        )
         states, mask, _, _ = self.pipe.encode_prompt(
             list(prompts), False, device=self.device, complex_human_instruction=instruction
         )

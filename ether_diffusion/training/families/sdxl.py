@@ -4,11 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLControlNetPipeline
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from ether_diffusion.control.pipelines import EtherControlXLPipeline
 from ether_diffusion.errors import InputError
 from ether_diffusion.training.data.views import Framing
 from ether_diffusion.training.families.base import Conditioning, rows, stacked
@@ -27,8 +25,6 @@ class StableDiffusionXL(UNetFamily):
     """
 
     pipeline_class = "StableDiffusionXLPipeline"
-    light_control_pipeline_class = EtherControlXLPipeline
-    controlnet_pipeline_class = StableDiffusionXLControlNetPipeline
     vae_precision = torch.float32  # in float16 SDXL's autoencoder overflows
     encoder_classes = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 

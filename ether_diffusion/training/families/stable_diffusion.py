@@ -3,10 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from diffusers import StableDiffusionControlNetPipeline
 from transformers import CLIPTextModel
 
-from ether_diffusion.control.pipelines import EtherControlPipeline
 from ether_diffusion.training.families.base import Conditioning, rows, stacked
 from ether_diffusion.training.families.unet import UNetFamily
 
@@ -15,8 +13,6 @@ class StableDiffusion(UNetFamily):
     """Stable Diffusion 1 (epsilon) and 2 (epsilon at 512 pixels, v at 768)."""
 
     pipeline_class = "StableDiffusionPipeline"
-    light_control_pipeline_class = EtherControlPipeline
-    controlnet_pipeline_class = StableDiffusionControlNetPipeline
     encoder_classes = {"text_encoder": CLIPTextModel}
     # The safety checker is left out: it costs 1.2 GB and has no part in training.
     loading = {"safety_checker": None, "requires_safety_checker": False}

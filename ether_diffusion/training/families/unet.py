@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTokenizer
 
 from ether_diffusion.errors import InputError
+from ether_diffusion.latents import LatentSpace, side_factor
 from ether_diffusion.training.families.base import Conditioning, Family
 from ether_diffusion.training.families.quantization import loading_config, quantize_loaded
 from ether_diffusion.training.families.source import Blueprint, ModelSource, parameter_counts
-from ether_diffusion.training.latents import LatentSpace, side_factor
 from ether_diffusion.training.noise import DiscreteNoise
 
 GUIDANCE_SCALE = 7.5
@@ -74,8 +74,6 @@ class UNetFamily(Family):
 
     Class attributes:
         encoder_classes: the components that encode prompts, name -> class.
-        light_control_pipeline_class, controlnet_pipeline_class: our pipeline of a light encoder, and the stock one of
-            a ControlNet, for this family.
         loading: what `from_pretrained` is told besides.
         vae_precision: of the autoencoder's arithmetic; None leaves that of its weights.
 
@@ -84,8 +82,6 @@ class UNetFamily(Family):
 
     denoiser = "unet"
     encoder_classes: ClassVar[Mapping[str, type[nn.Module]]]
-    light_control_pipeline_class: ClassVar[type[DiffusionPipeline]]
-    controlnet_pipeline_class: ClassVar[type[DiffusionPipeline]]
     loading: ClassVar[Mapping[str, Any]] = {}
     vae_precision: ClassVar[torch.dtype | None] = None
 

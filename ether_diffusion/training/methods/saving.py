@@ -71,7 +71,9 @@ def _write_lora(folder: Path, pipe: DiffusionPipeline, configs: Configs, metadat
     for component in configs:
         model = getattr(pipe, component)
         tensors = get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
-        arguments[f"{component}_lora_layers"] = convert_state_dict_to_diffusers(tensors)
+        # Transformers are read under PEFT's names; of diffusers' own, not all would be found again.
+        tensors = tensors if component == "transformer" else convert_state_dict_to_diffusers(tensors)
+        arguments[f"{component}_lora_layers"] = tensors
         arguments[f"{component}_lora_adapter_metadata"] = _public_config(model).to_dict()
     pipe.save_lora_weights(folder, **arguments)
     path = folder / LORA_NAME  # once more, with our metadata beside that of diffusers

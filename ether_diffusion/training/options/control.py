@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ether_diffusion.control.encoder import ENCODERS
 from ether_diffusion.errors import InputError
 from ether_diffusion.images import INTERPOLATIONS, rising
-from ether_diffusion.training.options.base import ABOVE_ZERO, PART, POSITIVE, Fits, OptionGroup, option
+from ether_diffusion.training.options.base import ABOVE_ZERO, NOT_NEGATIVE, PART, POSITIVE, Fits, OptionGroup, option
 from ether_diffusion.training.options.model import METHODS, AdapterOptions
+from ether_diffusion.training.options.noise import FlowOptions
 from ether_diffusion.training.options.optimization import OptimizationOptions
 from ether_diffusion.training.options.run import RunOptions, TrainingOptions, ValidationOptions
 
@@ -32,14 +34,23 @@ class ControlOptions(OptionGroup):
     """control"""
 
     control_type: str = option(
-        "light: a small encoder adds the features of the control image once, after the UNet's first layer. "
-        "controlnet: a copy of the UNet's first half under the method, with trained hint stem and zero convolutions.",
+        "light: a small encoder adds the features of the control image once, after the denoiser's first layer. "
+        "controlnet: a copy of the UNet's first half, or of the first blocks of FLUX.1 or Stable Diffusion 3, under "
+        "the method; what reads the control image and what begins at zero is trained as it is.",
         "light",
         choices=CONTROL_TYPES,
     )
+    control_encoder: str | None = option(
+        "Encoder of --control_type light. latent: one linear map of the control image's latents, which is added after "
+        "a transformer's first layer as more channels of its input would be. conv: small convolutions that look at "
+        "the image itself, for flat label maps and for UNets. Default: latent with a transformer, conv with a UNet.",
+        None,
+        choices=tuple(ENCODERS),
+        without="control_type controlnet",
+    )
     control_lr: float = option(
-        "Learning rate of what is trained besides the method: the light encoder, or the hint stem and the "
-        "zero convolutions.",
+        "Learning rate of what is trained besides the method: the light encoder, or of a ControlNet what reads the "
+        "control image, and the layers that begin at zero.",
         CONTROL_LEARNING_RATE,
         fits=ABOVE_ZERO,
     )
@@ -57,10 +68,25 @@ class ControlOptions(OptionGroup):
     )
     controlnet_model_name_or_path: str | None = option(
         "A ControlNet to start from, a folder or an id on the Hub; needs --control_type controlnet. Default: a copy "
-        "of the UNet.",
+        "of the denoiser's first layers.",
         None,
         needs="control_type controlnet",
         path=True,
+    )
+    num_double_layers: int | None = option(
+        "Blocks with streams of their own for image and text that a ControlNet copies from a transformer. Default: 4 "
+        "of FLUX.1, 12 of Stable Diffusion 3.",
+        None,
+        fits=NOT_NEGATIVE,
+        needs="control_type controlnet",
+        without="controlnet_model_name_or_path",
+    )
+    num_single_layers: int | None = option(
+        "Blocks with one stream that a ControlNet copies from FLUX.1. Default: 4.",
+        None,
+        fits=NOT_NEGATIVE,
+        needs="control_type controlnet",
+        without="controlnet_model_name_or_path",
     )
 
 
@@ -182,6 +208,7 @@ class ControlTrainingOptions(TrainingOptions):
     control: ControlOptions
     adapter: ControlAdapterOptions
     optimization: ControlOptimizationOptions
+    flow: FlowOptions
     validation: ControlValidationOptions
     run: ControlRunOptions
 

@@ -8,7 +8,7 @@ from diffusers import AutoencoderDC
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
-from ether_diffusion.training.tokens import join_patches, split_patches
+from ether_diffusion.tokens import PATCH, join_patches, split_patches
 
 
 class LatentSpace:
@@ -42,13 +42,15 @@ class LatentSpace:
         else:
             self.shift, self.scale = getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
 
-    def encode(self, pixels: Tensor) -> Tensor:
+    def encode(self, pixels: Tensor, device: torch.device | None = None) -> Tensor:
         """One image (3, height, width), from -1 to 1, as what its latents are drawn from, float32.
 
         That is the parameters of a distribution (2c, h, w), or the latents where the autoencoder has none.
+
+        device: where the autoencoder computes, if its weights wait elsewhere.
         """
         with self._in_precision() as vae:
-            pixels = pixels[None].to(vae.device, vae.dtype)
+            pixels = pixels[None].to(device or vae.device, vae.dtype)
             encoded = vae.encode(pixels[:, :, None] if self.has_frames else pixels)
         if hasattr(encoded, "latent"):
             return encoded.latent[0].float()
@@ -98,6 +100,11 @@ class LatentSpace:
                 yield vae
         finally:
             nn.Module.to(vae, dtype)
+
+
+def latents_factor(vae: nn.Module) -> int:
+    """How many times smaller a side of the latents is, as the denoiser sees them: 2×2 patches count as one."""
+    return side_factor(vae) * (PATCH if isinstance(getattr(vae, "bn", None), nn.BatchNorm2d) else 1)
 
 
 def side_factor(vae: nn.Module) -> int:

@@ -1,0 +1,70 @@
+"""Run a server on this machine, until it is told to stop and has answered what it took."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+from collections.abc import Callable, Iterator
+
+import uvicorn
+from diffusers import DiffusionPipeline
+
+from ether_diffusion.errors import InputError
+from ether_diffusion.server.app import make_app
+from ether_diffusion.server.backend import LocalBackend
+from ether_diffusion.server.metrics import Metrics
+from ether_diffusion.server.settings import ServerSettings
+from ether_diffusion.serving import Engine
+
+GRACE = 5
+"""Seconds beyond the longest request after which a stopping server waits no more."""
+
+
+@contextlib.contextmanager
+def bound_socket(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket that has the address and does not listen yet, so that an address in use is told before a model loads.
+
+    Raises:
+        InputError: it cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as made:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            made.bind((host, port))
+        except OSError as error:
+            raise InputError(f"--host {host} --port {port}: {error.strerror or error}") from error
+        yield made
+
+
+def serve(
+    open_pipeline: Callable[[], DiffusionPipeline],
+    address: socket.socket,
+    settings: ServerSettings,
+    *,
+    max_batch: int | str,
+    max_line: int,
+    host_bytes: int,
+) -> None:
+    """Load a pipeline and answer requests until SIGTERM or Ctrl-C; then what was taken is answered first.
+
+    Args:
+        open_pipeline: loads it, onto its device.
+        address: bound, not listening.
+        settings: of the server.
+        max_batch, max_line, host_bytes: of the engine.
+    """
+    pipe = open_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    with Engine(pipe, settings.adapters, max_batch=max_batch, max_line=max_line, host_bytes=host_bytes) as engine:
+        backend = LocalBackend(engine, hang_after=settings.hang_after)
+        app = make_app(backend, settings, Metrics(engine))
+        config = uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=round(settings.timeout) + GRACE)
+        # uvicorn drains, and then raises the signal again, which would end the process as if it had failed.
+        before = signal.signal(signal.SIGTERM, lambda *_: None)
+        try:
+            with contextlib.suppress(KeyboardInterrupt):
+                uvicorn.Server(config).run(sockets=[address])
+        finally:
+            signal.signal(signal.SIGTERM, before)
