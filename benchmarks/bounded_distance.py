@@ -13,7 +13,8 @@ their prompts (CLIP-T).
 Writes JSON row by row (the same command goes on where it was stopped) and a strip of images (above each row its
 strengths and relative distances), and prints a table.
 
-This is the perturbation study of the ETHER paper, arXiv:2405.20271, by default on the miniature.
+This is the perturbation study of the ETHER paper, arXiv:2405.20271, by default on the miniature; --base miniature-dit
+takes the transformer.
 """
 
 from __future__ import annotations
@@ -34,22 +35,20 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from result_file import ResultFile
 from strips import strip
-from subjects import MINIATURE, PROMPTS_WITHOUT
+from subjects import MINIATURE, PROMPTS_WITHOUT, add_base, base_settings
 from torch import Generator, Tensor, nn
-from trials import BASE, GUIDANCE, denoiser, finite
+from trials import BASE, GUIDANCE, denoiser, finite, is_target
 
 from ether_diffusion import EtherConfig
 from ether_diffusion.analysis.weights import adapted_weights, transform_distance, transform_of
+from ether_diffusion.base_models import miniature_name, open_pipeline
 from ether_diffusion.commands.quickstart import OTHER_PROMPTS
 from ether_diffusion.evaluation.features import load_features
-from ether_diffusion.files import checksum
 from ether_diffusion.metrics import TextImageFeatures, drift, text_similarity
 from ether_diffusion.metrics.similarity import CLIP
-from ether_diffusion.miniature import FOLDER
 from ether_diffusion.training.families import family_of
 from ether_diffusion.training.seeds import generator
 from ether_diffusion.tuner.layer import EtherLayer
-from ether_diffusion.tuner.model import ATTENTION
 
 ADAPTER = "default"
 SHOWN_PROMPT = 2  # in the strip
@@ -63,7 +62,7 @@ QUICK = {"seeds": 1, "num_inference_steps": 2, "strengths": 2}
 class Perturbation:
     """A method with the strengths to try.
 
-    config: of a strength; None where the weights themselves are changed.
+    config: of a strength, without the layers; None where the weights themselves are changed.
     draw: sets what one layer has at random, at a strength.
     label: of a strength, for `str.format`.
     """
@@ -111,28 +110,24 @@ def spread_weight(layer: nn.Linear, deviation: float, numbers: Generator) -> Non
     layer.weight.add_(deviation * size * normal(layer.weight, numbers))
 
 
-def _ether(**fields: Any) -> EtherConfig:
-    return EtherConfig(target_modules=ATTENTION, **fields)
-
-
 STUDIED = (
-    Perturbation("ETHER", BLOCKS, "n={:g}", lambda n: _ether(num_blocks=int(n)), keep),
-    Perturbation("ETHER+ one side", ANGLES, "{:g}°", lambda _: _ether(method="ether_plus", sides="input"), turn),
-    Perturbation("ETHER+", ANGLES, "{:g}°", lambda _: _ether(method="ether_plus"), turn),
-    Perturbation("HRA r=2", DECADES, "{:g}", lambda _: HRAConfig(target_modules=ATTENTION, r=2), spread_vectors),
+    Perturbation("ETHER", BLOCKS, "n={:g}", lambda n: EtherConfig(num_blocks=int(n)), keep),
+    Perturbation("ETHER+ one side", ANGLES, "{:g}°", lambda _: EtherConfig(method="ether_plus", sides="input"), turn),
+    Perturbation("ETHER+", ANGLES, "{:g}°", lambda _: EtherConfig(method="ether_plus"), turn),
+    Perturbation("HRA r=2", DECADES, "{:g}", lambda _: HRAConfig(r=2), spread_vectors),
     Perturbation(
         "OFT, blocks of 32",
         DECADES,
         "{:g}",
         # The exact Cayley transform: that of PEFT's default is a series, which is orthogonal near 0 alone.
-        lambda _: OFTConfig(target_modules=ATTENTION, r=0, oft_block_size=32, use_cayley_neumann=False),
+        lambda _: OFTConfig(r=0, oft_block_size=32, use_cayley_neumann=False),
         spread,
     ),
     Perturbation(
         "LoRA r=4",
         DECADES,
         "{:g}",
-        lambda _: LoraConfig(target_modules=ATTENTION, r=4, lora_alpha=4, init_lora_weights="gaussian"),
+        lambda _: LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian"),
         spread,
     ),
     Perturbation("noise", DECADES, "{:g}", lambda _: None, spread_weight),
@@ -140,22 +135,25 @@ STUDIED = (
 
 
 @torch.no_grad()
-def perturbed(unet: nn.Module, perturbation: Perturbation, strength: float, seed: int) -> tuple[nn.Module, dict]:
-    """A copy of the denoiser with random transforms, and how far they are from the identity."""
+def perturbed(
+    model: nn.Module, targets: Sequence[str] | str, perturbation: Perturbation, strength: float, seed: int
+) -> tuple[nn.Module, dict]:
+    """A copy of the denoiser with random transforms in these layers, and how far they are from the identity."""
     # Of its own seed, since numbers that an adapter has started with must not come again.
-    changed, numbers = copy.deepcopy(unet), generator(seed, "transforms")
+    changed, numbers = copy.deepcopy(model), generator(seed, "transforms")
     config = perturbation.config(strength)
     if config is None:
-        layers = [layer for name, layer in changed.named_modules() if name.endswith(tuple(ATTENTION))]
+        layers = [layer for name, layer in changed.named_modules() if is_target(targets, name)]
     else:
+        config.target_modules = targets if isinstance(targets, str) else set(targets)
         torch.manual_seed(seed)
         changed.add_adapter(config, ADAPTER)
         layers = [layer for layer in changed.modules() if isinstance(layer, BaseTunerLayer)]
     for layer in layers:
         perturbation.draw(layer, strength, numbers)
     if config is None:
-        before, after = dict(unet.named_modules()), dict(changed.named_modules())
-        pairs = [(before[name].weight, after[name].weight) for name in after if name.endswith(tuple(ATTENTION))]
+        before, after = dict(model.named_modules()), dict(changed.named_modules())
+        pairs = [(before[name].weight, after[name].weight) for name in after if is_target(targets, name)]
     else:
         pairs = [(before, after) for _, before, after in adapted_weights(changed)]
     relative = [((after - before).norm() / before.norm()).item() for before, after in pairs]
@@ -224,7 +222,7 @@ HEAD = f"{'':18}{'strength':>8}{'|ΔW|/|W|':>12}{'|T − I|':>12}{'drift':>12}{'
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="of the transforms and of the images")
-    parser.add_argument("--pretrained_model_name_or_path", default=MINIATURE)
+    add_base(parser)
     parser.add_argument("--clip_model", help=f"default: {CLIP}, on the miniature its own")
     parser.add_argument("--num_inference_steps", type=int, default=15)
     parser.add_argument("--quick", action="store_true", help="a look at every part in less than a minute")
@@ -236,16 +234,15 @@ def main() -> None:
     model = args.pretrained_model_name_or_path
     settings = {
         "model": model,
-        "clip_model": args.clip_model or (MINIATURE if model == MINIATURE else CLIP),
+        "clip_model": args.clip_model or (MINIATURE if miniature_name(model) else CLIP),
         "num_inference_steps": args.num_inference_steps,
+        **base_settings(model),
     }
-    if model == MINIATURE:
-        settings["weights_sha256"] = checksum(FOLDER)
     results = ResultFile(args.output_dir / "bounded_distance.json", settings, machine=machine())
     images_dir = args.output_dir / "pictures"
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = DiffusionPipeline.from_pretrained(FOLDER if model == MINIATURE else model).to(device)
-    prompts = OTHER_PROMPTS[2:] if model == MINIATURE else PROMPTS_WITHOUT[:4]
+    pipe = open_pipeline(model).to(device)
+    prompts, targets = OTHER_PROMPTS[2:] if miniature_name(model) else PROMPTS_WITHOUT[:4], family_of(pipe).targets
     features = load_features(settings["clip_model"], device=device)
     sampler = Sampler(pipe, prompts, args.num_inference_steps, features)
 
@@ -263,7 +260,8 @@ def main() -> None:
             measure(BASE, 0, seed, sampler.base, {"relative_distance": 0.0, "transform_distance": 0.0})
         for perturbation, strength in studied:
             if results.find(method=perturbation.name, strength=strength, seed=seed) is None:
-                measure(perturbation.name, strength, seed, *perturbed(sampler.base, perturbation, strength, seed))
+                changed = perturbed(sampler.base, targets, perturbation, strength, seed)
+                measure(perturbation.name, strength, seed, *changed)
 
     def figures_of(**key: Any) -> dict[str, float | None]:
         return averages([results.find(**key, seed=seed) for seed in range(args.seeds)])

@@ -25,12 +25,11 @@ from diffusers import DiffusionPipeline
 from measuring import machine, make_parser
 from PIL import Image
 from result_file import ResultFile
-from subjects import MINIATURE, PHOTOGRAPHS, Subject, drawn, generate, learn, photographed, squares
+from subjects import MINIATURE, PHOTOGRAPHS, Subject, base_settings, drawn, generate, learn, photographed, squares
 from trials import BASE, Variant
 
 from ether_diffusion.base_models import MINIATURES, open_pipeline
 from ether_diffusion.commands.quickstart import OTHER_PROMPTS
-from ether_diffusion.files import checksum
 from ether_diffusion.images import image_grid, read_image
 from ether_diffusion.metrics import image_similarity, text_similarity
 from ether_diffusion.miniature import ClipScore
@@ -172,7 +171,9 @@ def main() -> None:
     chosen = [*drawn(args.subjects, args.output_dir / "views"), *chosen]
 
     shared = {"seed": args.seed, "num_inference_steps": args.num_inference_steps}
-    settings = {"weights_sha256": checksum(MINIATURES[args.base]), **shared}
+    settings = {**base_settings(args.base), **shared}
+    if args.base != MINIATURE:  # which files of before there were two do not name
+        settings["model"] = args.base
     results = ResultFile(args.output_dir / "compare_methods.json", settings, machine=machine())
     comparison = Comparison(
         steps=args.max_train_steps, images_dir=args.output_dir / "pictures", base=args.base, **shared

@@ -28,19 +28,21 @@ def denoising_loss(
 
     The mean over `timesteps` x `noises` of |target − prediction|² (mean over the latent's elements): timesteps at the
     middles of equal parts of the schedule, noises drawn from (seed, number of the noise), the latents the mean of the
-    autoencoder's distribution. Nothing else is random, so two pipelines can be compared on equal terms.
+    autoencoder's distribution. Of flow matching, levels are the middles of equal parts of [0, 1] under the scheduler's
+    shift, and the target is the velocity. Nothing else is random, so two pipelines can be compared on equal terms.
 
     Args:
         pipe: a pipeline that a family covers, adapters active or not.
         image: any size; its central square is used, at the model's native size.
         prompt: what the image shows.
-        timesteps: number of timesteps.
+        timesteps: number of timesteps or levels.
         noises: number of noises at each timestep.
         seed: of the noises.
         batch_size: predictions at a time.
 
     Returns:
-        The loss, dimensionless; 1.0 is what an all-zero answer scores on epsilon targets.
+        The loss, dimensionless; 1.0 is what an all-zero answer scores on epsilon targets, 1 more than the mean square
+        of the latents on velocities of flow matching.
 
     Raises:
         InputError: no family covers the pipeline.

@@ -33,16 +33,16 @@ from diffusers import DiffusionPipeline
 from measuring import machine, make_parser
 from PIL import Image
 from result_file import ResultFile, write_json
-from subjects import PROMPTS_WITHOUT, Subject, drawn, generate, learn, photographed
+from subjects import PROMPTS_WITHOUT, Subject, add_base, base_settings, drawn, generate, learn, photographed
 
 from ether_diffusion import metrics
+from ether_diffusion.base_models import miniature_name, open_pipeline
 from ether_diffusion.commands.quickstart import OTHER_PROMPTS, SETTINGS
 from ether_diffusion.errors import InputError
 from ether_diffusion.evaluation.features import MINIATURE, load_features
-from ether_diffusion.files import checksum, replace_file
+from ether_diffusion.files import replace_file
 from ether_diffusion.images import find_images, image_grid, read_image
 from ether_diffusion.metrics.similarity import CLIP, DINO, DINOV2, LPIPS_NETS
-from ether_diffusion.miniature import FOLDER
 from ether_diffusion.training.data.views import center_cut
 from ether_diffusion.training.methods.saving import load_trained
 from ether_diffusion.training.options import DEFAULT_METHOD, LEARNING_RATES, METHODS, ValidationOptions
@@ -156,7 +156,7 @@ class Evaluation:
         }
 
     def base(self) -> DiffusionPipeline:
-        return DiffusionPipeline.from_pretrained(self.args.pretrained_model_name_or_path)
+        return open_pipeline(self.args.pretrained_model_name_or_path)
 
     def learn(self, subject: Subject) -> Path:
         """The folder of the subject's adapter, which is there whole or not at all."""
@@ -271,7 +271,7 @@ def read_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--data_dir", type=Path, help="one folder of photographs for each subject")
     parser.add_argument("--classes", type=Path, help='JSON: {folder: {"class": "dog", "live": true}}')
-    parser.add_argument("--pretrained_model_name_or_path", default=str(FOLDER), help="default: the miniature")
+    add_base(parser)
     parser.add_argument("--method", choices=METHODS, default=DEFAULT_METHOD)
     parser.add_argument("--learning_rate", type=float, help="default: the method's own")
     parser.add_argument("--max_train_steps", type=int, default=200)
@@ -321,10 +321,8 @@ def main() -> None:
         "dinov2_model", "lpips",
     )  # fmt: skip
     settings = {name: getattr(args, name) for name in shared}
-    on_miniature = args.pretrained_model_name_or_path == str(FOLDER)
-    settings["model"] = "miniature" if on_miniature else args.pretrained_model_name_or_path
-    if on_miniature:
-        settings["weights_sha256"] = checksum(FOLDER)
+    model = args.pretrained_model_name_or_path
+    settings |= {"model": miniature_name(model) or model, **base_settings(model)}
     check_settings(
         args.output_dir / "settings.json",
         settings | {"data_dir": args.data_dir and str(args.data_dir.resolve())},

@@ -13,27 +13,26 @@ import shutil
 from pathlib import Path
 
 from denoising import denoising_loss
-from diffusers import DiffusionPipeline
 from measuring import machine, make_parser
 from result_file import write_json
-from subjects import Subject, photographed
+from subjects import Subject, add_base, photographed
 
-from ether_diffusion import miniature
+from ether_diffusion.base_models import open_pipeline
 from ether_diffusion.commands.quickstart import train
 from ether_diffusion.images import read_image
 from ether_diffusion.training.methods.saving import load_trained
 from ether_diffusion.training.options import DEFAULT_METHOD, METHODS
 
 
-def measure(subject: Subject, model: Path | str, method: str, output_dir: Path, flags: list[str]) -> dict[str, float]:
+def measure(subject: Subject, model: str, method: str, output_dir: Path, flags: list[str]) -> dict[str, float]:
     photographs, result = subject.copy_seen(output_dir / "photographs"), output_dir / "result"
-    words = ["--method", method, "--pretrained_model_name_or_path", model, "--instance_data_dir", photographs]
+    words = ["--method", method, "--instance_data_dir", photographs]
     words += ["--instance_prompt", subject.prompt, "--output_dir", result]
-    train("dreambooth", [*flags, *words])
+    train("dreambooth", model, [*flags, *words])
 
     losses = {}
     for name in ("base", "tuned"):
-        pipe = DiffusionPipeline.from_pretrained(model) if name == "base" else load_trained(model, result)
+        pipe = open_pipeline(model) if name == "base" else load_trained(model, result)
         losses[f"{name}_held_out"] = denoising_loss(pipe, read_image(subject.held_out), subject.prompt)
         seen = [denoising_loss(pipe, read_image(path), subject.prompt) for path in subject.seen]
         losses[f"{name}_seen"] = sum(seen) / len(seen)
@@ -43,17 +42,18 @@ def measure(subject: Subject, model: Path | str, method: str, output_dir: Path, 
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--data_dir", type=Path, required=True, help="one folder of photographs for each subject")
-    parser.add_argument("--model", default=miniature.FOLDER, help="a Stable Diffusion folder or Hub id")
+    add_base(parser)
     parser.add_argument("--method", choices=METHODS, default=DEFAULT_METHOD)
     args, flags = parser.parse_known_args()
     chosen = photographed(args.data_dir)
     shutil.rmtree(args.output_dir, ignore_errors=True)
 
+    model = args.pretrained_model_name_or_path
     rows = {
-        subject.name: measure(subject, args.model, args.method, args.output_dir / subject.name, flags)
-        for subject in chosen
+        subject.name: measure(subject, model, args.method, args.output_dir / subject.name, flags) for subject in chosen
     }
-    report = {"machine": machine(), "method": args.method, "flags": flags, "denoising_loss": rows}
+    report = {"machine": machine(), "model": model, "method": args.method}
+    report |= {"flags": flags, "denoising_loss": rows}
     write_json(args.output_dir / "held_out_photograph.json", report)
     print(f"\n{'subject':12}{'held out: base':>16}{'tuned':>8}{'ratio':>8}{'seen: base':>14}{'tuned':>8}")
     for name, row in rows.items():

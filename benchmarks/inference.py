@@ -1,6 +1,7 @@
 """What an adapter costs at inference: a denoising step, and loading, against no adapter and against LoRA.
 
     python benchmarks/inference.py --output_dir out/benchmarks                        # a small UNet, any CPU
+    python benchmarks/inference.py --output_dir out/benchmarks --workloads dit-small  # a small transformer
     python benchmarks/inference.py --output_dir out/benchmarks --workloads sd15-512 sdxl-1024
 
 Every row's step is timed between two steps of the model without an adapter; reported are the median of those ratios
@@ -19,13 +20,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from measuring import machine, make_parser, paired, seconds
 from peft.utils import get_peft_model_state_dict
 from result_file import write_json
 from torch import nn
-from workloads import WORKLOADS, adapted, build, read_workloads, share
+from workloads import WORKLOADS, Workload, adapted, build, read_workloads, share
 
+from ether_diffusion.control.pipelines import denoiser_name
 from ether_diffusion.tuner.layer import EtherLayer
 
 NONE, LORA = "no adapter", "LoRA r=4"
@@ -68,9 +70,12 @@ def denoising(name: str, rounds: int) -> dict:
     return paired(make_step(base, inputs), steps, rounds, workload.device)
 
 
-def empty_pipeline(unet: nn.Module) -> StableDiffusionPipeline:
-    names = ("vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor")
-    return StableDiffusionPipeline(unet=unet, **dict.fromkeys(names), requires_safety_checker=False)
+def empty_pipeline(workload: Workload, denoiser: nn.Module) -> DiffusionPipeline:
+    """The workload's pipeline with its denoiser alone."""
+    names, options = DiffusionPipeline._get_signature_keys(workload.pipeline)
+    (name,) = {"unet", "transformer"} & {*names}
+    quiet = {"requires_safety_checker": False} if "requires_safety_checker" in options else {}
+    return workload.pipeline(**{**dict.fromkeys(names), name: denoiser}, **quiet)
 
 
 def loading(name: str, rounds: int) -> dict:
@@ -80,14 +85,16 @@ def loading(name: str, rounds: int) -> dict:
     times: dict[str, dict[str, list[float]]] = {row: {} for row in rows}
     with tempfile.TemporaryDirectory() as folder:
         for row in rows:
-            pipe, path = empty_pipeline(adapted(base, row, workload.targets)), Path(folder, row)
+            pipe, path = empty_pipeline(workload, adapted(base, row, workload.targets)), Path(folder, row)
             if row == LORA:
-                pipe.save_lora_weights(path, unet_lora_layers=get_peft_model_state_dict(pipe.unet))
+                name = denoiser_name(pipe)
+                tensors = get_peft_model_state_dict(getattr(pipe, name))
+                pipe.save_lora_weights(path, **{f"{name}_lora_layers": tensors})
             else:
                 pipe.save_ether_weights(path)
         for _ in range(1 + rounds):  # the first is for warming up
             for row in rows:
-                for what, taken in one_life(share(base), Path(folder, row), row == LORA, workload.device).items():
+                for what, taken in one_life(workload, share(base), Path(folder, row), row == LORA).items():
                     times[row].setdefault(what, []).append(taken)
     calls = {row: {what: each[1:] for what, each in held.items()} for row, held in times.items()}
     return {
@@ -102,9 +109,9 @@ def loading(name: str, rounds: int) -> dict:
     }
 
 
-def one_life(unet: nn.Module, path: Path, lora: bool, device: str) -> dict[str, float]:
+def one_life(workload: Workload, denoiser: nn.Module, path: Path, lora: bool) -> dict[str, float]:
     """Seconds of every call in the life of an adapter on a pipeline."""
-    pipe = empty_pipeline(unet)
+    pipe = empty_pipeline(workload, denoiser)
     load = pipe.load_lora_weights if lora else pipe.load_ether_weights
     calls: dict[str, Callable[[], object]] = {
         "load": lambda: load(path, adapter_name="a"),
@@ -113,7 +120,7 @@ def one_life(unet: nn.Module, path: Path, lora: bool, device: str) -> dict[str, 
         "unfuse": pipe.unfuse_lora if lora else pipe.unfuse_ether,
         "unload": pipe.unload_lora_weights if lora else pipe.unload_ether_weights,
     }
-    return {what: seconds(call, device) for what, call in calls.items()}
+    return {what: seconds(call, workload.device) for what, call in calls.items()}
 
 
 def main() -> None:
@@ -128,7 +135,7 @@ def main() -> None:
                 f"{row:22}{timing['seconds'] * 1e3:>7.0f} ms{timing['ratio']:>8.3f}"
                 f"{timing['ratio_low']:>9.3f}–{timing['ratio_high']:.3f}"
             )
-        if name != "flux2-klein-512":  # its pipeline is another
+        if WORKLOADS[name].pipeline is not None:
             report["loading"] = loading(name, min(args.rounds, 10))
             print("\n" + " " * 12 + "".join(f"{what:>18}" for what in report["loading"][LORA]))
             for row, calls in report["loading"].items():

@@ -1,6 +1,7 @@
-"""Learning rate and steps of each method on the miniature: what the script's defaults are chosen by.
+"""Learning rate and steps of each method on a miniature: what the script's defaults are chosen by.
 
     python benchmarks/learning_rate_sweep.py --output_dir out/sweep
+    python benchmarks/learning_rate_sweep.py --output_dir out/sweep-dit --base miniature-dit
 
 Every subject of the miniature's world is learned from five views. Measured along the way, over fixed noises and
 timesteps: the denoising loss on the sixth view (does it know the subject?) and on images of the world (has it
@@ -19,10 +20,11 @@ from denoising import denoising_loss
 from diffusers import DiffusionPipeline
 from measuring import machine, make_parser
 from result_file import ResultFile
+from subjects import base_settings
 
-from ether_diffusion.files import checksum
+from ether_diffusion.base_models import MINIATURE, MINIATURES
 from ether_diffusion.images import find_images
-from ether_diffusion.miniature import FOLDER, load_pipeline
+from ether_diffusion.miniature import load_pipeline
 from ether_diffusion.miniature.world import VIEWS, Subject, draw_scene, subjects
 from ether_diffusion.training.data import TrainingImages, examples_of
 from ether_diffusion.training.families import family_of
@@ -43,9 +45,11 @@ def measure(pipe: DiffusionPipeline, subject: Subject) -> tuple[float, float]:
     return own, prior
 
 
-def learn(subject: Subject, method: str, rate: float, checkpoints: list[int], seed: int) -> list[tuple[float, float]]:
+def learn(
+    subject: Subject, method: str, rate: float, checkpoints: list[int], seed: int, base: str
+) -> list[tuple[float, float]]:
     """Losses after each of the given numbers of steps; at a constant rate, a short run is the start of a long one."""
-    pipe = load_pipeline()
+    pipe = load_pipeline(base)
     family = family_of(pipe)
     family.freeze(torch.device("cpu"))
     adapter = AdapterOptions(method=method)
@@ -73,6 +77,7 @@ def learn(subject: Subject, method: str, rate: float, checkpoints: list[int], se
 
 def main() -> None:
     parser = make_parser(__doc__)
+    parser.add_argument("--base", choices=list(MINIATURES), default=MINIATURE)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(ETHER_METHODS))
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-3, 1e-2, 1e-1, 1.0])
     parser.add_argument("--steps", type=int, nargs="+", default=[100, 200, 400])
@@ -81,9 +86,11 @@ def main() -> None:
     args = parser.parse_args()
     chosen = subjects()[:: max(1, len(subjects()) // args.subjects)][: args.subjects]
 
-    base = mean([measure(load_pipeline(), subject) for subject in chosen])
+    base = mean([measure(load_pipeline(args.base), subject) for subject in chosen])
     names = [subject.name for subject in chosen]
-    settings = {"weights_sha256": checksum(FOLDER), "seed": args.seed, "subjects": names}
+    settings = {**base_settings(args.base), "seed": args.seed, "subjects": names}
+    if args.base != MINIATURE:  # which files of before there were two do not name
+        settings["model"] = args.base
     results = ResultFile(args.output_dir / "learning_rate_sweep.json", settings, machine=machine(), base=base)
     print(f"{'':12}{'rate':>8}{'steps':>6}{'held out':>10}{'prior':>10}")
     print(f"{'base':26}{base['held_out']:>10.4f}{base['prior']:>10.4f}", flush=True)
@@ -93,7 +100,7 @@ def main() -> None:
             missing = [key for key in keys if results.find(**key) is None]
             if missing:
                 steps = [key["steps"] for key in missing]
-                runs = [learn(subject, method, rate, steps, args.seed) for subject in chosen]
+                runs = [learn(subject, method, rate, steps, args.seed, args.base) for subject in chosen]
                 for key, of_subjects in zip(missing, zip(*runs, strict=True), strict=True):
                     results.add({**key, **mean(of_subjects)})
             for row in (results.find(**key) for key in keys):

@@ -25,7 +25,6 @@ from measuring import make_parser
 from trials import Trial, Trials, Variant, add_settings, pairs, read_settings
 
 from ether_diffusion.training.options import LEARNING_RATES
-from ether_diffusion.tuner.model import ATTENTION
 
 REFERENCE = "LoRA r=4"
 QUICK = {"variants": 2, "pairs": 1, "max_train_steps": 2, "num_inference_steps": 2, "rates": (1e-3,)}
@@ -33,8 +32,9 @@ QUICK = {"variants": 2, "pairs": 1, "max_train_steps": 2, "num_inference_steps":
 
 def variants() -> dict[str, list[Variant]]:
     """The variants of each method, those of the script's defaults first."""
-    one_side = {"peft_type": "ETHER", "method": "ether_plus", "sides": "input", "target_modules": ATTENTION}
-    oft = {"peft_type": "OFT", "r": 0, "target_modules": ATTENTION}
+    # Without target_modules: the layers are those of the base's family, as for the other variants.
+    one_side = {"peft_type": "ETHER", "method": "ether_plus", "sides": "input"}
+    oft = {"peft_type": "OFT", "r": 0}
     return {
         "ether_plus": [
             Variant.of("ether_plus"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from ether_diffusion.base_models import base_path, miniature_name
+from ether_diffusion.files import checksum
 from ether_diffusion.images import find_images, read_image
 from ether_diffusion.miniature import world
 from ether_diffusion.training import dreambooth
@@ -59,6 +62,22 @@ class Subject:
         for path in self.seen:
             shutil.copy(path, folder)
         return folder
+
+
+def add_base(parser: argparse.ArgumentParser) -> None:
+    """The flag that names the model which is trained; `pretrained_model_name_or_path` of the arguments."""
+    parser.add_argument(
+        "--base",
+        "--pretrained_model_name_or_path",
+        dest="pretrained_model_name_or_path",
+        default=MINIATURE,
+        help="miniature, miniature-dit, or any pipeline: a folder or an id on the Hub. Default: %(default)s",
+    )
+
+
+def base_settings(model: str) -> dict[str, str]:
+    """Which weights of a miniature the rows of a result file are of; nothing of other models."""
+    return {"weights_sha256": checksum(Path(base_path(model)))} if miniature_name(model) else {}
 
 
 def photographed(data_dir: Path) -> list[Subject]:

@@ -1,6 +1,7 @@
 """What a training step costs with each method, against the frozen model's own step.
 
     python benchmarks/training_step.py --output_dir out/benchmarks                     # a small UNet, any CPU
+    python benchmarks/training_step.py --output_dir out/benchmarks --workloads dit-small  # a small transformer
     python benchmarks/training_step.py --output_dir out/benchmarks --workloads sd15-512 sdxl-1024 flux2-klein-512
 
 Whole steps of the optimiser: forward, backward, AdamW. The limit is a step in which gradients flow through the whole

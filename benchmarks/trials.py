@@ -26,7 +26,7 @@ from measuring import machine
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from PIL import Image
 from result_file import ResultFile
-from subjects import MINIATURE, PROMPTS_WITHOUT, Subject, drawn, learn, photographed, squares
+from subjects import MINIATURE, PROMPTS_WITHOUT, Subject, add_base, base_settings, drawn, learn, photographed, squares
 from torch import Tensor, nn
 
 from ether_diffusion import EtherConfig
@@ -34,7 +34,6 @@ from ether_diffusion.analysis.weights import adapted_weights, energy_change
 from ether_diffusion.base_models import base_path, miniature_name, open_pipeline
 from ether_diffusion.commands.quickstart import OTHER_PROMPTS, SETTINGS
 from ether_diffusion.evaluation.features import load_features
-from ether_diffusion.files import checksum
 from ether_diffusion.images import read_image
 from ether_diffusion.metrics import drift, image_similarity, text_similarity
 from ether_diffusion.metrics.similarity import CLIP
@@ -134,7 +133,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     """The flags that every study has, beside --output_dir."""
     parser.add_argument("--pairs", type=int, default=4, help="of a subject and a seed")
     parser.add_argument("--data_dir", type=Path, help="folders of photographs; default: figures of the miniature")
-    parser.add_argument("--pretrained_model_name_or_path", default=MINIATURE, help="or miniature-dit, or any")
+    add_base(parser)
     parser.add_argument("--clip_model", help=f"default: {CLIP}, on the miniature its own")
     parser.add_argument("--max_train_steps", type=int, default=DEFAULT_STEPS)
     parser.add_argument("--num_inference_steps", type=int, default=Settings.num_inference_steps)
@@ -306,10 +305,15 @@ def weight_pairs(tuned: nn.Module, model: str) -> Iterator[tuple[Tensor, Tensor]
             yield before, after
         return
     pipe = open_pipeline(model)
-    base, config = dict(denoiser(pipe).named_parameters()), EtherConfig(target_modules=family_of(pipe).targets)
+    base, targets = dict(denoiser(pipe).named_parameters()), family_of(pipe).targets
     for name, weight in tuned.named_parameters():
-        if check_target_module_exists(config, name.removesuffix(".weight")) and name.endswith(".weight"):
+        if name.endswith(".weight") and is_target(targets, name.removesuffix(".weight")):
             yield base[name], weight.detach().to(base[name].device)
+
+
+def is_target(targets: Sequence[str] | str, name: str) -> bool:
+    """Whether a layer is one of these, as PEFT takes them: endings of names, or a pattern of whole names."""
+    return bool(check_target_module_exists(EtherConfig(target_modules=targets), name))
 
 
 _bench: Bench
@@ -347,9 +351,7 @@ class Trials:
 
     def __init__(self, settings: Settings, output_dir: Path, *, processes: int = 1):
         # The rows of all studies with these settings: what one has measured the others need not.
-        shared = asdict(settings)
-        if miniature_name(settings.model):
-            shared["weights_sha256"] = checksum(Path(base_path(settings.model)))
+        shared = asdict(settings) | base_settings(settings.model)
         self.results = ResultFile(output_dir / "trials.json", shared, machine=machine())
         threads = max(1, (os.cpu_count() or 1) // processes)
         self._pool = ProcessPoolExecutor(

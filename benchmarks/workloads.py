@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 
 import peft
 import torch
-from diffusers import Flux2Transformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import (
+    DiffusionPipeline,
+    Flux2Transformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from torch import Tensor, nn
 
 from ether_diffusion import EtherConfig
@@ -24,7 +31,10 @@ FLUX2_TARGETS = [
 
 @dataclass(frozen=True)
 class Workload:
-    """A denoiser, its inputs and its targets. `build` and `inputs` run under the device and dtype given here."""
+    """A denoiser, its inputs and its targets. `build` and `inputs` run under the device and dtype given here.
+
+    pipeline: that the denoiser can stand in alone, to load adapters; None where there is none.
+    """
 
     build: Callable[[], nn.Module]
     inputs: Callable[[], dict[str, Tensor]]
@@ -32,6 +42,7 @@ class Workload:
     device: str = "cpu"
     gradient_checkpointing: bool = False
     targets: list[str] = field(default_factory=lambda: list(ATTENTION))
+    pipeline: type[DiffusionPipeline] | None = StableDiffusionPipeline
 
 
 def unet_inputs(batch: int, side: int, width: int, *, sdxl: bool = False) -> dict[str, Tensor]:
@@ -128,7 +139,9 @@ def flux2_inputs(batch: int = 2, side: int = 32, tokens: int = 512) -> dict[str,
 
 WORKLOADS = {
     "cpu-small": Workload(small_unet, lambda: unet_inputs(2, 32, 768)),
-    "dit-small": Workload(small_dit, lambda: dit_inputs(2, 32), targets=DIT_TARGETS),
+    "dit-small": Workload(
+        small_dit, lambda: dit_inputs(2, 32), targets=DIT_TARGETS, pipeline=StableDiffusion3Pipeline
+    ),
     "sd15-512": Workload(
         lambda: UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
         lambda: unet_inputs(4, 64, 768),
@@ -139,7 +152,13 @@ WORKLOADS = {
         sdxl_unet, lambda: unet_inputs(1, 128, 2048, sdxl=True), torch.bfloat16, "cuda", gradient_checkpointing=True
     ),
     "flux2-klein-512": Workload(
-        flux2_klein, flux2_inputs, torch.bfloat16, "cuda", gradient_checkpointing=True, targets=FLUX2_TARGETS
+        flux2_klein,
+        flux2_inputs,
+        torch.bfloat16,
+        "cuda",
+        gradient_checkpointing=True,
+        targets=FLUX2_TARGETS,
+        pipeline=None,
     ),
 }
 

@@ -1,10 +1,12 @@
-"""Measure the miniature: does it generate what a prompt says, for combinations that it was never trained on?
+"""Measure a miniature: does it generate what a prompt says, for combinations that it was never trained on?
 
     python tools/evaluate_miniature.py --output_dir out/evaluation
+    python tools/evaluate_miniature.py --output_dir out/evaluation-dit --model_dir miniature-dit
 
 A small classifier is trained here on the world's own renders, tested on renders it has not seen, and
 then names the shape and the colours in images generated for pairs of shape and colour that are held out of training.
-Prints a table with the checksum of the weights, and writes it as JSON beside a grid of the images.
+Prints a table with the checksum of the weights, and writes it as JSON beside a grid of the images; the transformer's
+figures go to benchmarks/results/miniature_dit.json as well.
 """
 
 from __future__ import annotations
@@ -21,10 +23,9 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ether_diffusion.base_models import open_pipeline
-from ether_diffusion.files import checksum
+from ether_diffusion.base_models import MINIATURE, base_path, miniature_name, open_pipeline
+from ether_diffusion.files import checksum, replace_file
 from ether_diffusion.images import image_grid
-from ether_diffusion.miniature import FOLDER
 from ether_diffusion.miniature.render import COLOURS, PATTERNS, to_tensor
 from ether_diffusion.miniature.scene import Scene, Shape
 from ether_diffusion.miniature.shapes import SHAPES
@@ -32,6 +33,8 @@ from ether_diffusion.miniature.world import POSITIONS, SIZES, article, describe_
 
 KINDS = ("shape", "colour", "background")
 COLUMNS = 20  # of the grid, and images generated at once
+RESULTS = {"miniature-dit": Path(__file__).parents[1] / "benchmarks" / "results" / "miniature_dit.json"}
+"""Where a miniature's figures go besides --output_dir, unless told otherwise."""
 NAMES = {"shape": tuple(SHAPES), "colour": tuple(COLOURS), "background": tuple(COLOURS)}
 
 
@@ -123,13 +126,17 @@ def generate(pipe: DiffusionPipeline, scenes: list[Scene], steps: int, guidance:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--model_dir", type=Path, default=FOLDER, help="the pipeline folder to measure")
+    parser.add_argument("--model_dir", default=MINIATURE, help="a miniature's name, or the pipeline folder to measure")
+    parser.add_argument("--results_file", type=Path, help="where the figures go besides --output_dir")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--judge_steps", type=int, default=1200)
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--guidance_scale", type=float, default=5.0)
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    results_file = args.results_file or RESULTS.get(miniature_name(args.model_dir))
+    if results_file is not None:
+        results_file.parent.mkdir(parents=True, exist_ok=True)
 
     pipe = open_pipeline(args.model_dir)
     pipe.set_progress_bar_config(disable=True)
@@ -143,14 +150,15 @@ def main() -> None:
     rows = [("", images[k : k + COLUMNS]) for k in range(0, len(images), COLUMNS)]
     image_grid(rows).save(args.output_dir / "images.png")
     report = {
-        "weights_sha256": checksum(args.model_dir),
+        "weights_sha256": checksum(Path(base_path(args.model_dir))),
         "pictures": args.images,
         "num_inference_steps": args.num_inference_steps,
         "guidance_scale": args.guidance_scale,
         "judge_on_held_out_renders": own,
         "painted_for_unseen_combinations": generated,
     }
-    (args.output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    for path in (args.output_dir / "report.json", *([results_file] if results_file else [])):
+        replace_file(path, (json.dumps(report, indent=2) + "\n").encode())
     print(f"weights {report['weights_sha256'][:16]}, {args.images} images of unseen combinations")
     print(f"{'':12}{'judge on renders':>18}{'generated':>10}")
     for kind in generated:

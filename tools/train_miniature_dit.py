@@ -15,13 +15,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusion3Pipeline
-from miniature_dit_models import PROMPT_LENGTH, T5_LENGTH, assemble
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from miniature_dit_models import LAYERS, PROMPT_LENGTH, T5_LENGTH, WIDTH, assemble
 from miniature_export import write_pipeline
 from miniature_training import Images, Stage, log
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ether_diffusion.miniature import FOLDER
+from ether_diffusion.miniature.shapes import LABELS
+from ether_diffusion.miniature.world import draw_scene
 
 
 class WeightedAttention:
@@ -90,9 +93,44 @@ def encode_prompts(args: argparse.Namespace, pipe: StableDiffusion3Pipeline, cap
     return np.load(states_path, mmap_mode="r"), np.load(pooled_path)
 
 
+def read_maps(args: argparse.Namespace) -> Tensor:
+    """The semantic map of every training image at the size of the latents, (n, 16, 16), indices into LABELS."""
+    path = args.work_dir / "maps.npy"
+    if not path.exists():
+        log("drawing the maps")
+        scenes = (draw_scene(args.seed, index) for index in range(args.images))
+        np.save(path, np.stack([np.asarray(scene.render().labels)[2::4, 2::4] for scene in scenes]))
+    return torch.from_numpy(np.load(path))
+
+
+class Segmenter(nn.Module):
+    """Names what is at each latent, from what a block in the middle of the transformer has made of the tokens.
+
+    For training alone: what the image shows is learned sooner where a layer is asked for it (REPA, arXiv:2410.06940,
+    asks for the features of an image encoder; the world's maps are at hand).
+    """
+
+    def __init__(self, transformer: SD3Transformer2DModel, block: int):
+        super().__init__()
+        self.head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 4 * len(LABELS)))
+        transformer.transformer_blocks[block].register_forward_hook(self._keep)
+
+    def _keep(self, _block: nn.Module, _inputs: tuple, outputs: tuple) -> None:
+        self._tokens = outputs[1]  # (b, 64, WIDTH)
+
+    def loss(self, maps: Tensor) -> Tensor:
+        """Mean cross-entropy of each sample, (b,); maps: (b, 16, 16)."""
+        answers = self.head(self._tokens).unflatten(1, (8, 8)).unflatten(-1, (2, 2, -1))  # (b, 8, 8, 2, 2, labels)
+        answers = answers.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)  # (b, labels, 16, 16)
+        return F.cross_entropy(answers.float(), maps, reduction="none").mean((1, 2))
+
+
 def train(args: argparse.Namespace, pipe: StableDiffusion3Pipeline, latents: Tensor, states, pooled) -> None:
     """Flow matching with levels of noise from a logistic normal distribution, as SD3 is trained (arXiv:2403.03206)."""
     transformer = pipe.transformer.to(args.device).train()
+    maps = read_maps(args)
+    both = nn.ModuleDict({"transformer": transformer, "segmenter": Segmenter(transformer, LAYERS // 2 - 1)})
+    both.to(args.device)
     stock = transformer.attn_processors
     transformer.set_attn_processor(WeightedAttention(T5_LENGTH))
     with torch.no_grad():
@@ -116,9 +154,11 @@ def train(args: argparse.Namespace, pipe: StableDiffusion3Pipeline, latents: Ten
                 pooled_projections=summary.to(args.device),
                 timestep=1000 * level.to(args.device),
             ).sample.float()
-        return F.mse_loss(velocity, (noise - x).to(args.device))
+            named = both["segmenter"].loss(maps[indices].long().to(args.device))
+        error = F.mse_loss(velocity, (noise - x).to(args.device))
+        return error + args.map_weight * ((1 - level.to(args.device)) * named).mean()
 
-    Stage("transformer", args, transformer, args.steps, args.lr, 64).run(len(latents), loss_of)
+    Stage("transformer", args, both, args.steps, args.lr, 64).run(len(latents), loss_of)
     transformer.set_attn_processor(stock)
 
 
@@ -129,6 +169,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=80_000)
     parser.add_argument("--steps", type=int, default=9000)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--map_weight", type=float, default=0.1, help="of the maps' loss beside that of the images")
+    parser.add_argument("--init_dir", type=Path, help="a pipeline folder whose transformer to start from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves PyTorch's choice")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
@@ -140,6 +182,9 @@ def main() -> None:
     torch.manual_seed(args.seed)
     images = Images(args.work_dir, args.images, args.seed)
     pipe = assemble(FOLDER)
+    if args.init_dir is not None:
+        begun = load_file(args.init_dir / "transformer" / "diffusion_pytorch_model.safetensors")
+        pipe.transformer.load_state_dict({name: value.float() for name, value in begun.items()})
     latents = encode_images(args, pipe, images)
     states, pooled = encode_prompts(args, pipe, images.captions)
     train(args, pipe, latents, states, pooled)

@@ -23,6 +23,7 @@ from ether_diffusion.adapters.attach import hotswap as swap
 from ether_diffusion.adapters.components import AdapterRecord, free_name, named, records_of
 from ether_diffusion.adapters.fit import restrict
 from ether_diffusion.adapters.locate import HubSource, find_adapter_file
+from ether_diffusion.adapters.per_prompt import ether_adapters_per_prompt
 from ether_diffusion.adapters.reading import from_state_dict, is_pickle_by_name
 from ether_diffusion.adapters.schema import WEIGHTS_NAME, Document
 from ether_diffusion.adapters.writing import collect, write_adapter_file
@@ -213,6 +214,7 @@ METHODS = (
     strength.disable_ether,
     strength.set_ether_device,
     stacks.save_pretrained,
+    ether_adapters_per_prompt,
 )
 GUARDS = (
     stacks.load_lora_weights,

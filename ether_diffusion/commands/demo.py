@@ -22,6 +22,7 @@ from pathlib import Path
 
 from ether_diffusion.base_models import MINIATURE, MINIATURES, base_path
 from ether_diffusion.commands.base_version import add_base_version_arguments
+from ether_diffusion.commands.max_batch import add_max_batch_argument
 from ether_diffusion.errors import InputError
 
 HOST, PORT = "127.0.0.1", 7860
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=PORT, help=f"Port; 0 takes any that is free. Default: {PORT}.")
     parser.add_argument("--share", action="store_true", help="Also open it to the internet, by Gradio's tunnel.")
     parser.add_argument("--auth", metavar="USER:PASSWORD", help="Ask for these.")
+    add_max_batch_argument(parser)
     parser.add_argument("--device", help="Such as cpu or cuda. Default: a GPU where there is one.")
 
 
@@ -96,7 +98,14 @@ def serve(args: argparse.Namespace, folder: Path):
     else:
         (folder / "adapters").mkdir()
         library = Library(*([SHIPPED] if args.base == MINIATURE else []), folder / "adapters")
-    worker = Worker(base_path(args.base), library, device=args.device, variant=args.variant, revision=args.revision)
+    worker = Worker(
+        base_path(args.base),
+        library,
+        device=args.device,
+        max_batch=args.max_batch,
+        variant=args.variant,
+        revision=args.revision,
+    )
     # Uploads and results lie in a folder of this server's own, which nobody else on the machine can read.
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "gradio")
     trainer = Trainer(worker)

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from ether_diffusion.base_models import MINIATURE, open_pipeline
 from ether_diffusion.commands.base_version import add_base_version_arguments
+from ether_diffusion.commands.max_batch import add_max_batch_argument
 from ether_diffusion.dtypes import DTYPES
 from ether_diffusion.errors import InputError
 from ether_diffusion.files import replace_file
@@ -58,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, help="Default: the pipeline's.")
     parser.add_argument("--size", metavar="WIDTHxHEIGHT", help="In pixels. Default: the pipeline's.")
     parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the images, made if need be.")
-    parser.add_argument("--max_batch", type=_max_batch, default="auto", help='Rows of a forward; "auto" measures.')
+    add_max_batch_argument(parser)
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="Default: float16 on a GPU, else float32.")
 
 
@@ -199,12 +200,3 @@ def _read_adapter(word: str) -> tuple[str, float]:
         return (name, float(strength)) if equals else (word, 1.0)
     except ValueError:
         raise InputError(f"--adapter: got {word!r}, needs NAME or NAME=STRENGTH") from None
-
-
-def _max_batch(word: str) -> int | str:
-    if word == "auto":
-        return word
-    try:
-        return int(word)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"got {word!r}, needs a whole number or auto") from None

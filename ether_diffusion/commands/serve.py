@@ -23,6 +23,7 @@ from diffusers import DiffusionPipeline
 
 from ether_diffusion.base_models import MINIATURE, open_pipeline
 from ether_diffusion.commands.base_version import add_base_version_arguments
+from ether_diffusion.commands.max_batch import add_max_batch_argument
 from ether_diffusion.dtypes import DTYPES
 from ether_diffusion.errors import InputError
 from ether_diffusion.serving.checks import check_count
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapters", type=Path, help="Folder of adapters: NAME.safetensors, or folders of that name.")
     parser.add_argument("--host", default="127.0.0.1", help="Address to listen on. Default: %(default)s.")
     parser.add_argument("--port", type=int, default=8000, help="Default: %(default)s.")
-    parser.add_argument("--max_batch", type=_max_batch, default="auto", help='Rows of a forward; "auto" measures.')
+    add_max_batch_argument(parser)
     parser.add_argument("--max_line", type=int, default=MAX_LINE, help="Images that may wait. Default: %(default)s.")
     parser.add_argument(
         "--timeout", type=float, default=120.0, help="Seconds that a request may take. Default: %(default)s."
@@ -158,12 +159,3 @@ def load(args: argparse.Namespace) -> DiffusionPipeline:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = DTYPES[args.dtype or ("float16" if device == "cuda" else "float32")]
     return open_pipeline(args.base, dtype=dtype, variant=args.variant, revision=args.revision).to(device)
-
-
-def _max_batch(word: str) -> int | str:
-    if word == "auto":
-        return word
-    try:
-        return int(word)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"got {word!r}, needs a whole number or auto") from None

@@ -41,7 +41,7 @@ class ControlTab:
             gr.Markdown(NO_ADAPTER)
         gr.Markdown("Draw a map, or upload one: it says where things are, and the prompt says what they are.")
         start, drawing = (self._sample(offered[0]) if offered else None) or (
-            Settings(prompt="an image", width=worker.side, height=worker.side),
+            worker.start(),
             None,
         )
         strength = start.adapters[0][1] if start.adapters else 1.0

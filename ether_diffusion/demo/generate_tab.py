@@ -47,8 +47,11 @@ class GenerateTab:
                     self.draw = gr.Checkbox(label="New seed every time", value=False, min_width=120)
                 self.images = gr.Slider(1, MOST_IMAGES, value=1, step=1, label="Number of images")
                 with gr.Accordion("More settings", open=False):
-                    self.negative = gr.Textbox(label="Negative prompt", max_length=LONGEST_PROMPT)
-                    start = Settings(prompt="an image", width=worker.side, height=worker.side)
+                    has_negative = worker.takes("negative_prompt")
+                    self.negative = gr.Textbox(
+                        label="Negative prompt", max_length=LONGEST_PROMPT, visible=has_negative
+                    )
+                    start = worker.start()
                     self.sampling = sampling_sliders(worker, start)
             with gr.Column(scale=3, min_width=300):
                 label = "Images: base and adapted, from the same seed"

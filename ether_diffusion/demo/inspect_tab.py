@@ -56,7 +56,7 @@ class InspectTab:
         self.prepare.click(self.export, chosen, [self.status, self.download], api_name="export", **hidden)
 
     def names(self) -> list[str]:
-        return [each.name for each in self.worker.library.adapters() if not each.problem]
+        return self.worker.library.names()
 
     def inspect(self, name: str | None) -> Update:
         try:

@@ -1,18 +1,23 @@
-"""One request while it is generated: what is told of it, and how it is cancelled."""
+"""What is told of a request while its images are generated, and what comes of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from queue import SimpleQueue
+from typing import Any
 
+import torch
 from PIL import Image
 
 from ether_diffusion.demo.settings import Settings
+from ether_diffusion.serving.job import Cancelled, Job
 
+__all__ = ["Cancelled", "Failed", "Generated", "Generating", "News"]
 
-class Cancelled(Exception):
-    """The request was cancelled, or the server is going down."""
+PREVIEW_SHARE = 0.25
+"""Of the time that a request takes, what previews may add at most."""
 
 
 class Failed(Exception):
@@ -21,12 +26,16 @@ class Failed(Exception):
 
 @dataclass(frozen=True)
 class Generating:
-    """Image `image` of `images` is at `step` of `steps`; counted from 1."""
+    """Image `image` of `images`, the first that is not done, is at `step` of `steps`; counted from 1.
+
+    done: the share of all steps of all images, from 0 to 1.
+    """
 
     image: int
     images: int
     step: int
     steps: int
+    done: float
     preview: Image.Image | None
 
 
@@ -43,24 +52,60 @@ class Generated:
     seconds: float
 
 
-class Job:
-    """Carries news from the thread that generates to the one that asked."""
+class News:
+    """Carries news of a request's images from the threads of the engine, of which one runs at a time, to who asked.
 
-    def __init__(self) -> None:
-        self.cancelled = False
-        self._news: SimpleQueue[Generating | Generated | Exception] = SimpleQueue()
+    decode: makes a preview of half-finished latents; None where it cannot.
+    """
 
-    def tell(self, news: Generating | Generated | Exception) -> None:
-        self._news.put(news)
+    def __init__(self, images: int, steps: int, decode: Callable[[torch.Tensor], Image.Image | None]) -> None:
+        self.images, self.steps, self._decode = images, steps, decode
+        self._done = [0] * images  # steps of each image
+        self._previews: list[Image.Image | None] = [None] * images
+        self._began: float | None = None
+        self._spent = self._cost = 0.0
+        self._changed = threading.Event()
 
-    def events(self) -> Iterator[Generating | Generated]:
-        """The news, as they come; the last one is `Generated`. Raises what was told in its place."""
+    def step(self, image: int, job: Job) -> None:
+        """For the engine, after each step of an image, counted from 0."""
+        # Some schedulers take more steps than were asked for.
+        self._done[image] = max(1, self.steps * job.progress.step // job.progress.steps)
+        self._changed.set()
+
+    def look(self, image: int, _pipe: Any, _step: int, _time: Any, values: dict[str, Any]) -> dict[str, Any]:
+        """For the pipeline, at the end of each step: previews of the image that is told of, while they cost little."""
+        begun = time.perf_counter()
+        if self._began is None:
+            self._began = begun
+        is_told = image == self._current and self._done[image] < self.steps
+        # The first preview tells what one costs.
+        if is_told and self._spent + self._cost <= PREVIEW_SHARE * (begun - self._began):
+            self._previews[image] = self._decode(values["latents"])
+            self._cost = time.perf_counter() - begun
+            self._spent += self._cost
+        return {}
+
+    @property
+    def _current(self) -> int:
+        return next((k for k, done in enumerate(self._done) if done < self.steps), self.images - 1)
+
+    def follow(self, jobs: Sequence[Job]) -> Iterator[Generating]:
+        """How far they are, until all are done; a reader slower than the model is told only where it is now.
+
+        Raises:
+            Exception: that of the first that fails.
+        """
+        for job in jobs:
+            job.future.add_done_callback(lambda _future: self._changed.set())
         while True:
-            news = self._news.get()
-            while not self._news.empty():  # a reader slower than the model is told only where it is now
-                news = self._news.get()
-            if isinstance(news, Exception):
-                raise news
-            yield news
-            if isinstance(news, Generated):
+            self._changed.wait()
+            self._changed.clear()
+            finished = [job for job in jobs if job.done]
+            for job in finished:
+                job.result()
+            if len(finished) == len(jobs):
                 return
+            if any(self._done):
+                image = self._current
+                share = sum(self._done) / (self.images * self.steps)
+                yield Generating(image + 1, self.images, self._done[image], self.steps, share, self._previews[image])

@@ -98,6 +98,14 @@ class Library:
             raise InputError(f"the adapter {name} cannot be used: {problem}")
         return adapters[name]
 
+    def names(self) -> list[str]:
+        """Of all that can be used; with `find`, for the engine."""
+        return [each.name for each in self.adapters() if not each.problem]
+
+    def find(self, name: str) -> Path:
+        """The file of an adapter; raises as `get`."""
+        return self.get(name).path
+
     def add(self, name: str, folder: Path) -> str:
         """Take a trained adapter in; the name that it gets, numbered where it is taken."""
         with self._lock:

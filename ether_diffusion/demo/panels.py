@@ -101,9 +101,8 @@ class ImagePanel:
                     files = self.results.keep(news, str(request.session_hash))
                     yield {self.status: _summary(news), self.preview: None, self.gallery: files}
                 else:
-                    done = (news.image - 1 + news.step / news.steps) / news.images
                     text = f"Image {news.image} of {news.images}, step {news.step} of {news.steps}"
-                    yield {self.status: progress(text, done), self.preview: news.preview}
+                    yield {self.status: progress(text, news.done), self.preview: news.preview}
         except Cancelled:
             yield {self.status: status("Cancelled."), self.preview: None}
         except (InputError, Failed) as error:

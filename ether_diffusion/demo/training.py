@@ -15,6 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from ether_diffusion.base_models import miniature_name
 from ether_diffusion.demo.jobs import Cancelled, Failed
 from ether_diffusion.demo.library import IMAGE_NAME, clean_name
 from ether_diffusion.demo.photos import read_photo
@@ -29,7 +30,7 @@ from ether_diffusion.training.run import VALIDATION_FOLDER
 FEWEST_PHOTOS, MOST_PHOTOS = 3, 8
 STEPS, PREVIEWS = 200, 4
 """Of one training; previews count the sheet of samples at the end."""
-SAMPLE_STEPS, SAMPLE_GUIDANCE = 20, 5.0
+SAMPLE_STEPS = 20
 TOKEN = "sks"
 WORD = re.compile(r"[A-Za-z][A-Za-z -]{0,29}")
 PATIENCE = 10.0
@@ -165,10 +166,11 @@ class _Training:
             "validation_steps": max(self.steps // PREVIEWS, 1),
             "num_validation_images": 2,
             "num_inference_steps": SAMPLE_STEPS,
-            "guidance_scale": SAMPLE_GUIDANCE,
+            "guidance_scale": self.worker.guidance,
             "seed": 0,
         }
-        flags["pretrained_model_name_or_path"] = self.worker.base
+        # By its name: the card of the adapter repeats the command, and a path would be one of this machine.
+        flags["pretrained_model_name_or_path"] = miniature_name(self.worker.base) or self.worker.base
         flags |= {name: value for name, value in self.worker.version.items() if value is not None}
         command = [sys.executable, "-m", "ether_diffusion.training.dreambooth"]
         command += [f"--{flag}={value}" for flag, value in flags.items()]
@@ -207,7 +209,7 @@ class _Training:
             prompt=self.prompt,
             adapters=((name, 1.0),),
             steps=SAMPLE_STEPS,
-            guidance=SAMPLE_GUIDANCE,
+            guidance=self.worker.guidance,
             width=side,
             height=side,
         )

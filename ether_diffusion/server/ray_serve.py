@@ -101,7 +101,7 @@ class EngineReplica:
             max_line=MANY,  # Ray's line is the one that is bounded
             host_bytes=arguments.host_memory * MIB,
         )
-        self._backend = LocalBackend(self._engine, hang_after=arguments.hang_after)
+        self._backend = LocalBackend(self._engine, folder=arguments.adapters, hang_after=arguments.hang_after)
         self._gauges = {name: Gauge(f"{PREFIX}_{name}", text) for name, text in {**GAUGES, **COUNTERS}.items()}
 
     async def image(self, task: ImageTask) -> MadeImage | ApiError:

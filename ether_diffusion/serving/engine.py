@@ -11,7 +11,9 @@ import atexit
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from torch import nn
 from ether_diffusion.errors import InputError
 from ether_diffusion.serving import checks
 from ether_diffusion.serving.alone import run_alone
+from ether_diffusion.serving.catalogue import Catalogue, check_folder
 from ether_diffusion.serving.coroutines import Coroutine
 from ether_diffusion.serving.forwards import Counts, Forwards
 from ether_diffusion.serving.job import EngineClosed, Job, Request
@@ -31,7 +34,7 @@ from ether_diffusion.serving.proxies import CODECS, make_proxies
 from ether_diffusion.serving.requests import Requests, RowEstimates
 from ether_diffusion.serving.resident import ResidentAdapters
 from ether_diffusion.serving.running import Running, ThreadSettings
-from ether_diffusion.serving.store import Store, check_folder
+from ether_diffusion.serving.store import Store
 
 MAX_LINE = 64
 HOST_BYTES = 2**31
@@ -44,7 +47,8 @@ class Engine:
 
     Args:
         pipe: a pipeline of diffusers, without adapters.
-        adapters: a folder of adapters (`<name>.safetensors`, `<name>/`), looked at for every request; None: none.
+        adapters: a folder of adapters (`<name>.safetensors`, `<name>/`), or an object that has their `names()` and can
+            `find(name)` a path; asked for every request. None: none.
         max_batch: rows of a forward (an image is one, with classifier-free guidance two). "auto" measures what a
             forward costs and takes the largest batch that is worth its while; it may be 1.
         max_line: requests that may wait.
@@ -62,7 +66,7 @@ class Engine:
     def __init__(
         self,
         pipe: DiffusionPipeline,
-        adapters: str | Path | None = None,
+        adapters: str | Path | Catalogue | None = None,
         *,
         max_batch: int | str = "auto",
         max_line: int = MAX_LINE,
@@ -73,7 +77,7 @@ class Engine:
             checks.check_count("max_batch", max_batch, or_else=", or 'auto'")
         checks.check_count("max_line", max_line)
         checks.check_count("host_bytes", host_bytes)
-        if adapters is not None:
+        if isinstance(adapters, str | Path):
             check_folder(adapters)
         checks.check_pipeline(pipe)
         self.pipe = pipe
@@ -136,45 +140,58 @@ class Engine:
             EngineFull: as many requests wait as may.
             EngineClosed: the engine was closed.
         """
-        self._check_room()
-        return self._add(
-            self._requests.make(
-                adapter=adapter,
-                seed=seed,
-                scheduler=scheduler,
-                pipeline=pipeline,
-                client=client,
-                timeout=timeout,
-                on_step=on_step,
-                arguments=arguments,
-            )
-        )
+        own = {"scheduler": scheduler, "pipeline": pipeline, "client": client, "timeout": timeout, "on_step": on_step}
+        (job,) = self.submit_all([{**arguments, **own, "adapter": adapter, "seed": seed}])
+        return job
 
-    def call_alone(self, function: Callable[[DiffusionPipeline], Any], *, client: str = "") -> Job:
+    def submit_all(self, requests: Sequence[Mapping[str, Any]]) -> list[Job]:
+        """Put several requests in line at once, each as `submit` takes it: all of them or, if it raises, none.
+
+        None starts before all are in line, so those that fit into a batch together are joined from their first step.
+        """
+        self._check_room(len(requests))
+        return self._add([self._requests.make(**each) for each in requests])
+
+    def call_alone(
+        self,
+        function: Callable[[DiffusionPipeline], Any],
+        *,
+        adapter: str | Mapping[str, float] | None = None,
+        client: str = "",
+    ) -> Job:
         """Put a call in line that uses the pipeline itself, such as one that exports adapters, with nothing beside it.
 
         function: called with the pipeline on the engine's thread; its result is the job's. It leaves the pipeline as
             it was: what it attaches, it detaches.
+        adapter: attached to the pipeline meanwhile, as `submit` takes it.
 
         Raises:
-            EngineFull, EngineClosed: as `submit`.
+            UnknownAdapter, InputError, EtherFileError, EngineFull, EngineClosed: as `submit`.
         """
-        return self._add(Request(self.pipe, {}, (), None, None, client, None, None, alone=True, function=function))
-
-    def _add(self, request: Request) -> Job:
-        job = Job(request, _withdraw=self._withdraw)
-        job.future.add_done_callback(lambda future: self._withdraw(job) if future.cancelled() else None)
-        with self._changed:
-            self._check_room()
-            self._line.add(job)
-            self._changed.notify()
+        self._check_room(1)
+        (job,) = self._add([self._requests.make_alone(function, adapter, client)])
         return job
 
-    def _check_room(self) -> None:
+    def _add(self, requests: Sequence[Request]) -> list[Job]:
+        jobs = [Job(request, _withdraw=self._withdraw) for request in requests]
+        for job in jobs:
+            job.future.add_done_callback(partial(self._withdraw_cancelled, job))
+        with self._changed:
+            self._check_room(len(jobs))
+            for job in jobs:
+                self._line.add(job)
+            self._changed.notify()
+        return jobs
+
+    def _check_room(self, count: int) -> None:
         with self._changed:
             if self._closing:
                 raise EngineClosed("the engine was closed")
-            self._line.check_room()
+            self._line.check_room(count)
+
+    def _withdraw_cancelled(self, job: Job, future: Future) -> None:
+        if future.cancelled():
+            self._withdraw(job)
 
     def _withdraw(self, job: Job) -> None:
         """Take a job that has a reason to stop out of the line; one that runs is stopped by its own thread."""

@@ -34,10 +34,13 @@ class Line:
         self.check_room()
         self._clients.setdefault(job.request.client, deque()).append(job)
 
-    def check_room(self) -> None:
-        """Raises EngineFull where `add` would."""
-        if len(self) >= self.limit:
+    def check_room(self, count: int = 1) -> None:
+        """Raises EngineFull where there is no room for so many more."""
+        if len(self) + count <= self.limit:
+            return
+        if count == 1:
             raise EngineFull(f"{len(self)} requests wait, which is the limit (max_line={self.limit}): try again later")
+        raise EngineFull(f"{len(self)} requests wait, and {count} more exceed the limit (max_line={self.limit})")
 
     def first(self) -> Job | None:
         """The request whose turn it is; it stays."""

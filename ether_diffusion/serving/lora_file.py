@@ -69,11 +69,11 @@ def read_lora(pipe: DiffusionPipeline, path: Path) -> HostAdapter:
     """
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-        metadata = json.loads((file.metadata() or {}).get(METADATA, "null"))
+        metadata = _json(path, (file.metadata() or {}).get(METADATA, "{}"))
     models = models_of(pipe)
     if path.name == PEFT_WEIGHTS_NAME and (path.parent / PEFT_CONFIG_NAME).is_file():
         component, state = _only_fitting(pipe, path, tensors), _of_peft(tensors)
-        config = _config(path, json.loads((path.parent / PEFT_CONFIG_NAME).read_text()))
+        config = _config(path, _json(path.parent, (path.parent / PEFT_CONFIG_NAME).read_text()))
         return HostAdapter(str(path.parent), {component: _pairs(path, component, models[component], state, config)})
     parts, alphas = _diffusers_parts(pipe, path, tensors)
     factors = {}
@@ -83,6 +83,16 @@ def read_lora(pipe: DiffusionPipeline, path: Path) -> HostAdapter:
         config = _config_of(path, component, models[component], state, alphas, metadata)
         factors[component] = _pairs(path, component, models[component], state, config)
     return HostAdapter(str(path), factors)
+
+
+def _json(where: Path, text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise EtherFileError(f"{where}: its LoRA config is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise EtherFileError(f"{where}: its LoRA config is a JSON {type(found).__name__}, not an object")
+    return found
 
 
 def _of_peft(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -140,9 +150,9 @@ def _config_of(
     model: nn.Module,
     state: Mapping[str, Tensor],
     alphas: Mapping[str, float] | None,
-    metadata: Mapping[str, Any] | None,
+    metadata: Mapping[str, Any],
 ) -> LoraConfig:
-    own = {k.removeprefix(f"{component}."): v for k, v in (metadata or {}).items() if k.startswith(f"{component}.")}
+    own = {k.removeprefix(f"{component}."): v for k, v in metadata.items() if k.startswith(f"{component}.")}
     if own:
         return _config(path, own)
     is_denoiser = not isinstance(model, PreTrainedModel)

@@ -37,9 +37,11 @@ class Pass(NamedTuple):
 
 
 def add_linear(x: Tensor, y: Tensor, change: Pass) -> Tensor:
-    """y + (x · down) · up on the rows of a pass: x (b, …, i) and y (b, …, o) of a linear layer."""
-    inputs = x.reshape(len(x), -1, x.shape[-1])
-    outputs = y.reshape(len(y), -1, y.shape[-1])
+    """y + (x · down) · up on the rows of a pass: x (b, …, i) and y (b, …, o) of a linear layer; or (b·m, …), m rows to
+    a sample.
+    """
+    inputs = x.reshape(len(change.down), -1, x.shape[-1])
+    outputs = y.reshape(len(change.down), -1, y.shape[-1])
     return _finish(torch.baddbmm(outputs, inputs @ change.down.mT, change.up), outputs, y, change)
 
 

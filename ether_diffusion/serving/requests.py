@@ -30,14 +30,14 @@ class Requests:
     def make(
         self,
         *,
-        adapter: str | Mapping[str, float] | None,
-        seed: int | Sequence[int] | None,
-        scheduler: Any,
-        pipeline: type[DiffusionPipeline] | None,
-        client: str,
-        timeout: float | None,
-        on_step: Callable[[Job], None] | None,
-        arguments: Mapping[str, Any],
+        adapter: str | Mapping[str, float] | None = None,
+        seed: int | Sequence[int] | None = None,
+        scheduler: Any = None,
+        pipeline: type[DiffusionPipeline] | None = None,
+        client: str = "",
+        timeout: float | None = None,
+        on_step: Callable[[Job], None] | None = None,
+        **arguments: Any,
     ) -> Request:
         """A request, with everything checked and its adapters read.
 
@@ -51,17 +51,13 @@ class Requests:
         checks.check_arguments(pipe, arguments)
         checks.check_seeds(pipe, arguments, seed)
         checks.check_timeout(timeout)
-        strengths = checks.strengths_of(adapter)
-        if strengths and self._adapters is None:
-            raise InputError("adapter: this engine was made without a folder of adapters")
         if seed is None and arguments.get("generator") is None and checks.takes(pipe, "generator"):
             seed = secrets.randbelow(2**32)
         deadline = None if timeout is None else time.monotonic() + timeout
-        read = None if self._adapters is None else self._adapters.file if alone else self._adapters.get
         return Request(
             pipe=pipe,
             arguments=arguments,
-            adapters=[(read(name), strength) for name, strength in strengths.items()],
+            adapters=self._read(adapter, alone=alone),
             seeds=seed,
             scheduler=copy.deepcopy(self._pipe.scheduler if scheduler is None else scheduler),
             client=client,
@@ -69,6 +65,28 @@ class Requests:
             on_step=on_step,
             alone=alone,
         )
+
+    def make_alone(
+        self,
+        function: Callable[[DiffusionPipeline], Any],
+        adapter: str | Mapping[str, float] | None,
+        client: str,
+    ) -> Request:
+        """A request of a call of the pipeline's; raises as `make`."""
+        adapters = self._read(adapter, alone=True)
+        return Request(self._pipe, {}, adapters, None, None, client, None, None, alone=True, function=function)
+
+    def _read(self, adapter: str | Mapping[str, float] | None, *, alone: bool) -> list[tuple[Any, float]]:
+        """The adapters that are asked for, with their strengths: on the host, or their files for a request alone.
+
+        Raises:
+            UnknownAdapter, InputError, EtherFileError: what does not fit.
+        """
+        strengths = checks.strengths_of(adapter)
+        if strengths and self._adapters is None:
+            raise InputError("adapter: this engine was made without a folder of adapters")
+        read = None if self._adapters is None else self._adapters.file if alone else self._adapters.get
+        return [(read(name), strength) for name, strength in strengths.items()]
 
     def _sibling(self, kind: Any, pipe: DiffusionPipeline | None = None) -> DiffusionPipeline:
         """The pipeline of another class, made once; "control" for the one that applies control encoders."""

@@ -1,4 +1,4 @@
-"""The adapters that an engine serves: from a folder into main memory, from there into a row for each request."""
+"""The adapters that an engine serves: from their files into main memory, from there into a row for each request."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from diffusers import DiffusionPipeline
 from ether_diffusion.adapters.locate import find_adapter_file
 from ether_diffusion.adapters.schema import AdapterFile
 from ether_diffusion.errors import InputError
+from ether_diffusion.serving.catalogue import Catalogue
 from ether_diffusion.serving.rows import AdapterRows, HostAdapter
 from ether_diffusion.serving.store import Store
 
 
 class ResidentAdapters:
-    """Adapters of a folder, and the rows on the device that hold those of the requests that run.
+    """Adapters by name, and the rows on the device that hold those of the requests that run.
 
     Args:
         pipe: what they are for.
-        folder: where they are.
+        adapters: the folder that they are in, or a catalogue of them.
         max_rows: requests that may run at a time.
         host_bytes: of adapters in main memory.
 
@@ -28,9 +29,11 @@ class ResidentAdapters:
         store: those that were read.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, folder: str | Path, *, max_rows: int, host_bytes: int) -> None:
+    def __init__(
+        self, pipe: DiffusionPipeline, adapters: str | Path | Catalogue, *, max_rows: int, host_bytes: int
+    ) -> None:
         self._pipe, self._max_rows = pipe, max_rows
-        self.store = Store(folder, lambda path: self._rows.read(path), limit=host_bytes)
+        self.store = Store(adapters, lambda path: self._rows.read(path), limit=host_bytes)
         self._rows = AdapterRows(pipe, max_rows=max_rows)
         self._free = list(range(max_rows, 0, -1))
 

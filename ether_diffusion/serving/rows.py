@@ -23,6 +23,7 @@ from ether_diffusion.serving.composition import Composition, Layout, Row
 from ether_diffusion.serving.host_adapter import HostAdapter, compose, from_ether_file
 from ether_diffusion.serving.lora_file import find_lora_file, read_lora
 from ether_diffusion.serving.mixing import add_convolution, add_linear
+from ether_diffusion.tuner.flattened import flattened_modules
 
 __all__ = ["AdapterRows", "HostAdapter"]
 
@@ -48,6 +49,7 @@ class AdapterRows:
         self.max_rows = max_rows
         self._pipe: DiffusionPipeline | None = pipe
         self._models, self._names = models_of(pipe), names_of(pipe)
+        self._flattened = {module for model in self._models.values() for module in flattened_modules(model)}
         self._layouts = {component: Layout() for component in self._models}
         self._rows: dict[int, Row] = {0: Row({})}
         self._hooks: dict[tuple[str, str], RemovableHandle] = {}
@@ -167,7 +169,7 @@ class AdapterRows:
         if composition is None:
             return None
         x = args[0] if args else next(iter(kwargs.values()))
-        if len(x) != composition.size or len(y) != composition.size:
+        if len(x) != composition.size and (layer not in self._flattened or len(x) % composition.size):
             raise InputError(
                 f"{component}.{path}: a batch of {len(x)}, but adapters were given for {composition.size} rows"
             )

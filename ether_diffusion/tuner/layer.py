@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from ether_diffusion.tuner.base_layer import PLAIN_DTYPES, computes_as_written, offload_hook
 from ether_diffusion.tuner.config import EtherConfig
 from ether_diffusion.tuner.merging import MergingLayer
+from ether_diffusion.tuner.mixed_batch import mixed_output
 from ether_diffusion.tuner.operators import adapted_linear, displacement
 from ether_diffusion.tuner.transforms import Vectors
-
-NO_MIXED_BATCHES = "ETHER does not mix adapters within a batch (adapter_names): set one with set_adapter"
 
 
 class EtherLayer(MergingLayer):
@@ -213,21 +212,24 @@ class EtherLayer(MergingLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The adapted layer on x, in the dtype of the base layer's own output.
 
-        Raises:
-            ValueError: `adapter_names`, PEFT's batches of mixed adapters, which this method does not have.
+        With `adapter_names`, PEFT's batches of mixed adapters, each row of x has the adapter named for it alone; see
+        `mixed_batch.mixed_output`.
         """
-        if "adapter_names" in kwargs:
-            raise ValueError(NO_MIXED_BATCHES)
+        if kwargs.get("adapter_names") is not None:
+            return mixed_output(self, x, args, **kwargs)
         if self.merged:
             return self._merged_output(x, args, kwargs)
-        return self._adapted_output(x, self.acting_adapters, args, kwargs)
+        return self._adapted_output(x, [(name, self.scaling[name]) for name in self.acting_adapters], args, kwargs)
 
-    def _adapted_output(self, x: Tensor, names: list[str], args: tuple, kwargs: dict) -> Tensor:
-        """f_j(x): one operator over a plain linear layer; else, what goes in and what comes out is reflected."""
-        if not names:
+    def _adapted_output(self, x: Tensor, adapters: list[tuple[str, float]], args: tuple, kwargs: dict) -> Tensor:
+        """f_j(x): one operator over a plain linear layer; else, what goes in and what comes out is reflected.
+
+        adapters: names and strengths, none of them 0.
+        """
+        if not adapters:
             return self.base_layer(x, *args, **kwargs)
-        *earlier, name = names
-        vectors, strength = self.vectors(name), self.scaling[name]
+        *earlier, (name, strength) = adapters
+        vectors = self.vectors(name)
         if not earlier and not args and not kwargs and computes_as_written(self.base_layer, x):
             return adapted_linear(x, self.base_layer.weight, self.base_layer.bias, vectors, strength)
         displaced = self._displaced(x, vectors.u, vectors.v)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ether_diffusion.tuner.config import ETHER, EtherConfig
 from ether_diffusion.tuner.guards import check_separate, guard
-from ether_diffusion.tuner.layer import NO_MIXED_BATCHES, EtherConv2d, EtherLayer, EtherLinear
+from ether_diffusion.tuner.layer import EtherConv2d, EtherLayer, EtherLinear
+from ether_diffusion.tuner.mixed_batch import adapters_by_row
 from ether_diffusion.tuner.undo import restored_on_error
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -138,10 +139,19 @@ class EtherModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT drops `adapter_names` on the way to the layers, which would answer with the active adapter alone."""
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(NO_MIXED_BATCHES)
-        yield
+        """PEFT's way to give every layer the adapter of each row, `adapter_names=["dog", "__base__"]`.
+
+        Raises:
+            ValueError: a name that no layer has, or a model in training mode.
+        """
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("adapter_names: batches of mixed adapters are for inference: call model.eval() first")
+        with adapters_by_row(self.model, names, beams=kwargs.get("num_beams") or 1):
+            yield
 
 
 def layer_class(target: nn.Module, name: str) -> type[EtherLayer]:

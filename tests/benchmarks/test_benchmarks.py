@@ -7,14 +7,18 @@ import pytest
 from helpers.benchmarks import call
 from result_file import ResultFile
 
+from ether_diffusion.base_models import MINIATURE, MINIATURES
+from ether_diffusion.files import checksum
 from ether_diffusion.miniature.world import subjects
 
 pytestmark = pytest.mark.slow
 
 
-def test_speed_is_measured_for_every_method_and_drawn(tmp_path):
-    table = call("training_step.py", "--output_dir", tmp_path, "--rounds", 2)
-    rows = json.loads((tmp_path / "training_step_cpu-small.json").read_text())["rows"]
+@pytest.mark.parametrize("workload", ["cpu-small", "dit-small"])
+def test_speed_is_measured_for_every_method_and_drawn(workload, tmp_path):
+    given = ("--output_dir", tmp_path, "--rounds", 2, "--workloads", workload)
+    table = call("training_step.py", *given)
+    rows = json.loads((tmp_path / f"training_step_{workload}.json").read_text())["rows"]
     assert list(rows) == [
         "frozen limit", "ETHER", "ETHER, 4 blocks", "ETHER+", "LoRA r=1", "LoRA r=4", "OFT, block 32", "BOFT",
         "HRA r=2", "VeRA", "paper's dense ETHER",
@@ -26,8 +30,8 @@ def test_speed_is_measured_for_every_method_and_drawn(tmp_path):
     assert rows["ETHER"]["memory"] <= rows["ETHER+"]["memory"] <= rows["LoRA r=4"]["memory"]
     assert rows["ETHER"]["parameters"] == rows["ETHER, 4 blocks"]["parameters"] < rows["LoRA r=1"]["parameters"]
 
-    table = call("inference.py", "--output_dir", tmp_path, "--rounds", 2)
-    report = json.loads((tmp_path / "inference_cpu-small.json").read_text())
+    table = call("inference.py", *given)
+    report = json.loads((tmp_path / f"inference_{workload}.json").read_text())
     assert {"no adapter", "ETHER, unfused", "ETHER, fused", "LoRA r=4, unfused"} <= set(report["step"])
     for calls in report["loading"].values():
         assert list(calls) == ["load", "activate", "fuse", "unfuse", "unload"]
@@ -35,19 +39,22 @@ def test_speed_is_measured_for_every_method_and_drawn(tmp_path):
     assert all(name in table for name in (*report["step"], *report["loading"]))
 
     drawn = call("plot.py", "--results_dir", tmp_path, "--output_dir", tmp_path / "docs").split()
-    assert drawn == [str(tmp_path / "docs" / "speed_cpu-small.png")] and Path(drawn[0]).stat().st_size > 10_000
+    assert drawn == [str(tmp_path / "docs" / f"speed_{workload}.png")] and Path(drawn[0]).stat().st_size > 10_000
 
 
 def test_a_plot_of_nothing_says_what_to_run(tmp_path):
     assert "run the benchmarks first" in call("plot.py", "--results_dir", tmp_path, code=2)
 
 
-def test_the_learning_rate_sweep_goes_on_where_it_was_stopped(tmp_path):
-    flags = ("--output_dir", tmp_path, "--learning_rates", 1e-3, "--subjects", 1, "--steps")
+@pytest.mark.parametrize("base", MINIATURES)
+def test_the_learning_rate_sweep_goes_on_where_it_was_stopped(base, tmp_path):
+    flags = ("--output_dir", tmp_path, "--base", base, "--learning_rates", 1e-3, "--subjects", 1, "--steps")
     call("learning_rate_sweep.py", *flags, 1, "--methods", "ether")
     first = json.loads((tmp_path / "learning_rate_sweep.json").read_text())
     call("learning_rate_sweep.py", *flags, 1, 2, "--methods", "ether", "vera")
     report = json.loads((tmp_path / "learning_rate_sweep.json").read_text())
+    assert report["weights_sha256"] == checksum(MINIATURES[base])
+    assert report.get("model") == (None if base == MINIATURE else base)  # older files name none
     assert report["rows"][0] == first["rows"][0]  # and not measured again:
     assert [(row["method"], row["steps"]) for row in report["rows"]] == [
         ("ether", 1), ("ether", 2), ("vera", 1), ("vera", 2)
@@ -62,9 +69,12 @@ def test_rows_of_other_settings_are_not_mixed(tmp_path):
         ResultFile(tmp_path / "rows.json", {"seed": 1})
 
 
-def test_methods_are_compared_on_a_subject_and_drawn(tmp_path):
-    table = call("compare_methods.py", "--output_dir", tmp_path, "--quick")
-    base, *tuned = json.loads((tmp_path / "compare_methods.json").read_text())["rows"]
+@pytest.mark.parametrize("model", MINIATURES)
+def test_methods_are_compared_on_a_subject_and_drawn(model, tmp_path):
+    table = call("compare_methods.py", "--output_dir", tmp_path, "--quick", "--base", model)
+    report = json.loads((tmp_path / "compare_methods.json").read_text())
+    assert report["weights_sha256"] == checksum(MINIATURES[model])
+    base, *tuned = report["rows"]
     assert base["method"] == "base" and base["parameters"] == 0
     assert [row["method"] for row in tuned] == ["ether_plus", "lora"]
     for row in tuned:
@@ -106,11 +116,13 @@ def test_a_held_out_photograph_is_measured_before_and_after(tmp_path):
     assert losses["tuned_held_out"] != losses["base_held_out"] and losses["tuned_seen"] != losses["base_seen"]
 
 
-def test_control_is_compared_over_methods(tmp_path):
-    printed = call("control.py", "--output_dir", tmp_path, "--quick")
+@pytest.mark.parametrize("base", MINIATURES)
+def test_control_is_compared_over_methods(base, tmp_path):
+    flags = ("--output_dir", tmp_path, "--quick", "--base", base)
+    printed = call("control.py", *flags)
     report = json.loads((tmp_path / "control.json").read_text())
     assert [row["method"] for row in report["rows"]] == ["none", "ether_plus"]
     none, plus = (row["parameters"] for row in report["rows"])
     assert 0 < none < plus and "ether_plus" in printed
     assert {"real", "with_control", "without_control"} <= set(report["rows"][0]["scores"])
-    assert printed.endswith(call("control.py", "--output_dir", tmp_path, "--quick"))  # nothing is trained again
+    assert printed.endswith(call("control.py", *flags))  # nothing is trained again

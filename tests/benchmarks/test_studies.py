@@ -13,9 +13,14 @@ from energy import outcomes, rank_correlation, with_interval
 from helpers.benchmarks import FOLDER, call
 from helpers.scripts import wait_until
 from lr_robustness import RATES, explore, interval, means, usable_rates, window
-from parameter_efficiency import climb, difference, score
+from parameter_efficiency import climb, difference, score, variants
 from trials import Bench, Settings, Trial, Variant, pairs
 
+from ether_diffusion.base_models import MINIATURES
+from ether_diffusion.files import checksum
+from ether_diffusion.miniature import load_pipeline
+
+LAYERED = ("ETHER+ one side", "OFT, blocks of 4")
 GRID = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]
 
 
@@ -150,6 +155,33 @@ def test_what_every_trial_has_of_its_own_cannot_be_given(flags, tmp_path):
     told = call("lr_robustness.py", "--output_dir", tmp_path / "out", *flags, code=1)
     assert f"error: {flags[0]}: every trial has its own; drop it" in told
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("base", "component", "names"),
+    [
+        ("miniature", "unet", ("to_q", "to_k", "to_v", "to_out.0")),
+        ("miniature-dit", "transformer", ("to_q", "to_k", "to_v", "to_out.0", "_proj", "to_add_out")),
+    ],
+)
+def test_variants_of_a_config_are_in_the_attention_of_their_base(base, component, names):
+    model = getattr(load_pipeline(base), component)
+    attention = [layer for name, layer in model.named_modules() if "attn" in name and name.endswith(names)]
+    width = sum(layer.in_features for layer in attention)
+    one_side, oft = (each for each in variants()["ether_plus"] + variants()["oft"] if each.name in LAYERED)
+    assert one_side.parameters(base) == 2 * width
+    assert oft.parameters(base) == width // 4 * 6  # blocks of 4 × 4, skew-symmetric
+
+
+@pytest.mark.slow
+def test_the_studies_take_the_transformer_and_say_so(tmp_path):
+    flags = ("--output_dir", tmp_path, "--quick", "--base", "miniature-dit")
+    assert "ETHER+" in call("lr_robustness.py", *flags)
+    assert "LoRA r=4" in call("parameter_efficiency.py", *flags)
+    report = json.loads((tmp_path / "trials.json").read_text())
+    assert report["model"] == "miniature-dit" and report["weights_sha256"] == checksum(MINIATURES["miniature-dit"])
+    told = call("lr_robustness.py", "--output_dir", tmp_path, "--quick", code=1)
+    assert "holds rows of model miniature-dit, not miniature" in told
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("gradio_client")
 
-from helpers.demo import close, connect, serve_page  # noqa: E402
+from helpers.demo import MAX_BATCH, close, connect, serve_page  # noqa: E402
 
 from ether_diffusion import miniature  # noqa: E402
 from ether_diffusion.commands.demo import SHIPPED  # noqa: E402
@@ -34,7 +34,7 @@ def adapters(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="package")
 def worker(adapters):
-    worker = Worker(miniature.FOLDER, Library(adapters), device="cpu")
+    worker = Worker(miniature.FOLDER, Library(adapters), device="cpu", max_batch=MAX_BATCH)
     yield worker
     worker.close()
 

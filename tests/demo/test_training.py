@@ -45,7 +45,9 @@ def test_a_training_that_is_given_up_ends_before_the_next_begins(train):
 
 def test_what_the_script_refuses_is_told_in_its_words(worker, photographs, tmp_path):
     version = {"variant": "fp16", "revision": "main"}  # both are flags of the script
-    no_pipeline = SimpleNamespace(base=str(tmp_path), version=version, device="cpu", side=64, library=worker.library)
+    no_pipeline = SimpleNamespace(
+        base=str(tmp_path), version=version, device="cpu", side=64, guidance=5.0, library=worker.library
+    )
     trainer = Trainer(no_pipeline)
     with pytest.raises(InputError, match="model_index.json"):
         list(trainer.train(sorted(photographs.iterdir()), name="toy", word="toy", method="ether"))

@@ -1,11 +1,14 @@
 """The worker alone: what it generates, tells and refuses."""
 
 import inspect
+import shutil
 import threading
 
 import numpy as np
 import pytest
 import torch
+from diffusers import HeunDiscreteScheduler
+from helpers import flow_zoo
 from helpers.demo import PROMPT, STEPS, count_steps, generate
 from PIL import Image
 
@@ -29,15 +32,72 @@ def test_shipped_adapters_fit_and_change_the_image(worker):
         assert np.asarray(base).tolist() != np.asarray(adapted).tolist()
 
 
-def test_strength_zero_is_the_base_and_a_seed_repeats(worker):
+@pytest.fixture(scope="module")
+def alone(adapters):
+    """A worker that joins no images."""
+    worker = Worker(miniature.FOLDER, Library(adapters), device="cpu", max_batch=1)
+    yield worker
+    worker.close()
+
+
+def difference(image, other) -> int:
+    """The largest, in grey levels."""
+    return np.abs(np.asarray(image, np.int16) - np.asarray(other, np.int16)).max()
+
+
+def test_strength_zero_is_the_base_and_a_seed_repeats(worker, alone):
     stock = miniature.load_pipeline()
     stock.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(5)
     expected = np.asarray(stock(PROMPT, num_inference_steps=STEPS, guidance_scale=5.0, generator=generator).images[0])
-    for strength in (1.0, 0.0):
-        ((base, adapted),) = generate(worker, seed=5, adapters=(("toy-1", strength), ("house-1", strength))).images
-        assert np.array_equal(np.asarray(base), expected)
-        assert np.array_equal(np.asarray(adapted), expected) == (strength == 0.0)
+    for each, rounding in ((alone, 0), (worker, 1)):  # a batch rounds as its shape has it
+        for strength in (1.0, 0.0):
+            adapters = (("toy-1", strength), ("house-1", strength))
+            ((base, adapted),) = generate(each, seed=5, adapters=adapters).images
+            assert difference(base, expected) <= rounding
+            assert (difference(adapted, base) == 0) == (strength == 0.0)
+            ((again, _),) = generate(each, seed=5, adapters=adapters).images
+            assert difference(base, again) == 0
+
+
+def test_images_of_one_request_share_their_forwards_and_have_consecutive_seeds(worker, alone):
+    adapters = (("toy-1", 1.0), ("face-1", 0.5))
+    joined = generate(worker, adapters=adapters, seed=3, images=2).images
+    assert worker.engine.counts.largest == 8  # two images, base and adapted, each with guidance
+    for k, pair in enumerate(joined):
+        (expected,) = generate(alone, adapters=adapters, seed=3 + k).images
+        assert all(difference(image, other) <= 1 for image, other in zip(pair, expected, strict=True))
+
+
+def test_adapters_are_those_of_all_folders_as_they_are_now(alone, adapters, tmp_path):
+    shutil.copytree(adapters / "toy-1", tmp_path / "own")
+    worker = Worker(miniature.FOLDER, Library(SHIPPED, tmp_path), device="cpu", max_batch=1)
+    try:
+        for name in ("toy-1", "house-1"):  # the file of a name is another one from now on
+            shutil.copytree(adapters / name, tmp_path / "own", dirs_exist_ok=True)
+            ((_, expected),) = generate(alone, adapters=((name, 1.0),)).images
+            ((_, shipped), (_, own)) = (generate(worker, adapters=((each, 1.0),)).images[0] for each in (name, "own"))
+            assert difference(own, expected) == difference(shipped, expected) == 0
+        shutil.rmtree(tmp_path / "own")
+        with pytest.raises(InputError, match="there is no adapter 'own'; on offer are face-1, house-1"):
+            generate(worker, adapters=(("own", 1.0),))
+    finally:
+        worker.close()
+
+
+def test_a_transformer_with_its_own_sizes_and_guidance_is_served(tmp_path):
+    flow_zoo.make("sd3", tmp_path / "files").save_pretrained(tmp_path / "base")
+    (tmp_path / "adapters").mkdir()
+    worker = Worker(tmp_path / "base", Library(tmp_path / "adapters"), device="cpu", max_batch=4)
+    try:
+        assert (worker.side, worker.unit, worker.guidance) == (16, 4, 7.0)
+        news = list(worker.generate(Settings(prompt="a dog", steps=3, width=20, height=16, negative_prompt="a cat")))
+        ((base, adapted),) = news[-1].images
+        assert base.size == (20, 16) and adapted is None
+        with pytest.raises(InputError, match="Width: got 18, needs a multiple of 4 from 8 to 32"):
+            list(worker.generate(Settings(prompt="a dog", width=18, height=16)))
+    finally:
+        worker.close()
 
 
 def test_a_crash_is_told_and_the_next_request_is_served(worker, monkeypatch, caplog):
@@ -67,6 +127,20 @@ def test_news_say_the_step_and_show_a_preview(worker):
     assert [each.step for each in steps] == sorted({each.step for each in steps}) and steps[-1].steps == 8
     assert any(each.preview is not None for each in steps)
     assert isinstance(news[-1], Generated)
+
+
+def test_news_of_images_that_run_together_are_of_the_first_and_the_share_of_all(worker):
+    *news, last = worker.generate(Settings(prompt=PROMPT, steps=4, images=2, adapters=(("toy-1", 1.0),)))
+    assert [each.images for each in news] == [4] * len(news) and len(last.images) == 2
+    places = [(each.image, each.step, each.done) for each in news]
+    assert places == sorted(places) and 0 < places[0][-1] and places[-1][-1] <= 1
+
+
+def test_news_of_a_scheduler_that_takes_more_steps_count_those_that_were_asked_for(worker, monkeypatch):
+    heun = HeunDiscreteScheduler.from_config(worker.pipe.scheduler.config)
+    monkeypatch.setattr(worker.pipe, "scheduler", heun)  # 7 steps for 4
+    *news, _ = worker.generate(Settings(prompt=PROMPT, steps=4))
+    assert {each.steps for each in news} == {4} and max(each.step for each in news) <= 4
 
 
 def test_closing_the_news_cancels(worker, monkeypatch):

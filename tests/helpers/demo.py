@@ -1,5 +1,6 @@
 """What tests do with the web page: start it, and ask it for images as clients of its API do."""
 
+import functools
 from argparse import Namespace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import gradio_client
 import numpy as np
 from PIL import Image
 
+from ether_diffusion.base_models import MINIATURE
 from ether_diffusion.commands.demo import serve
 from ether_diffusion.demo.jobs import Generated
 from ether_diffusion.demo.settings import Settings
@@ -14,12 +16,14 @@ from ether_diffusion.demo.worker import Worker
 
 PROMPT = "a photo of sks toy on a red background"
 STEPS = 2
+MAX_BATCH = 8
+"""What \"auto\" finds is not the same every time."""
 
 
 def serve_page(folder: Path, **flags: object):
     """The demo as its command starts it, on a free port; the page, with `local_url`, `worker` and `trainer`."""
-    usual = {"base": None, "adapters": None, "host": "127.0.0.1", "port": 0, "share": False, "auth": None}
-    usual |= {"variant": None, "revision": None}
+    usual = {"base": MINIATURE, "adapters": None, "host": "127.0.0.1", "port": 0, "share": False, "auth": None}
+    usual |= {"variant": None, "revision": None, "max_batch": MAX_BATCH}
     return serve(Namespace(**usual | {"device": "cpu"} | flags), folder)
 
 
@@ -42,8 +46,15 @@ def generate(worker: Worker, *, control: Image.Image | None = None, **settings: 
 
 def count_steps(worker: Worker, monkeypatch) -> list:
     """A list that grows by one with every denoising step of the worker."""
-    taken, step = [], worker.pipe.scheduler.step
-    monkeypatch.setattr(worker.pipe.scheduler, "step", lambda *a, **k: taken.append(None) or step(*a, **k))
+    kind, taken = type(worker.pipe.scheduler), []  # every image has a scheduler of its own
+    step = kind.step
+
+    @functools.wraps(step)  # pipelines look at its signature
+    def counted(*args, **kwargs):
+        taken.append(None)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(kind, "step", counted)
     return taken
 
 

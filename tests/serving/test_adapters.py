@@ -159,7 +159,7 @@ def test_the_pipeline_has_no_adapter_when_the_engine_is_closed(tiny_pipeline, ad
     assert np.abs(again.images(with_adapter("dog")) - alone.images(with_adapter("dog"))).max() <= ONE_GREY_LEVEL
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "z_image", "krea2"])
 def test_transformers_have_an_adapter_for_each_row(name, tmp_path):
     pipe = flow_zoo.make(name, tmp_path / "pipe")
     pipe.save_pretrained(tmp_path / "base")
@@ -241,6 +241,34 @@ def test_what_needs_the_pipeline_itself_is_called_with_nothing_beside_it(engine,
     assert jobs[1].result(WAIT).is_file()
     for job in (jobs[0], jobs[2]):
         assert distance(job, alone.images(with_adapter("dog"))) <= ONE_GREY_LEVEL
+
+
+def test_what_is_called_alone_has_the_adapter_that_it_asks_for(engine, tmp_path):
+    def export(pipe):
+        return export_lora(pipe, tmp_path / "lora", to="diffusers-lora").path
+
+    assert engine.call_alone(export, adapter="dog").result(WAIT).is_file()
+    assert engine.call_alone(lambda pipe: dict(pipe.ether_adapters)).result(WAIT) == {}
+    with pytest.raises(UnknownAdapter):
+        engine.call_alone(export, adapter="dgo")
+
+
+def test_adapters_may_lie_wherever_a_catalogue_says(tiny_pipeline, adapters, alone):
+    class Renamed:
+        def names(self):
+            return ["hound"]
+
+        def find(self, name):
+            if name != "hound":
+                raise InputError(f"no {name}")
+            return adapters / "dog.safetensors"
+
+    with Engine(tiny_pipeline, Renamed(), max_batch=4) as engine:
+        assert engine.store.names() == ["hound"]
+        job = with_adapter("hound").submit(engine)
+        assert distance(job, alone.images(with_adapter("dog"))) <= ONE_GREY_LEVEL
+        with pytest.raises(InputError, match="no dog"):
+            with_adapter("dog").submit(engine)
 
 
 # Whatever happens ---------------------------------------------------------------------------------------------------

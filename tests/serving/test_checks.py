@@ -93,6 +93,16 @@ def test_a_full_line_refuses_more(engine):
         job.cancel()
 
 
+def test_requests_that_are_submitted_together_are_in_line_all_or_none(engine):
+    with pytest.raises(EngineFull, match="3 more exceed the limit .max_line=2"):
+        engine.submit_all([{"prompt": "a dog"}] * 3)
+    with pytest.raises(InputError, match="no_such"):
+        engine.submit_all([{"prompt": "a dog"}, {"prompt": "a dog", "no_such": 1}])
+    assert engine.waiting == engine.running == 0
+    first, second = engine.submit_all([{"prompt": "a dog", "seed": seed} for seed in (1, 2)])
+    assert (first.seed, second.seed) == (1, 2) and len(first.result().images) == len(second.result().images) == 1
+
+
 def test_a_control_pipeline_without_control_images_is_served_as_its_stock_class(tiny_pipeline):
     pipe = EtherControlPipeline.from_pipe(tiny_pipeline)
     pipe.set_progress_bar_config(disable=True)

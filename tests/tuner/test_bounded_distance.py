@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ether_diffusion.miniature import load_pipeline
+from ether_diffusion.tuner.model import ATTENTION
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -29,7 +30,7 @@ def unet():
 
 def moved(study, unet, name: str, strength: float) -> dict:
     (perturbation,) = (each for each in study.STUDIED if each.name == name)
-    return study.perturbed(unet, perturbation, strength, seed=0)[1]
+    return study.perturbed(unet, ATTENTION, perturbation, strength, seed=0)[1]
 
 
 @pytest.mark.parametrize("degrees", [3.0, 90.0])
@@ -53,7 +54,7 @@ def test_reflections_and_rotations_are_bounded_and_what_is_added_is_not(study, u
 def test_a_seed_gives_the_same_transforms_again_and_leaves_the_base(study, unet):
     held = {name: weight.clone() for name, weight in unet.state_dict().items()}
     for perturbation in study.STUDIED:
-        once, again = (study.perturbed(unet, perturbation, perturbation.strengths[0], 1)[1] for _ in range(2))
+        once, again = (moved(study, unet, perturbation.name, perturbation.strengths[0]) for _ in range(2))
         assert once == again
     assert all(torch.equal(weight, held[name]) for name, weight in unet.state_dict().items())
 

@@ -274,11 +274,6 @@ def test_grouped_convolutions_are_refused():
         EtherConv2d(base, "default", EtherConfig(), layer_name="mid.conv")
 
 
-def test_batches_of_mixed_adapters_are_refused():
-    with pytest.raises(ValueError, match="adapter_names"):
-        make(nn.Linear(4, 4))(torch.randn(2, 4), adapter_names=["default", "default"])
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_a_layer_compiles_without_a_graph_break(method):
     layer = make(nn.Linear(8, 12), *method)

@@ -345,12 +345,6 @@ def test_merging_into_a_weight_below_an_unmerged_lora_is_refused():
         model.lin0.merge()
 
 
-def test_batches_of_mixed_adapters_are_refused():
-    _, model = build("mlp")
-    with pytest.raises(ValueError, match="does not mix adapters within a batch"):
-        model(inputs(), adapter_names=["default"] * 5)
-
-
 def test_registration_is_idempotent_and_known_to_peft():
     register()
     assert PEFT_TYPE_TO_CONFIG_MAPPING["ETHER"] is EtherConfig
