@@ -24,7 +24,7 @@ def worker(tmp_path_factory):
     torch.manual_seed(0)
     pipe.transformer.add_adapter(EtherConfig(method="ether_plus", init_weights=False))
     pipe.save_ether_weights(folder / "own")
-    worker = Worker(MINIATURES["miniature-dit"], Library(SHIPPED, folder), device="cpu")
+    worker = Worker(MINIATURES["miniature-dit"], Library(SHIPPED, folder), device="cpu", max_batch=1)
     yield worker
     worker.close()
 
