@@ -16,8 +16,7 @@ from ether_diffusion.errors import InputError
 from ether_diffusion.files import PARTIAL_SUFFIX, sync_folder
 from ether_diffusion.server.errors import ApiError, of_engine, of_file
 from ether_diffusion.server.messages import Adapter
-from ether_diffusion.serving.catalogue import SUFFIX, is_name
-from ether_diffusion.serving.store import Store
+from ether_diffusion.serving.catalogue import SUFFIX, FolderCatalogue, is_name
 
 Check = Callable[[Path], Awaitable[None]]
 """Raises ApiError for an adapter file that cannot be used."""
@@ -30,11 +29,11 @@ class AdapterFolder:
     """
 
     def __init__(self, folder: Path | None) -> None:
-        self._store = None if folder is None else Store(folder, lambda path: path, limit=1)
+        self._catalogue = None if folder is None else FolderCatalogue(folder)
 
     def names(self) -> list[str]:
         """All, in order."""
-        return [] if self._store is None else self._store.names()
+        return [] if self._catalogue is None else self._catalogue.names()
 
     def adapters(self) -> list[Adapter]:
         """All with their sizes and times; what is deleted meanwhile is left out."""
@@ -47,7 +46,7 @@ class AdapterFolder:
         return found
 
     def _describe(self, name: str) -> Adapter:
-        path = self._store.find(name)
+        path = self._catalogue.find(name)
         states = [each.stat() for each in (path.iterdir() if path.is_dir() else [path]) if each.is_file()]
         newest = max((state.st_mtime for state in states), default=0)
         return Adapter(id=name, bytes=sum(state.st_size for state in states), created=int(newest))
@@ -59,7 +58,7 @@ class AdapterFolder:
             ApiError: 400 no name, 409 a folder has it, 422 a file that does not fit, 507 a full disk. Nothing has
                 changed then.
         """
-        folder = self._store.folder
+        folder = self._catalogue.folder
         if not is_name(name) or not name.isprintable():
             raise ApiError(400, f"name: {name[:80]!r} is no name of a file", param="name")
         if (folder / name).is_dir():
@@ -82,20 +81,20 @@ class AdapterFolder:
             ApiError: 404, there is none of this name.
         """
         try:
-            path = self._store.find(name)
-            with _hidden_folder(self._store.folder) as hidden:
+            path = self._catalogue.find(name)
+            with _hidden_folder(self._catalogue.folder) as hidden:
                 path.rename(hidden / path.name)  # a folder goes in one step, too; with the hidden one it is deleted
         except FileNotFoundError as error:  # another was quicker
             raise ApiError(404, f"there is no adapter {name!r}", code="adapter_not_found") from error
         except InputError as error:
             raise of_engine(error) from error
         except OSError as error:
-            raise of_file(error, self._store.folder, name) from error
+            raise of_file(error, self._catalogue.folder, name) from error
 
 
 @contextmanager
 def _hidden_folder(folder: Path):
-    """A folder that the store does not see; it goes, with what is in it, in the end."""
+    """A folder that the catalogue does not see; it goes, with what is in it, in the end."""
     hidden = folder / f".upload.{secrets.token_hex(4)}{PARTIAL_SUFFIX}"
     hidden.mkdir()
     try:

@@ -81,11 +81,12 @@ class LocalBackend:
 
     Args:
         engine: closed by whoever made it.
+        folder: of its adapters; errors about them leave it out.
         hang_after: seconds after which a forward counts as hung.
     """
 
-    def __init__(self, engine: Engine, *, hang_after: float) -> None:
-        self.engine, self._hang_after = engine, hang_after
+    def __init__(self, engine: Engine, *, folder: Path | None, hang_after: float) -> None:
+        self.engine, self._folder, self._hang_after = engine, folder, hang_after
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="server")
         known = parameters_of(engine.pipe)
         self._defaults = {name: known[name].default for name in RECORDED if name in known}
@@ -150,7 +151,7 @@ class LocalBackend:
             except InputError as refused:
                 return of_engine(refused)
             except (ValueError, OSError) as broken:
-                return of_file(broken, store.folder, name)
+                return of_file(broken, self._folder, name)
         return of_engine(error, retry_after=self.retry_after)
 
     @property

@@ -101,7 +101,7 @@ class EngineReplica:
             max_line=MANY,  # Ray's line is the one that is bounded
             host_bytes=arguments.host_memory * MIB,
         )
-        self._backend = LocalBackend(self._engine, hang_after=arguments.hang_after)
+        self._backend = LocalBackend(self._engine, folder=arguments.adapters, hang_after=arguments.hang_after)
         self._gauges = {name: Gauge(f"{PREFIX}_{name}", text) for name, text in {**GAUGES, **COUNTERS}.items()}
 
     async def image(self, task: ImageTask) -> MadeImage | ApiError:
@@ -228,12 +228,15 @@ def serve_on_ray(arguments: RayArguments, *, host: str, port: int) -> None:
         InputError: arguments that cannot be used.
     """
     arguments.settings()
-    stop = threading.Event()
     with ray.init(log_to_driver=True):
         for each in (signal.SIGTERM, signal.SIGINT):  # in place of Ray's own, which end the process at once
-            signal.signal(each, lambda *_: stop.set())
-        serve.start(http_options={"host": host, "port": port})
-        serve.run(build(arguments), name=APP, route_prefix="/")
-        print(f"ether-diffusion serve: http://{host}:{port} on Ray", flush=True)
-        stop.wait()
-        serve.shutdown()
+            signal.signal(each, signal.default_int_handler)
+        try:
+            serve.start(http_options={"host": host, "port": port})
+            serve.run(build(arguments), name=APP, route_prefix="/")
+            print(f"ether-diffusion serve: http://{host}:{port} on Ray", flush=True)
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            serve.shutdown()

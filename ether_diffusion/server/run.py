@@ -58,7 +58,7 @@ def serve(
     pipe = open_pipeline()
     pipe.set_progress_bar_config(disable=True)
     with Engine(pipe, settings.adapters, max_batch=max_batch, max_line=max_line, host_bytes=host_bytes) as engine:
-        backend = LocalBackend(engine, hang_after=settings.hang_after)
+        backend = LocalBackend(engine, folder=settings.adapters, hang_after=settings.hang_after)
         app = make_app(backend, settings, Metrics(engine))
         config = uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=round(settings.timeout) + GRACE)
         # uvicorn drains, and then raises the signal again, which would end the process as if it had failed.

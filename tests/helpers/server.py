@@ -42,7 +42,8 @@ def serving(pipe, adapters=None, *, max_batch=16, max_line=64, host_bytes=2**31,
     """An engine, the app over it, and uvicorn on a free port of this machine."""
     with Engine(pipe, adapters, max_batch=max_batch, max_line=max_line, host_bytes=host_bytes) as engine:
         settings = ServerSettings(adapters=adapters, **settings)
-        app = make_app(LocalBackend(engine, hang_after=settings.hang_after), settings, Metrics(engine))
+        backend = LocalBackend(engine, folder=adapters, hang_after=settings.hang_after)
+        app = make_app(backend, settings, Metrics(engine))
         server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()

@@ -50,7 +50,9 @@ def cluster(tmp_path_factory, tiny_pipeline_folder, served_adapters_once):
     folders = ["--base", str(tiny_pipeline_folder), "--adapters", str(served_adapters_once)]
     flags = ["--engine", "ray", "--replicas", "2:2", "--max_batch", "4", "--port", str(port)]
     command = [sys.executable, "-m", "ether_diffusion.commands.main", "serve", *folders, *flags]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    # A cluster of its own, whose processes are no less urgent than the test.
+    ray = {"RAY_ADDRESS": "local", "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **ray}
     log = tmp_path_factory.mktemp("ray") / "log.txt"
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=variables)
