@@ -30,7 +30,6 @@ def test_an_adapted_layer_adds_no_more_operations_than_these(method, place, prec
     assert tuple(count["operations"] for count in counts) == ADDED[method, place, precision]
 
 
-@pytest.mark.slow  # convolutions in bfloat16 on a CPU
 @pytest.mark.parametrize(("workload", "most"), [("cpu-small", (8, 12)), ("dit-small", (8, 12.3))])
 def test_in_a_denoiser_under_autocast_ether_launches_less_than_lora_and_ether_plus_little_more(workload, most):
     """In the DiT a layer in four gets an input that is not contiguous, which is copied for the backward pass."""
