@@ -26,7 +26,7 @@ from ether_diffusion.control.encoder import CONTROL
 from ether_diffusion.errors import EtherFileError
 from ether_diffusion.tuner.config import EtherConfig
 from ether_diffusion.tuner.layer import EtherLayer
-from ether_diffusion.tuner.transforms import LARGEST_LENGTH, SMALLEST_LENGTH
+from ether_diffusion.tuner.transforms import normalize
 
 WEIGHTS_NAME = "pytorch_ether_weights.safetensors"
 FORMAT_VERSION = 2
@@ -287,8 +287,7 @@ def _flaw(tensor: Tensor) -> str | None:
         return (
             f"is not made of finite floating-point numbers ({', '.join(VECTOR_DTYPES)}) but of NaN, infinity or others"
         )
-    lengths = torch.linalg.vector_norm(tensor, dim=-1, dtype=torch.float64)
-    lost = ((lengths < SMALLEST_LENGTH) | (lengths > LARGEST_LENGTH)).nonzero()
+    lost = (normalize(tensor.float()) == 0).all(dim=-1).nonzero()
     if len(lost):
         return f"has no direction in block {lost[0].item()} of {len(tensor)}: a length that is neither 0 nor huge fits"
     return None

@@ -15,10 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SMALLEST_LENGTH, LARGEST_LENGTH = 1e-9, 1e18
-"""A raw vector that is shorter has no direction: its block is left as it is. The operators of adapted layers add a
-little to lengths in place of a test, which nobody notices in between; beyond, float32 squares overflow. Raw vectors
-start with length 1, and their gradient grows with 1/|r|."""
+SMALLEST_LENGTH = 1e-30
+"""A raw vector that is shorter, or denormal, has no direction: its block is left as it is. The gradient grows with
+1/|r|, and would overflow below."""
 
 
 class Vectors(NamedTuple):

@@ -261,17 +261,6 @@ def test_it_is_compiled_with_the_model():
     torch.testing.assert_close(torch.compile(model, backend="eager")(**given), expected)
 
 
-@pytest.mark.parametrize("method", ["ether", "ether_plus"])
-def test_it_is_compiled_with_its_gradients_without_a_graph_break(method):
-    model, given = block("self", method), inputs("self")
-    enable_ether_attention(model)
-    vectors = [p for p in model.parameters() if p.requires_grad]
-    expected = torch.autograd.grad(model(**given).square().sum(), vectors)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for ours, theirs in zip(torch.autograd.grad(compiled(**given).square().sum(), vectors), expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
-
-
 @pytest.mark.parametrize("copied_by", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @torch.no_grad()
 def test_a_copied_model_is_on_its_own(copied_by):

@@ -5,19 +5,15 @@ The change of the weight is a sum of terms, W(α) − W = Σ_k f_k G_kᵀ X_k, o
 - a vector û of the input side has X = blockrows(û) and G = (Wû)ᵀ;
 - a vector ũ of the output side has X = ũᵀ W H and G = blockrows(ũ).
 
-So there are four forms of the same function:
+So there are three forms of the same function:
 
 - weight side: make W(α), then one matrix product;
 - low-rank side: y = x Wᵀ + Σ f_k (x X_kᵀ) G_k, cheaper where x has few rows;
-- in sequence: transform x, multiply, transform the product; of few rows too, with the fewest operations, where one
-  block and α = 1 allow it;
 - activation side (`displacement`): reflect what goes into a layer and what comes out of it; works over any layer.
 
-`adapted_linear` takes the cheaper of the first three. What a layer of usual size waits for is the number of
-operations, each a launch on a GPU: `benchmarks/launches.py` counts them.
-
-Nothing is kept for the backward pass but the layer's input and a few vectors; W(α) is made again there. No gradient of
-the weight is ever made: it would be gᵀx, and all that is needed of it are its products with a few vectors.
+`adapted_linear` takes the cheaper of the first two. Nothing is kept for the backward pass but the layer's input and a
+few vectors; W(α) is made again there. No gradient of the weight is ever made: it would be gᵀx, and all that is needed
+of it are its products with a few vectors.
 
 Axes: N rows of x, i inputs, o outputs, n blocks.
 

@@ -1,7 +1,7 @@
 """Which operator computes an adapted linear layer, and in which of its two forms.
 
-`blocks`, `single_block`, `in_sequence` and `reflection` have the same two names: `adapted_linear`, which gives y and
-what its gradient needs, and `AdaptedLinear`, the same for autograd.
+`blocks`, `single_block` and `reflection` have the same two names: `adapted_linear`, which gives y and what its
+gradient needs, and `AdaptedLinear`, the same for autograd.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ether_diffusion.tuner.operators import blocks, in_sequence, reflection, single_block
+from ether_diffusion.tuner.operators import blocks, reflection, single_block
 from ether_diffusion.tuner.transforms import Vectors, accurate_dtype, adapt_weight
 
 
@@ -25,8 +25,8 @@ def adapted_linear(
 ) -> Tensor:
     """An adapted linear layer, y = x W(α)ᵀ + b; see `transforms.adapt_weight` for W(α).
 
-    Under autocast it computes in autocast's dtype, as `torch.nn.functional.linear` does; unit vectors
-    are made in float32, and the gradients of raw vectors are in their own dtype.
+    Under autocast it computes in autocast's dtype, as `torch.nn.functional.linear` does; sums over the vectors and the
+    weight's update are float32 in every dtype.
 
     Args:
         x: (..., i).
@@ -34,8 +34,7 @@ def adapted_linear(
         bias: (o,) or None.
         vectors: float32.
         strength: α, not 0.
-        form: "weight", for many rows, or "low_rank", for few, where a single block transforms input and output in
-            sequence if it can; default: the cheaper one.
+        form: "weight" or "low_rank"; default: the cheaper one.
 
     Returns:
         (..., o), in the dtype that `torch.nn.functional.linear` would give.
@@ -50,8 +49,8 @@ def adapted_linear(
         operator = blocks
     elif vectors.v is None and vectors.u_out is None:
         operator = reflection
-    else:  # strength mixes products, not sides
-        operator = in_sequence if low_rank and strength == 1 else single_block
+    else:
+        operator = single_block
     if trained:
         return operator.AdaptedLinear.apply(x, weight, bias, strength, low_rank, *vectors)
     return operator.adapted_linear(x, weight, bias, vectors, strength, low_rank)[0]  # without autograd's overhead
@@ -67,8 +66,7 @@ def adapted_weight(weight: Tensor, vectors: Vectors, strength: float = 1.0) -> T
     if strength == 0:
         return accurate
     if weight.ndim == 2 and len(vectors.u) == 1:
-        operator = reflection if vectors.v is None else single_block
-        return operator.adapted_weight(accurate, vectors, strength)
+        return single_block.adapted_weight(accurate, vectors, strength)
     return adapt_weight(accurate, vectors, strength)
 
 
