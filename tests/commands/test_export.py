@@ -50,7 +50,7 @@ def test_the_command_line_says_what_is_wrong(one, tiny_pipeline_folder, wider_pi
             "light",
             "{path}: holds a control encoder, which {result} has no place for; load it with EtherControlPipeline",
         ),
-        ("controlnet", r"{path}: holds modules .*\(controlnet: controlnet_cond_embedding, .*ControlNetModel.from_pre"),
+        ("controlnet", r"{path}: holds modules .*\(controlnet: controlnet_cond_embedding, .*of ControlNetModel"),
     ],
 )
 @pytest.mark.parametrize(

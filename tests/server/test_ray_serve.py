@@ -141,7 +141,7 @@ def test_the_deployment_says_what_the_documentation_says_of_it(tiny_pipeline_fol
 
 
 def test_the_config_file_for_clusters_can_be_given():
-    config = yaml.safe_load((ROOT / "configs" / "ray_serve.yaml").read_text())
+    config = yaml.safe_load((ROOT / "configs" / "serving" / "ray_serve.yaml").read_text())
     (application,) = config["applications"]
     assert application["import_path"] == f"{build.__module__}:{build.__name__}"
     assert RayArguments(**application["args"]).max_replicas == 8
