@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 from diffusers import DiffusionPipeline
+
+from ether_diffusion.dtypes import DTYPES
 
 MINIATURES = {
     "miniature": Path(__file__).parent / "miniature" / "weights",
@@ -47,6 +50,25 @@ def open_pipeline(
     path = base_path(base)
     index = kind.load_config(path, revision=revision)
     return kind.from_pretrained(path, revision=revision, **{**absent_components(index), **options})
+
+
+def open_for_inference(
+    base: str | Path,
+    kind: type[DiffusionPipeline] = DiffusionPipeline,
+    *,
+    dtype: str | None = None,
+    device: torch.device | str | None = None,
+    **options: Any,
+) -> DiffusionPipeline:
+    """A pipeline to generate with, on its device and without progress bars.
+
+    dtype: by torch's name; default: float16 on a GPU, else float32. device: default: a GPU where there is one.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    precision = DTYPES[dtype or ("float16" if device.type == "cuda" else "float32")]
+    pipe = open_pipeline(base, kind, dtype=precision, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
 
 
 def absent_components(index: Mapping[str, Any]) -> dict[str, None]:

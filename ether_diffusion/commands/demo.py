@@ -13,6 +13,7 @@ needs the extra: pip install "ether-diffusion[demo]".
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import signal
@@ -68,9 +69,8 @@ def run(args: argparse.Namespace) -> None:
             print("anyone who can reach this address can use the page; --auth asks for a password", flush=True)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is temporary goes then, too
         try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            pass
+            with contextlib.suppress(KeyboardInterrupt):
+                threading.Event().wait()
         finally:
             serving.close(verbose=False)
             serving.trainer.close()

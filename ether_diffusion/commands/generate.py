@@ -14,9 +14,8 @@ goes on where it was stopped: images that are there are not made again. index.js
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any
@@ -25,16 +24,16 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from ether_diffusion.base_models import MINIATURE, open_pipeline
+from ether_diffusion.base_models import MINIATURE, open_for_inference
 from ether_diffusion.commands.base_version import add_base_version_arguments
 from ether_diffusion.commands.max_batch import add_max_batch_argument
 from ether_diffusion.dtypes import DTYPES
 from ether_diffusion.errors import InputError
 from ether_diffusion.files import replace_file
+from ether_diffusion.serving.catalogue import FolderCatalogue
 from ether_diffusion.serving.engine import Engine
 from ether_diffusion.serving.lines import ImageRequest, adapter_names, make_request, read_lines, shard
-from ether_diffusion.serving.png import write_png
-from ether_diffusion.serving.store import Store
+from ether_diffusion.serving.png import image_settings, sampling_defaults, write_png
 
 INDEX_NAME = "index.jsonl"
 IN_LINE = 32
@@ -113,9 +112,9 @@ def check_adapters(folder: Path | None, names: Sequence[str]) -> None:
         if names:
             raise InputError(f"--adapters: missing; the adapter {names[0]} is asked for, needs the folder it is in")
         return
-    store = Store(folder, lambda path: path, limit=1)
+    catalogue = FolderCatalogue(folder)
     for name in names:
-        store.find(name)
+        catalogue.find(name)
 
 
 def write_index(folder: Path, requests: Sequence[ImageRequest]) -> None:
@@ -137,10 +136,9 @@ def generate(
     args: argparse.Namespace, device: torch.device, requests: Sequence[ImageRequest], bar: tqdm
 ) -> dict[ImageRequest, Exception]:
     """Generate and write the images; those that failed, and why."""
-    dtype = DTYPES[args.dtype or ("float16" if device.type == "cuda" else "float32")]
-    pipe = open_pipeline(args.base, dtype=dtype, variant=args.variant, revision=args.revision).to(device)
-    pipe.set_progress_bar_config(disable=True)
-    defaults = inspect.signature(pipe.__call__).parameters
+    version = {"variant": args.variant, "revision": args.revision}
+    pipe = open_for_inference(args.base, dtype=args.dtype, device=device, **version)
+    defaults = sampling_defaults(pipe)
     failed: dict[ImageRequest, Exception] = {}
     with Engine(pipe, args.adapters, max_batch=args.max_batch, max_line=IN_LINE) as engine:
         for request, future in _finished(engine, requests):
@@ -150,7 +148,15 @@ def generate(
             except Exception as error:  # of this request alone; the others go on
                 failed[request] = error
                 continue
-            write_png(args.output_dir / request.file_name, image, _recorded(request, image, defaults))
+            settings = image_settings(
+                image,
+                prompt=request.prompt,
+                seed=request.seed,
+                adapters=request.adapters,
+                arguments=request.arguments,
+                defaults=defaults,
+            )
+            write_png(args.output_dir / request.file_name, image, settings)
     return failed
 
 
@@ -174,24 +180,6 @@ def _done_of(open_jobs: dict[Future, ImageRequest]) -> Iterator[tuple[ImageReque
     done, _ = wait(open_jobs, return_when=FIRST_COMPLETED)
     for future in done:
         yield open_jobs.pop(future), future
-
-
-def _recorded(request: ImageRequest, image: Any, defaults: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
-    """All settings of an image, those too that the pipeline decided."""
-    own = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
-    decided = {name: defaults[parameter].default for name, parameter in own.items() if parameter in defaults}
-    given = {name: value for name in own if (value := getattr(request, name)) is not None}
-    return {
-        "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt or "",
-        "adapters": request.adapters,
-        **decided,
-        **given,
-        "width": image.width,
-        "height": image.height,
-        "seed": request.seed,
-        "images": 1,
-    }
 
 
 def _read_adapter(word: str) -> tuple[str, float]:

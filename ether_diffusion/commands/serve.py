@@ -18,10 +18,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from diffusers import DiffusionPipeline
-
-from ether_diffusion.base_models import MINIATURE, open_pipeline
+from ether_diffusion.base_models import MINIATURE, open_for_inference
 from ether_diffusion.commands.base_version import add_base_version_arguments
 from ether_diffusion.commands.max_batch import add_max_batch_argument
 from ether_diffusion.dtypes import DTYPES
@@ -100,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
 
     with bound_socket(args.host, args.port) as address:
         serve(
-            lambda: load(args),
+            lambda: open_for_inference(args.base, dtype=args.dtype, variant=args.variant, revision=args.revision),
             address,
             settings,
             max_batch=args.max_batch,
@@ -152,10 +149,3 @@ def read_replicas(word: str) -> tuple[int, int]:
     if not (colon and low.isdecimal() and high.isdecimal() and 1 <= int(low) <= int(high)):
         raise InputError(f"--replicas: got {word!r}, needs two whole numbers from 1, as 2:8")
     return int(low), int(high)
-
-
-def load(args: argparse.Namespace) -> DiffusionPipeline:
-    """The pipeline of the flags, on a GPU where there is one."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = DTYPES[args.dtype or ("float16" if device == "cuda" else "float32")]
-    return open_pipeline(args.base, dtype=dtype, variant=args.variant, revision=args.revision).to(device)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ether_diffusion.adapters.fit import fit
 from ether_diffusion.adapters.locate import find_adapter_file
-from ether_diffusion.base_models import open_pipeline
+from ether_diffusion.base_models import open_for_inference
 from ether_diffusion.control.classes import CONTROL_PIPELINES
 from ether_diffusion.demo.jobs import Failed, Generated, Generating, News
 from ether_diffusion.demo.library import Adapter, Library
@@ -25,8 +25,8 @@ from ether_diffusion.errors import EtherFileError, InputError
 from ether_diffusion.export.lora import export_lora
 from ether_diffusion.serving.checks import takes
 from ether_diffusion.serving.engine import Engine
-from ether_diffusion.serving.forwards import is_out_of_memory
 from ether_diffusion.serving.job import Cancelled, EngineClosed
+from ether_diffusion.training.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -59,15 +59,12 @@ class Worker:
     ):
         self.base, self.library = str(base), library
         self.version = {"variant": variant, "revision": revision}
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = torch.float16 if self.device == "cuda" else torch.float32
         config = DiffusionPipeline.load_config(base, revision=revision)
         kind = CONTROL_PIPELINES.get(config["_class_name"], DiffusionPipeline)
-        pipe = open_pipeline(base, kind, dtype=dtype, **self.version)
-        pipe.set_progress_bar_config(disable=True)
-        self.pipe = pipe.to(self.device)
-        self.side, self.unit = sizes(pipe)
-        self._guidance_argument, self.guidance = guidance(pipe)
+        self.pipe = open_for_inference(base, kind, device=device, **self.version)
+        self.device = device or self.pipe.device.type
+        self.side, self.unit = sizes(self.pipe)
+        self._guidance_argument, self.guidance = guidance(self.pipe)
         self.engine = Engine(self.pipe, library, max_batch=max_batch)
         self._fits: dict[tuple[str, tuple[int, int]], str] = {}
 

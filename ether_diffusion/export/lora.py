@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -147,13 +148,7 @@ def export_lora(
             one_alpha=to == "kohya",
         )
         strengths, dtype_name = _strengths(changes, columns), str(dtype).removeprefix("torch.")
-        record = {
-            "adapters": [{"name": name, "strengths": values} for name, values in strengths.items()],
-            "base_model": base_model_name(pipe),
-            "base_fingerprint": _fingerprints(changes),
-            "dtype": dtype_name,
-            "versions": {name: version(name) for name in ("ether-diffusion", "diffusers", "peft", "torch")},
-        }
+        record = _record(pipe, changes, strengths, dtype_name)
         WRITERS[to](partial, pipe, stored, {RECORD: json.dumps(record, sort_keys=True)})
         return Report(
             path=target,
@@ -161,13 +156,7 @@ def export_lora(
             dtype=dtype_name,
             size=sum(file.stat().st_size for file in (partial, *partial.rglob("*")) if file.is_file()),
             ranks={".".join(key): len(layer.down) for key, layer in stored.items()},
-            errors={
-                f"{change.component}.{change.canonical}": change.error_of(
-                    stored[key].change(place.rows)[:, : change.weight[0].numel()]
-                )
-                for change, key, place in zip(changes, keys, places, strict=True)
-            }
-            | _errors_of_columns(stored, columns),
+            errors=_errors(stored, changes, keys, places) | _errors_of_columns(stored, columns),
             conflicts=_conflicts(changes),
             strengths=strengths,
             erases=any(each.vectors.v is None for change in changes for each in change.adapters.values()),
@@ -213,6 +202,30 @@ def _place(pipe: DiffusionPipeline, change: Change, to: str) -> Place:
             )
     # PEFT takes the paths that the model has here, diffusers those that every release understands.
     return own_place(change.path if to == "peft-lora" else change.canonical, change.layer)
+
+
+def _record(
+    pipe: DiffusionPipeline, changes: Sequence[Change], strengths: Mapping[str, list[float]], dtype_name: str
+) -> dict[str, Any]:
+    """What a file says of where it comes from."""
+    return {
+        "adapters": [{"name": name, "strengths": values} for name, values in strengths.items()],
+        "base_model": base_model_name(pipe),
+        "base_fingerprint": _fingerprints(changes),
+        "dtype": dtype_name,
+        "versions": {name: version(name) for name in ("ether-diffusion", "diffusers", "peft", "torch")},
+    }
+
+
+def _errors(
+    stored: Mapping[Key, Stored], changes: Sequence[Change], keys: Sequence[Key], places: Sequence[Place]
+) -> dict[str, float]:
+    """The relative error of each layer's change, as it is stored."""
+    errors = {}
+    for change, key, place in zip(changes, keys, places, strict=True):
+        found = stored[key].change(place.rows)[:, : change.weight[0].numel()]
+        errors[f"{change.component}.{change.canonical}"] = change.error_of(found)
+    return errors
 
 
 def _errors_of_columns(stored: Mapping[Key, Stored], columns: Columns | None) -> dict[str, float]:

@@ -18,12 +18,9 @@ from PIL import Image
 from ether_diffusion.errors import InputError
 from ether_diffusion.server.errors import ApiError, of_engine, of_file
 from ether_diffusion.serving import DeadlineExceeded, Engine, Job, UnknownAdapter
-from ether_diffusion.serving.checks import parameters_of
-from ether_diffusion.serving.png import encode_png
+from ether_diffusion.serving.png import encode_png, image_settings, sampling_defaults
 
 JPEG_QUALITY = 95
-RECORDED = {"num_inference_steps": "steps", "guidance_scale": "guidance"}
-"""Argument of a pipeline's call -> the name under which an image has it."""
 THREADS = 8
 """For what would hold up the event loop: reading adapters, encoding images."""
 
@@ -88,8 +85,7 @@ class LocalBackend:
     def __init__(self, engine: Engine, *, folder: Path | None, hang_after: float) -> None:
         self.engine, self._folder, self._hang_after = engine, folder, hang_after
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="server")
-        known = parameters_of(engine.pipe)
-        self._defaults = {name: known[name].default for name in RECORDED if name in known}
+        self._defaults = sampling_defaults(engine.pipe)
         self._typical = 1.0  # seconds of an image, a running mean
 
     async def image(self, task: ImageTask) -> MadeImage:
@@ -202,17 +198,14 @@ def encode(image: Image.Image, task: ImageTask, defaults: Mapping[str, Any]) -> 
         content = io.BytesIO()
         image.convert("RGB").save(content, "JPEG", quality=JPEG_QUALITY)
         return content.getvalue()
-    decided = {**defaults, **task.arguments}
-    settings = {
-        "prompt": task.prompt,
-        "negative_prompt": task.arguments.get("negative_prompt", ""),
-        "adapters": task.adapters,
-        **{name: decided[argument] for argument, name in RECORDED.items() if argument in decided},
-        "width": image.width,
-        "height": image.height,
-        "seed": task.seed,
-        "images": 1,
-    }
+    settings = image_settings(
+        image,
+        prompt=task.prompt,
+        seed=task.seed,
+        adapters=task.adapters,
+        arguments=task.arguments,
+        defaults=defaults,
+    )
     return encode_png(image, settings)
 
 

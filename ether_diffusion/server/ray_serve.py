@@ -8,6 +8,7 @@ multiplexing would split the batches by adapter, and pin one that many ask for t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import threading
 import time
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import ray
-import torch
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
@@ -25,8 +25,7 @@ from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.util.metrics import Gauge
 
-from ether_diffusion.base_models import MINIATURE, open_pipeline
-from ether_diffusion.dtypes import DTYPES
+from ether_diffusion.base_models import MINIATURE, open_for_inference
 from ether_diffusion.server.app import make_app
 from ether_diffusion.server.backend import ImageTask, LocalBackend, MadeImage
 from ether_diffusion.server.errors import ApiError, of_engine
@@ -88,12 +87,9 @@ class EngineReplica:
     """One engine, on a device of its own."""
 
     def __init__(self, arguments: RayArguments) -> None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = DTYPES[arguments.dtype or ("float16" if device == "cuda" else "float32")]
-        pipe = open_pipeline(arguments.base, dtype=dtype, variant=arguments.variant, revision=arguments.revision).to(
-            device
+        pipe = open_for_inference(
+            arguments.base, dtype=arguments.dtype, variant=arguments.variant, revision=arguments.revision
         )
-        pipe.set_progress_bar_config(disable=True)
         self._engine = Engine(
             pipe,
             arguments.adapters,
@@ -232,11 +228,10 @@ def serve_on_ray(arguments: RayArguments, *, host: str, port: int) -> None:
         for each in (signal.SIGTERM, signal.SIGINT):  # in place of Ray's own, which end the process at once
             signal.signal(each, signal.default_int_handler)
         try:
-            serve.start(http_options={"host": host, "port": port})
-            serve.run(build(arguments), name=APP, route_prefix="/")
-            print(f"ether-diffusion serve: http://{host}:{port} on Ray", flush=True)
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            pass
+            with contextlib.suppress(KeyboardInterrupt):
+                serve.start(http_options={"host": host, "port": port})
+                serve.run(build(arguments), name=APP, route_prefix="/")
+                print(f"ether-diffusion serve: http://{host}:{port} on Ray", flush=True)
+                threading.Event().wait()
         finally:
             serve.shutdown()

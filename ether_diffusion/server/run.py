@@ -55,9 +55,9 @@ def serve(
         settings: of the server.
         max_batch, max_line, host_bytes: of the engine.
     """
-    pipe = open_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    with Engine(pipe, settings.adapters, max_batch=max_batch, max_line=max_line, host_bytes=host_bytes) as engine:
+    with Engine(
+        open_pipeline(), settings.adapters, max_batch=max_batch, max_line=max_line, host_bytes=host_bytes
+    ) as engine:
         backend = LocalBackend(engine, folder=settings.adapters, hang_after=settings.hang_after)
         app = make_app(backend, settings, Metrics(engine))
         config = uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=round(settings.timeout) + GRACE)

@@ -13,6 +13,7 @@ from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ether_diffusion.adapters.per_prompt import SCALES
 from ether_diffusion.control.pipelines import is_number
 from ether_diffusion.errors import InputError
 
@@ -20,8 +21,6 @@ DENOISERS = ("unet", "transformer", "prior", "decoder")
 """The components that a pipeline denoises with, by name."""
 DEPRECATED = ("callback", "callback_steps")
 """Arguments that pipelines take without a parameter of that name."""
-SCALES = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
-"""Arguments by which stock pipelines take a scale for all adapters."""
 CHANGES_THE_MODEL = {
     "set_pag_applied_layers": "perturbed attention guidance exchanges attention processors during a call",
 }

@@ -13,6 +13,7 @@ import torch
 
 from ether_diffusion.serving.joining import count_rows, invoke, join, key_of, kind_of, split
 from ether_diffusion.serving.proxies import Call
+from ether_diffusion.training.memory import is_out_of_memory
 
 RowsOf = Callable[[str, Sequence[int]], AbstractContextManager]
 """Component and the adapter row of each row -> the context in which a forward has these adapters."""
@@ -145,8 +146,3 @@ class Forwards:
             self.counts.rows += rows
             self.counts.seconds += seconds
             self.counts.largest = max(self.counts.largest, rows)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the memory of the device or the host was spent."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

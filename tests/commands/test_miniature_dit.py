@@ -3,12 +3,12 @@
 import json
 
 import pytest
-import torch
 from diffusers import StableDiffusion3Pipeline
 from helpers.evaluators import QUICK
+from helpers.miniature_dit import save_own_adapter
 from PIL import Image
 
-from ether_diffusion import EtherConfig, miniature
+from ether_diffusion import miniature
 from ether_diffusion.base_models import MINIATURES, open_pipeline
 from ether_diffusion.commands import main as cli
 from ether_diffusion.evaluation import control
@@ -21,10 +21,7 @@ BASE = ("--base", "miniature-dit")
 def adapters(tmp_path_factory):
     """A folder with one adapter, "own"."""
     folder = tmp_path_factory.mktemp("adapters")
-    pipe = miniature.load_pipeline("dit")
-    torch.manual_seed(0)
-    pipe.transformer.add_adapter(EtherConfig(method="ether_plus", init_weights=False))
-    pipe.save_ether_weights(folder / "own")
+    save_own_adapter(folder)
     return folder
 
 

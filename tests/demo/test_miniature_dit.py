@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-import torch
 from helpers.demo import close, connect, generate, serve_page
+from helpers.miniature_dit import save_own_adapter
 
-from ether_diffusion import EtherConfig, miniature
 from ether_diffusion.base_models import MINIATURES
 from ether_diffusion.commands.demo import SHIPPED
 from ether_diffusion.demo.jobs import Generated
@@ -20,10 +19,7 @@ from ether_diffusion.errors import InputError
 def worker(tmp_path_factory):
     """With the adapters of the first miniature and one of its own."""
     folder = tmp_path_factory.mktemp("adapters")
-    pipe = miniature.load_pipeline("dit")
-    torch.manual_seed(0)
-    pipe.transformer.add_adapter(EtherConfig(method="ether_plus", init_weights=False))
-    pipe.save_ether_weights(folder / "own")
+    save_own_adapter(folder)
     worker = Worker(MINIATURES["miniature-dit"], Library(SHIPPED, folder), device="cpu", max_batch=1)
     yield worker
     worker.close()

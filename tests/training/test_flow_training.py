@@ -59,6 +59,11 @@ def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image, dtype=np.float32) / 255
 
 
+def index_of(pipe: DiffusionPipeline) -> dict[str, tuple]:
+    """What the pipeline would write of its components."""
+    return {name: tuple(entry) for name, entry in pipe.config.items() if isinstance(entry, list | tuple)}
+
+
 def test_two_steps_learn_and_the_result_loads_in_a_stock_pipeline(name, flow_bases, on, train):
     base = flow_bases(name)
     result, folder = train(*on(name), *QUICK, *IMAGES, "--validation_steps", 1)
@@ -83,7 +88,9 @@ def test_sample_images_are_those_of_the_stock_pipeline_before_and_after(each, fl
     family = family_at(source).load(source, torch.float32)
     preview = Preview(family, ["a dog"], options, seed=3, target=(SIDES.get(each, 16),) * 2)
     family.pipe.load_ether_weights(adapted)
+    parts = index_of(family.pipe)
     grid = preview.compare()
+    assert index_of(family.pipe) == parts  # what was away meanwhile is saved with the pipeline again
     stock = DiffusionPipeline.from_pretrained(source.path)
     assert grid.height > 32 and pixels(preview.base[0][0]) == pytest.approx(painted(stock, each), abs=ONE_GREY_LEVEL)
     stock.load_ether_weights(adapted)
