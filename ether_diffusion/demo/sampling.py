@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from diffusers import DiffusionPipeline
 
-from ether_diffusion.control.pipelines import denoiser_name, is_number, native_sides, stock_class
+from ether_diffusion.control.pipelines import denoiser_name, is_number, native_sides
 from ether_diffusion.demo.settings import Settings
 from ether_diffusion.serving.checks import parameters_of
-from ether_diffusion.training.families import families
+from ether_diffusion.training.families import guidance_argument
 
 
 def sizes(pipe: DiffusionPipeline) -> tuple[int, int]:
@@ -22,7 +22,6 @@ def sizes(pipe: DiffusionPipeline) -> tuple[int, int]:
 
 def guidance(pipe: DiffusionPipeline) -> tuple[str, float]:
     """What a pipeline calls guidance by the prompt, and what to start with: of a transformer its pipeline's own."""
-    family = families().get(stock_class(pipe).__name__)
-    argument = getattr(family, "guidance_argument", "guidance_scale")
+    argument = guidance_argument(pipe)
     own = parameters_of(pipe)[argument].default if argument in parameters_of(pipe) else None
     return argument, own if denoiser_name(pipe) == "transformer" and is_number(own) else Settings.guidance

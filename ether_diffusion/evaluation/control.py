@@ -29,7 +29,7 @@ from ether_diffusion.images import image_grid
 from ether_diffusion.metrics.frechet import INCEPTION
 from ether_diffusion.miniature.control_data import HELD_OUT
 from ether_diffusion.miniature.segmenter import MiniatureSegmenter
-from ether_diffusion.training.families import families
+from ether_diffusion.training.families import guidance_argument
 from ether_diffusion.training.families.unet import GUIDANCE_SCALE, latent_side
 from ether_diffusion.training.methods.saving import load_trained
 from ether_diffusion.training.options.base import POSITIVE, OptionGroup, option
@@ -234,13 +234,7 @@ def _guidance(pipe: DiffusionPipeline, options: ControlEvaluation) -> float:
         return options.guidance_scale
     if denoiser_name(pipe) == "unet":
         return GUIDANCE_SCALE
-    return inspect.signature(type(pipe).__call__).parameters[_guidance_argument(pipe)].default
-
-
-def _guidance_argument(pipe: DiffusionPipeline) -> str:
-    """What the pipeline calls guidance by the caption."""
-    family = families().get(stock_class(pipe).__name__)  # none of those with a ControlNet
-    return getattr(family, "guidance_argument", "guidance_scale")
+    return inspect.signature(type(pipe).__call__).parameters[guidance_argument(pipe)].default
 
 
 def _controlnet_class(folder: Path) -> str | None:
@@ -261,7 +255,7 @@ def _generate(
     title = "without control" if argument is None else "with control"
     how: dict[str, Any] = {}
     if denoiser_name(pipe) == "transformer":
-        how[_guidance_argument(pipe)] = options.guidance_scale
+        how[guidance_argument(pipe)] = options.guidance_scale
         if "use_resolution_binning" in inspect.signature(stock_class(pipe).__call__).parameters:
             how["use_resolution_binning"] = False  # the size is that of the control images
     else:

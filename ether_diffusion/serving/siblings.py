@@ -8,7 +8,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from ether_diffusion.control.classes import control_pipeline_class
-from ether_diffusion.control.pipelines import ControlMixin
+from ether_diffusion.control.pipelines import ControlMixin, over
 from ether_diffusion.errors import InputError
 
 
@@ -25,16 +25,12 @@ def make_sibling(pipe: DiffusionPipeline, kind: Any) -> DiffusionPipeline:
         raise InputError(f"pipeline: got {what}; a class of pipelines fits, such as StableDiffusionImg2ImgPipeline")
     if kind is type(pipe):
         return pipe
-    modules, options = DiffusionPipeline._get_signature_keys(kind)
+    modules, _ = DiffusionPipeline._get_signature_keys(kind)
     parameters = inspect.signature(kind.__init__).parameters
-    parts = {name: part for name, part in pipe.components.items() if name in modules}
     needed = [name for name in modules if parameters[name].default is inspect.Parameter.empty]
-    if missing := sorted(set(needed) - set(parts)):
+    if missing := sorted(set(needed) - set(pipe.components)):
         raise InputError(f"pipeline: a {kind.__name__} needs {', '.join(missing)}, which {type(pipe).__name__} lacks")
-    config = {name: pipe.config[name] for name in options if name in pipe.config}
-    if "add_watermarker" in options:
-        config["add_watermarker"] = getattr(pipe, "watermark", None) is not None
-    return kind(**parts, **config)
+    return over(kind, pipe)
 
 
 def make_control_sibling(pipe: DiffusionPipeline) -> DiffusionPipeline:

@@ -8,6 +8,7 @@ from importlib import import_module
 
 from diffusers import DiffusionPipeline
 
+from ether_diffusion.control.pipelines import stock_class
 from ether_diffusion.errors import InputError
 from ether_diffusion.training.families.base import Family
 from ether_diffusion.training.families.sdxl import StableDiffusionXL
@@ -23,6 +24,7 @@ __all__ = [
     "families",
     "family_at",
     "family_of",
+    "guidance_argument",
 ]
 
 
@@ -56,6 +58,11 @@ def family_of(pipe: DiffusionPipeline) -> Family:
         InputError: no family covers this pipeline.
     """
     return _named(type(pipe).__name__, "pipe")(pipe)
+
+
+def guidance_argument(pipe: DiffusionPipeline) -> str:
+    """What a pipeline of diffusers, or ours over it, calls guidance by the prompt."""
+    return getattr(families().get(stock_class(pipe).__name__), "guidance_argument", "guidance_scale")
 
 
 def _named(pipeline_class: str, where: str) -> type[Family]:
