@@ -38,7 +38,8 @@ class Request:
     seeds: one, or one for each image.
     alone: whether nothing may run beside it.
     function: what is called with the pipeline in place of the pipeline's own call; alone.
-    deadline: on `time.monotonic()`'s clock, or None.
+    timeout: the seconds that it was given, or None.
+    deadline: when they are over, on `time.monotonic()`'s clock, or None.
     """
 
     pipe: DiffusionPipeline
@@ -47,6 +48,7 @@ class Request:
     seeds: int | Sequence[int] | None
     scheduler: Any
     client: str
+    timeout: float | None
     deadline: float | None
     on_step: Callable[[Job], None] | None
     alone: bool = False
@@ -118,8 +120,8 @@ class Job:
             self._stopped = Cancelled("the request was cancelled")
         deadline = self.request.deadline
         if self._stopped is None and deadline is not None and time.monotonic() > deadline:
-            allowed = deadline - self.times["submitted"]
-            self._stopped = DeadlineExceeded(f"the request was not done within its timeout of {allowed:.3g} seconds")
+            allowed = self.request.timeout
+            self._stopped = DeadlineExceeded(f"the request was not done within its timeout of {allowed:g} seconds")
         return self._stopped
 
     def release_adapters(self) -> None:

@@ -61,6 +61,7 @@ class Requests:
             seeds=seed,
             scheduler=copy.deepcopy(self._pipe.scheduler if scheduler is None else scheduler),
             client=client,
+            timeout=timeout,
             deadline=deadline,
             on_step=on_step,
             alone=alone,
@@ -74,7 +75,7 @@ class Requests:
     ) -> Request:
         """A request of a call of the pipeline's; raises as `make`."""
         adapters = self._read(adapter, alone=True)
-        return Request(self._pipe, {}, adapters, None, None, client, None, None, alone=True, function=function)
+        return Request(self._pipe, {}, adapters, None, None, client, None, None, None, alone=True, function=function)
 
     def _read(self, adapter: str | Mapping[str, float] | None, *, alone: bool) -> list[tuple[Any, float]]:
         """The adapters that are asked for, with their strengths: on the host, or their files for a request alone.

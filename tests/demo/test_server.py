@@ -56,8 +56,7 @@ def test_uploads_are_bounded(server):
     assert httpx.post(upload, files=large, timeout=60).status_code == 413
 
 
-def test_who_asks_for_a_password_lets_nobody_else_in(server, tmp_path, monkeypatch):
-    monkeypatch.setenv("GRADIO_TEMP_DIR", os.environ["GRADIO_TEMP_DIR"])  # `serve` sets it; it is put back
+def test_who_asks_for_a_password_lets_nobody_else_in(server, tmp_path):
     page = serve_page(tmp_path, auth="ann:secret")
     try:
         assert httpx.get(f"{page.local_url}config").status_code == 401

@@ -1,6 +1,7 @@
 """What tests do with the web page: start it, and ask it for images as clients of its API do."""
 
 import functools
+import os
 from argparse import Namespace
 from pathlib import Path
 
@@ -24,13 +25,20 @@ def serve_page(folder: Path, **flags: object):
     """The demo as its command starts it, on a free port; the page, with `local_url`, `worker` and `trainer`."""
     usual = {"base": MINIATURE, "adapters": None, "host": "127.0.0.1", "port": 0, "share": False, "auth": None}
     usual |= {"variant": None, "revision": None, "max_batch": MAX_BATCH}
-    return serve(Namespace(**usual | {"device": "cpu"} | flags), folder)
+    before = os.environ.get("GRADIO_TEMP_DIR")  # `serve` sets it, for its process; other pages of this one need theirs
+    page = serve(Namespace(**usual | {"device": "cpu"} | flags), folder)
+    page.temporary_before = before
+    return page
 
 
 def close(page) -> None:
     page.close()
     page.trainer.close()
     page.worker.close()
+    if page.temporary_before is None:
+        del os.environ["GRADIO_TEMP_DIR"]
+    else:
+        os.environ["GRADIO_TEMP_DIR"] = page.temporary_before
 
 
 def connect(page) -> gradio_client.Client:
