@@ -3,8 +3,8 @@
     python benchmarks/plot.py --results_dir benchmarks/results --output_dir docs
 
 Reads training_step_*.json and inference_*.json for speed_*.png, trials.json for lr_robustness.png (one more for each
-other number of steps), parameter_efficiency.png and energy.png, and bounded_distance.json for
-bounded_distance_plot.png.
+other number of steps), parameter_efficiency.png and energy.png, fronts.json for fronts.png, and bounded_distance.json
+for bounded_distance_plot.png.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import matplotlib
 import plot_distances
+import plot_fronts
 import plot_speed
 import plot_trials
 
@@ -26,7 +27,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("docs"))
     args = parser.parse_args()
     drawn = 0
-    for kind in (plot_speed, plot_trials, plot_distances):
+    for kind in (plot_speed, plot_trials, plot_fronts, plot_distances):
         for name, figure in kind.draw(args.results_dir):
             args.output_dir.mkdir(parents=True, exist_ok=True)
             path = args.output_dir / f"{name}.png"
