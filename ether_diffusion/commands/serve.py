@@ -112,6 +112,11 @@ def check_packages(engine: str) -> None:
     for module, extra in needed.items():
         if importlib.util.find_spec(module) is None:
             raise InputError(f'the package {module} is missing; pip install "ether-diffusion[{extra}]"')
+    if engine == "ray":
+        try:
+            importlib.import_module("ray.serve")
+        except ImportError as error:  # ray is there, but not all that its "serve" extra brings
+            raise InputError(f'Ray Serve is not complete ({error.name}); pip install "ether-diffusion[ray]"') from None
 
 
 def check_flags(args: argparse.Namespace) -> ServerSettings:

@@ -1,6 +1,7 @@
 """`ether-diffusion serve`: flags that cannot be used are told before anything is loaded."""
 
 import importlib.util
+import sys
 
 import pytest
 
@@ -43,3 +44,17 @@ def test_replicas_are_the_least_and_the_most():
     for word in ("2", "0:1", "3:2", "a:b", ":", "1:2:3"):
         with pytest.raises(ValueError, match="needs two whole numbers from 1, as 2:8"):
             read_replicas(word)
+
+
+def test_ray_without_its_part_for_serving_is_told_with_the_extra(tmp_path, monkeypatch, capsys):
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "__init__.py").touch()
+    (tmp_path / "ray" / "serve.py").write_text("import a_part_of_ray_serve")
+    spec = importlib.util.spec_from_file_location(
+        "ray", tmp_path / "ray" / "__init__.py", submodule_search_locations=[str(tmp_path / "ray")]
+    )
+    monkeypatch.setitem(sys.modules, "ray", importlib.util.module_from_spec(spec))
+    monkeypatch.delitem(sys.modules, "ray.serve", raising=False)
+    assert main(["serve", "--engine", "ray"]) == 1
+    told = 'Ray Serve is not complete (a_part_of_ray_serve); pip install "ether-diffusion[ray]"'
+    assert told in capsys.readouterr().err

@@ -17,7 +17,7 @@ from helpers.scripts import ROOT, wait_until
 from helpers.server import as_image, asked, error_of, images_of
 from helpers.serving import NAMES
 
-pytest.importorskip("ray", reason='ray is an extra of its own: pip install "ether-diffusion[ray]"')
+pytest.importorskip("ray.serve", exc_type=ImportError, reason='an extra: pip install "ether-diffusion[ray]"')
 
 from ether_diffusion.server.ray_serve import RayArguments, build
 
