@@ -144,3 +144,7 @@ def save_control(kind: str, base: Path, folder: Path, *, vectors: bool = True) -
         adapt_components(pipe, component, num_blocks=2, target_modules=["to_q"])
     whole = {"replaced_modules": {"controlnet": STEM}} if kind == "controlnet" else {}
     return pipe.save_ether_weights(folder, "default", **whole)
+
+
+def strengths(pipe, component: str, name: str) -> set[float]:
+    return {m.scaling[name] for m in getattr(pipe, component).modules() if isinstance(m, EtherLayer)}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
+from helpers import pipelines
 from helpers.class_images import SEED, STEPS, Watched, prior
 from helpers.flow_zoo import SIDES, make
 from helpers.scripts import reset_accelerate
@@ -15,7 +16,7 @@ from helpers.zoo import sdxl
 from PIL import Image
 
 from ether_diffusion.training.class_images import generate_class_images
-from ether_diffusion.training.families import ModelSource
+from ether_diffusion.training.families import ModelSource, StableDiffusion
 
 
 @pytest.fixture(autouse=True)
@@ -96,3 +97,18 @@ def references(tmp_path_factory, photographs) -> Path:
     for k, path in enumerate(sorted(photographs.iterdir())):
         Image.open(path).convert("L").rotate(90 * k).convert("RGB").save(folder / f"{path.stem}.jpg")
     return folder
+
+
+@pytest.fixture(scope="module")
+def opened(tiny_pipeline_folder):
+    return pipelines.open_pipeline(tiny_pipeline_folder)
+
+
+@pytest.fixture(scope="module")
+def base_image(opened):
+    return pipelines.generate(opened)
+
+
+@pytest.fixture
+def blueprint(tiny_pipeline_folder):
+    return StableDiffusion.read_blueprint(ModelSource(str(tiny_pipeline_folder)))
