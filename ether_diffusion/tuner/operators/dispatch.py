@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ether_diffusion.tuner.operators import blocks, single_block
-from ether_diffusion.tuner.operators.single_block import LayerFactors
+from ether_diffusion.tuner.operators.shared import SharedFactors
 from ether_diffusion.tuner.transforms import Vectors, accurate_dtype, adapt_weight
 
 
@@ -19,7 +19,7 @@ def adapted_linear(
     vectors: Vectors,
     strength: float = 1.0,
     form: str | None = None,
-    shared: LayerFactors | None = None,
+    shared: SharedFactors | None = None,
 ) -> Tensor:
     """An adapted linear layer, y = x W(α)ᵀ + b; see `transforms.adapt_weight` for W(α).
 
@@ -49,11 +49,11 @@ def adapted_linear(
         if trained:
             return blocks.AdaptedLinear.apply(*arguments, *vectors)
         return blocks.adapted_linear(*arguments[:3], vectors, *arguments[3:])[0]
+    if trained and shared is None:
+        return single_block.AdaptedLinear.apply(*arguments, *vectors)
+    factors = single_block.own_factors(x, weight, vectors)[0] if shared is None else shared.read(x)
     if trained:
-        if shared is None:
-            return single_block.AdaptedLinear.apply(*arguments, *vectors)
-        return single_block.FactoredLinear.apply(*arguments, shared.halves, shared.right, shared.left)
-    factors = shared or single_block.own_factors(x, weight, vectors)[0]
+        return single_block.FactoredLinear.apply(*arguments, factors.halves, factors.right, factors.left)
     return single_block.adapted_linear(*arguments, factors)[0]  # without autograd's overhead
 
 

@@ -1,7 +1,7 @@
 """The change of a weight as low-rank factors, W(α) − W = α LᵀR, for one layer or for many of a shape at once.
 
-With the unit vectors of the input side as rows U (m, i), those of the output side Q (m, o), and F = diag(f) with f = −2
-for ETHER, −1 and 1 for ETHER+:
+With the unit vectors of the input side as rows U (m, i), those of the output side Q (m, o), and F = diag(f) with
+f = −2 for ETHER, −1 and 1 for ETHER+:
 
 - the input side alone: R = F U, L = U Wᵀ;
 - both sides: R stacks F U and M H, L stacks U Wᵀ and F Q, where M = Q W, and M H = M + C F U with C = M Uᵀ.
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ether_diffusion.tuner.operators.products import add_dot_, write, write_dot
+from ether_diffusion.tuner.operators.products import write, write_dot
 from ether_diffusion.tuner.transforms import Vectors, accurate_dtype, normalize_backward, raw_lengths
 
 
@@ -75,26 +75,28 @@ def raw_gradients(
     units, grad_units, grad_along = right[:, :m], grad_right[:, :m], grad_left[:, :m]
     if lengths_out is None:
         _apply_signs_(grad_units)
+        sums = torch.empty_like(units)
         for k, weight in enumerate(weights):
-            add_dot_(grad_units[k], grad_along[k], weight.to(right.dtype))
-        return _per_layer(_normalize_backward(units, lengths, grad_units))
+            write_dot(sums[k], grad_along[k], weight.to(right.dtype))
+        return _per_layer(_normalize_backward(units, lengths, sums.add_(grad_units)))
     through, grad_through, units_out, grad_out = right[:, m:], grad_right[:, m:], left[:, m:], grad_left[:, m:]
     if crossed is None:
         crossed = torch.bmm(units_out, left[:, :m].mT)
-        _undo_signs_(crossed)
+        _apply_signs_(crossed)
     mixed = torch.bmm(grad_through, units.mT)  # d(M H) Uᵀ
-    _undo_signs_(mixed.mT)
+    _apply_signs_(mixed.mT)
     straight = torch.baddbmm(through, crossed, units, alpha=-1)  # M
     grad_straight = torch.baddbmm(grad_through, mixed, units)
     grad_units.baddbmm_(crossed.mT, grad_through).baddbmm_(mixed.mT, straight)
     _apply_signs_(grad_units)
     _apply_signs_(grad_out)
+    sums, sums_out = torch.empty_like(units), torch.empty_like(units_out)
     for k, weight in enumerate(weights):
         accurate = weight.to(right.dtype)
-        add_dot_(grad_units[k], grad_along[k], accurate)
-        add_dot_(grad_out[k], grad_straight[k], accurate.T)
-    of_input = _per_layer(_normalize_backward(units, lengths, grad_units))
-    of_output = _per_layer(_normalize_backward(units_out, lengths_out, grad_out))
+        write_dot(sums[k], grad_along[k], accurate)
+        write_dot(sums_out[k], grad_straight[k], accurate.T)
+    of_input = _per_layer(_normalize_backward(units, lengths, sums.add_(grad_units)))
+    of_output = _per_layer(_normalize_backward(units_out, lengths_out, sums_out.add_(grad_out)))
     return [a + b for a, b in zip(of_input, of_output, strict=True)]
 
 
@@ -107,19 +109,10 @@ def _write_units(out: Tensor, sides: Sequence[tuple[Tensor, Tensor | None]]) -> 
     return length
 
 
-# F on rows, in place.
-
-
 def _apply_signs_(rows: Tensor) -> None:
+    """F on rows (l, m, ·), in place. ETHER+'s F is its own inverse."""
     if rows.shape[1] == 1:
         rows.mul_(-2)
-    else:
-        rows[:, 0].neg_()
-
-
-def _undo_signs_(rows: Tensor) -> None:
-    if rows.shape[1] == 1:
-        rows.mul_(-0.5)
     else:
         rows[:, 0].neg_()
 

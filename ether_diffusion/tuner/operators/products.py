@@ -62,14 +62,6 @@ def write(out: Tensor, operation: Callable[..., Tensor], *operands: Tensor) -> T
     return operation(*operands, out=out)
 
 
-def add_dot_(base: Tensor, rows: Tensor, columns: Tensor) -> None:
-    """base += rows @ columns: base (r, b), rows (r, a), columns (a, b)."""
-    if len(rows) == 1:
-        base[0].addmv_(columns.T, rows[0])
-    else:
-        base.addmm_(rows, columns)
-
-
 def add_outer(base: Tensor, left: Tensor, right: Tensor, factor: float) -> Tensor:
     """base + factor · leftᵀ right: base (a, b), left (r, a), right (r, b), of one dtype."""
     if len(left) == 1:

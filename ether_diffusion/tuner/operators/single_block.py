@@ -1,9 +1,9 @@
 """The operator for a single block: a linear layer with the factors of its weight's change, y = x (W + α LᵀR)ᵀ + b.
 
 The factors (see `factors`) are float32 in every dtype, and so are all sums over rows of x. Where a device multiplies
-half precision into float32 (see `products`), the rows of a product with x are rounded to its dtype, and x is read as it
-is. On a CPU a product of few rows with xᵀ is up to three times faster than the same product of x with few columns, so
-everything of N entries is kept as (r, N).
+half precision into float32 (see `products`), the rows of a product with x are rounded to its dtype, and x is read as
+it is. On a CPU a product of few rows with xᵀ is up to three times faster than the same product of x with few columns,
+so everything of N entries is kept as (r, N).
 
 Axes: N rows of x, i inputs, o outputs, r rows of the factors (1, 2 or 4).
 """
