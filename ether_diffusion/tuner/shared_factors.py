@@ -59,7 +59,7 @@ class ModelFactors:
                 layer.shared_factors = None
 
     def _groups(self) -> list[list]:
-        """Layers that can share, with their vectors, by what has to be the same within a group."""
+        """Layers that can share, with their vectors, in groups."""
         compiled = {inner for each in self.model.modules() if _is_compiled(each) for inner in each.modules()}
         groups: dict[tuple, list] = {}
         for layer in self.layers:
@@ -71,6 +71,7 @@ class ModelFactors:
             vectors, weight = layer.vectors(names[0]), base.weight
             if weight.requires_grad or any(each.device != weight.device for each in vectors.named().values()):
                 continue
+            # What has to be the same within a group.
             kind = (*vectors.named(), weight.shape, weight.dtype, weight.device, vectors.u.dtype)
             groups.setdefault(kind, []).append((layer, vectors))
         return list(groups.values())

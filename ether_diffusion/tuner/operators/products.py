@@ -32,9 +32,14 @@ def rounded_update(weight: Tensor, left: Tensor, right: Tensor, factor: float) -
     return torch.addmm(weight, left.T, right, alpha=factor)
 
 
+def reads_half(a: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `product` takes a large tensor as it is, though `dtype` is another one."""
+    return dtype == torch.float32 and multiplies_wide(a)
+
+
 def as_operand(a: Tensor, dtype: torch.dtype) -> Tensor:
     """A large tensor as `product` takes it: cast to `dtype` where it cannot be multiplied into that."""
-    return a if multiplies_wide(a) and dtype == torch.float32 else a.to(dtype)
+    return a if reads_half(a, dtype) else a.to(dtype)
 
 
 def product(rows: Tensor, a: Tensor, dtype: torch.dtype) -> Tensor:

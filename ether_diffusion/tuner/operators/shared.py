@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ether_diffusion.tuner.operators.factors import Factors, make_factors, raw_gradients
-from ether_diffusion.tuner.operators.products import multiplies_wide
+from ether_diffusion.tuner.operators.products import reads_half
 from ether_diffusion.tuner.operators.single_block import Halves, LayerFactors, without_autocast
 from ether_diffusion.tuner.transforms import Vectors
 
@@ -65,8 +65,8 @@ class SharedFactors(NamedTuple):
 
     def read(self, x: Tensor) -> LayerFactors:
         """The factors as the layer reads them for an input."""
-        wide = multiplies_wide(x) and self.right.dtype == torch.float32
-        return LayerFactors(self.right, self.left, self.group.halves(self.index, x.dtype) if wide else None)
+        halves = self.group.halves(self.index, x.dtype) if reads_half(x, self.right.dtype) else None
+        return LayerFactors(self.right, self.left, halves)
 
 
 def _versions(weight: Tensor, vectors: Vectors) -> tuple[int, ...]:

@@ -23,8 +23,8 @@ from ether_diffusion.tuner.operators.products import (
     add_outer,
     add_outer_,
     as_operand,
-    multiplies_wide,
     product,
+    reads_half,
     rounded_update,
 )
 from ether_diffusion.tuner.transforms import Vectors
@@ -81,7 +81,7 @@ def adapted_weight(weight: Tensor, vectors: Vectors, strength: float) -> Tensor:
 def one_layer(x: Tensor, right: Tensor, left: Tensor) -> LayerFactors:
     """Factors (1, r, ·) of one layer, as it reads them for an input."""
     right, left = right[0], left[0]
-    if not multiplies_wide(x) or right.dtype != torch.float32:
+    if not reads_half(x, right.dtype):
         return LayerFactors(right, left)
     return LayerFactors(right, left, Halves(right.to(x.dtype), left.to(x.dtype)))
 
