@@ -5,13 +5,13 @@
 An operation is what PyTorch dispatches and is no view; on a GPU it is a launch of some microseconds, which for layers
 of a diffusion model is longer than most of these operations take. Counted are those of the adapted layer less those of
 the frozen one, forward and backward, and the bytes that they write: for one layer of 320 inputs and outputs, with many
-and with few rows of input, and on average over the adapted layers of a small UNet and a small transformer. There "at
-once" says that what layers make of their vectors is made for all together (`ModelFactors.shared`), as the training
-scripts do; making it is counted.
+and with few rows of input, and on average over the adapted layers of a small UNet and a small transformer. "At once"
+says that what layers make of their vectors is made for all together (`ModelFactors.shared`), as the training scripts
+do; in the UNet and the transformer making it is counted, for the layer it has a line of its own ("once for all").
 
 Counts are those of a GPU: there, ETHER multiplies half precision into float32 without a cast, and this is the only
-place where its operators ask for the device. On the CPU that one product is replaced by an operation that does the same
-(`as_on_a_gpu`). Prints tables and writes JSON.
+place where its operators ask for the device. On the CPU that one product is replaced by an operation that does the
+same (`as_on_a_gpu`). Prints tables and writes JSON.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 
 import torch
 from measuring import Operations, machine, make_parser
@@ -28,8 +28,7 @@ from result_file import write_json
 from torch import Tensor, nn
 from workloads import METHODS, WORKLOADS, Workload, adapted, build
 
-from ether_diffusion.tuner.operators import products, single_block
-from ether_diffusion.tuner.operators import shared as shared_factors
+from ether_diffusion.tuner.operators import products
 from ether_diffusion.tuner.shared_factors import ModelFactors
 
 LIMIT, AT_ONCE = "frozen limit", ", at once"
@@ -65,17 +64,12 @@ def wide_product(left: Tensor, right: Tensor) -> Tensor:
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     """Within, ETHER's operators compute on the CPU as they do on a GPU."""
-    found = [
-        (module, "multiplies_wide", module.multiplies_wide) for module in (products, single_block, shared_factors)
-    ]
-    found.append((products, "wide_product", products.wide_product))
+    stock = products.multiplies_wide, products.wide_product
+    products.multiplies_wide, products.wide_product = (lambda a: a.dtype in products.HALF), wide_product
     try:
-        for module, name, _ in found:
-            setattr(module, name, wide_product if name == "wide_product" else lambda a: a.dtype in products.HALF)
         yield
     finally:
-        for module, name, stock in found:
-            setattr(module, name, stock)
+        products.multiplies_wide, products.wide_product = stock
 
 
 def count(model: nn.Module, inputs: dict, *, training: bool, autocast: bool, at_once: bool = False) -> Count:
@@ -94,29 +88,40 @@ def count(model: nn.Module, inputs: dict, *, training: bool, autocast: bool, at_
     return Count(len(ahead.names), len(back.names), ahead.written + back.written)
 
 
-class OneLayer(nn.Module):
-    """One adapted layer behind one that passes gradients on."""
+class Chain(nn.Module):
+    """Equal layers, one after the other, that can be adapted."""
 
-    def __init__(self) -> None:
+    def __init__(self, length: int) -> None:
         super().__init__()
         self.context_embedder = nn.Linear(WIDTH, WIDTH)  # by which the frozen limit knows the entrance
-        self.attn = nn.ModuleDict({"to_q": nn.Linear(WIDTH, WIDTH)})
+        self.attn = nn.ModuleList(nn.ModuleDict({"to_q": nn.Linear(WIDTH, WIDTH)}) for _ in range(length))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.attn["to_q"](x)
+        for each in self.attn:
+            x = each["to_q"](x)
+        return x
 
 
-def layer_counts(method: str, precision: str, rows: int, training: bool) -> Count:
-    """What a method adds to one layer with this many rows of input, all of which need a gradient."""
+def layer_counts(
+    method: str, precision: str, rows: int, training: bool, *, length: int = 1, at_once: bool = False
+) -> Count:
+    """What a method adds to a chain of layers with this many rows of input, all of which need a gradient."""
     dtype, autocast = PRECISIONS[precision]
-    base = OneLayer().to(dtype).requires_grad_(False)
+    base = Chain(length).to(dtype).requires_grad_(False)
 
     def counted(model: nn.Module, at_once: bool = False) -> Count:
         # No leaf: its gradient would be added to another, or not, and that is no operation of the layer.
         x = torch.randn(rows, WIDTH, dtype=dtype).requires_grad_(training).view(rows, WIDTH)
         return count(model, {"x": x}, training=training, autocast=autocast, at_once=at_once)
 
-    return counted(adapted(base, method, ["to_q"])).less(counted(base))
+    return counted(adapted(base, method, ["to_q"]), at_once).less(counted(base))
+
+
+def one_more(method: str, precision: str, rows: int) -> tuple[Count, Count]:
+    """What one of many layers adds in training with the others at once, and what there is once for all of a shape."""
+    two, three = (layer_counts(method, precision, rows, True, length=k, at_once=True) for k in (2, 3))
+    layer = three.less(two)
+    return layer, Count(*(a - 2 * b for a, b in zip(astuple(two), astuple(layer), strict=True)))
 
 
 def model_counts(workload: Workload, precision: str, methods: Sequence[str] = COUNTED) -> dict[str, Count]:
@@ -161,6 +166,12 @@ def main() -> None:
                     {"method": method, **about, **asdict(layer_counts(method, precision, rows, training))}
                     for method in COUNTED
                 ]
+                if training:
+                    for method in ("ETHER", "ETHER+"):
+                        for name, each in zip(
+                            (AT_ONCE, ", once for all"), one_more(method, precision, rows), strict=True
+                        ):
+                            table.append({"method": method + name, **about, **asdict(each)})
                 report["layer"] += table
                 show(f"{precision}, {'training' if training else 'inference'}, {rows} rows", table)
         for name in args.workloads:
