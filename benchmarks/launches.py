@@ -154,6 +154,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--workloads", nargs="*", choices=WORKLOADS, default=["cpu-small", "dit-small"])
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--methods", nargs="+", choices=COUNTED, default=COUNTED)
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")
@@ -164,7 +165,7 @@ def main() -> None:
                 about = {"precision": precision, "training": training, "rows": rows}
                 table = [
                     {"method": method, **about, **asdict(layer_counts(method, precision, rows, training))}
-                    for method in COUNTED
+                    for method in args.methods
                 ]
                 if training:
                     for method in ("ETHER", "ETHER+"):
@@ -175,7 +176,7 @@ def main() -> None:
                 report["layer"] += table
                 show(f"{precision}, {'training' if training else 'inference'}, {rows} rows", table)
         for name in args.workloads:
-            found = model_counts(WORKLOADS[name], precision)
+            found = model_counts(WORKLOADS[name], precision, args.methods)
             table = [
                 {"method": method, "workload": name, "precision": precision, **asdict(each)}
                 for method, each in found.items()

@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 from helpers.benchmarks import call
-from launches import AT_ONCE, FEW, MANY, PRECISIONS, layer_counts, model_counts, one_more, wide_product
+from launches import AT_ONCE, FEW, PRECISIONS, layer_counts, model_counts, one_more, wide_product
 from workloads import WORKLOADS
 
 HALF = "autocast, bfloat16 weights"
+MANY = 1024  # enough for the weight side, and sooner done than the benchmark's
 
 
 @pytest.mark.parametrize(
@@ -70,8 +71,9 @@ def test_the_counted_product_is_one_operation_that_sums_in_float32():
 
 @pytest.mark.slow
 def test_launches_are_counted_and_written(tmp_path):
-    table = call("launches.py", "--output_dir", tmp_path, "--workloads", "dit-small", "--precisions", "float32")
+    flags = ("--workloads", "dit-small", "--precisions", "float32", "--methods", "ETHER", "LoRA r=1")
+    table = call("launches.py", "--output_dir", tmp_path, *flags)
     report = json.loads((tmp_path / "launches.json").read_text())
     assert {row["precision"] for row in report["layer"]} == {"float32"}
-    assert {row["method"] for row in report["models"]} >= {"ETHER", "ETHER, at once", "LoRA r=1", "OFT, block 32"}
+    assert {row["method"] for row in report["models"]} == {"ETHER", "ETHER, at once", "LoRA r=1"}
     assert "dit-small" in table and "once for all" in table
