@@ -168,11 +168,10 @@ def main() -> None:
                     for method in args.methods
                 ]
                 if training:
-                    for method in ("ETHER", "ETHER+"):
-                        for name, each in zip(
-                            (AT_ONCE, ", once for all"), one_more(method, precision, rows), strict=True
-                        ):
-                            table.append({"method": method + name, **about, **asdict(each)})
+                    for method in [each for each in args.methods if each in ("ETHER", "ETHER+")]:
+                        layer, once = one_more(method, precision, rows)
+                        table.append({"method": method + AT_ONCE, **about, **asdict(layer)})
+                        table.append({"method": f"{method}, once for all", **about, **asdict(once)})
                 report["layer"] += table
                 show(f"{precision}, {'training' if training else 'inference'}, {rows} rows", table)
         for name in args.workloads:

@@ -168,3 +168,37 @@ def test_vectors_of_extreme_length_give_finite_gradients(method, length):
         for ours, theirs in zip(gradients(layers, x), own, strict=True):
             assert torch.isfinite(ours).all() and (ours.any() or not length)
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+
+
+class Checkpointed(nn.Module):
+    """The layers of `model` in three parts, each checkpointed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = model()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for part in (self.layers[:2], self.layers[2:4], self.layers[4:]):
+            x = checkpoint(part, x, use_reentrant=False)
+        return x
+
+
+def one_of_two(rank: int, rendezvous: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    torch.manual_seed(5)
+    data, single = torch.randn(2, 2, 40, 16), Checkpointed()  # of each part of a step and each process
+    parallel = nn.parallel.DistributedDataParallel(Checkpointed())
+    factors = ModelFactors(parallel)
+    with parallel.no_sync(), factors.shared():
+        parallel(data[0, rank]).square().mean().backward()
+    with factors.shared():
+        parallel(data[1, rank]).square().mean().backward()
+    sum(single.layers(each).square().mean() / 2 for each in data.flatten(0, 1)).backward()
+    for ours, theirs in zip(vectors_of(parallel), vectors_of(single), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_that_accumulate_gradients_over_checkpointed_parts_have_those_of_one(tmp_path):
+    torch.multiprocessing.spawn(one_of_two, (str(tmp_path / "rendezvous"),), nprocs=2)
