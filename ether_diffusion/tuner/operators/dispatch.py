@@ -66,7 +66,9 @@ def adapted_weight(weight: Tensor, vectors: Vectors, strength: float = 1.0) -> T
     accurate = weight.to(accurate_dtype(weight.dtype))
     if strength == 0:
         return accurate
-    if weight.ndim == 2 and len(vectors.u) == 1:
+    tensors = (accurate, *vectors.named().values())
+    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if weight.ndim == 2 and len(vectors.u) == 1 and not differentiated:
         return single_block.adapted_weight(accurate, vectors, strength)
     return adapt_weight(accurate, vectors, strength)
 
