@@ -90,6 +90,36 @@ def bytes_saved(model: torch.nn.Module) -> Iterator[list[int]]:
     result.append(sum(kept.values()))
 
 
+class Operations(TorchDispatchMode):
+    """While entered, the names of all operations that are no views, and the bytes that they write.
+
+    On a GPU each of them is a launch, some a few. Allocations are none.
+    """
+
+    none = (
+        "empty",
+        "new_empty",
+        "detach",
+        "_unsafe_view",
+        "promote_types",
+        "is_pinned",
+        "_local_scalar_dense",
+        "_version",
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.written = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and not func.__name__.startswith(self.none):
+            self.names.append(func.__name__)
+            self.written += sum(each.nbytes for each in tree_iter(result) if isinstance(each, torch.Tensor))
+        return result
+
+
 class LiveBytes(TorchDispatchMode):
     """While entered, the bytes of all storages that were made inside and are alive; tensors may be without data.
 

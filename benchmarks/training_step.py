@@ -4,7 +4,8 @@
     python benchmarks/training_step.py --output_dir out/benchmarks --workloads dit-small  # a small transformer
     python benchmarks/training_step.py --output_dir out/benchmarks --workloads sd15-512 sdxl-1024 flux2-klein-512
 
-Whole steps of the optimiser: forward, backward, AdamW. The limit is a step in which gradients flow through the whole
+Whole steps of the optimiser: forward, backward, AdamW; ETHER's as the training scripts take them, with what layers
+make of their vectors made for all together. The limit is a step in which gradients flow through the whole
 frozen model to one bias at its entrance. Every method's step is timed between two steps of the limit; reported are
 the median of those ratios and their quartiles. Memory: on a CPU the bytes kept for the backward pass, on a GPU the
 peak. Weights are random: neither time nor memory depends on them. Prints a table and writes JSON.
@@ -21,6 +22,8 @@ from result_file import write_json
 from torch import nn
 from workloads import METHODS, WORKLOADS, adapted, build, read_workloads
 
+from ether_diffusion.tuner.shared_factors import ModelFactors
+
 LIMIT, DENSE = "frozen limit", "paper's dense ETHER"
 
 
@@ -29,9 +32,11 @@ def make_step(model: nn.Module, inputs: dict, checkpointing: bool) -> Callable[[
         model.enable_gradient_checkpointing()
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+    factors = ModelFactors(model)  # of ETHER's layers alone
 
     def step() -> None:
-        model(**inputs, return_dict=False)[0].float().square().mean().backward()
+        with factors.shared():
+            model(**inputs, return_dict=False)[0].float().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -31,6 +31,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from ether_diffusion.errors import InputError
 from ether_diffusion.training.methods.injection import Configs
 from ether_diffusion.training.options import OptimizationOptions, TrainingOptions
+from ether_diffusion.tuner.shared_factors import ModelFactors
 
 Layout = Literal["replicated", "sharded", "partitioned"]
 
@@ -188,6 +189,7 @@ class Replicated:
     ):
         self.accelerator, self.options = accelerator, options
         self.parameters: list[nn.Parameter] = [each for group in optimizer.param_groups for each in group["params"]]
+        self.factors = ModelFactors(objective)
         self._prepare(objective, optimizer)
 
     def _prepare(self, objective: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -198,14 +200,16 @@ class Replicated:
 
     def accumulate(self, samples: Sequence[int]) -> Tensor:
         """Add the gradients of these samples' mean loss to those of the step, and return that loss, detached."""
-        with self.accelerator.accumulate(self.model):
+        with self.accelerator.accumulate(self.model), self.factors.shared():
             loss = self.model(samples).mean()
             self.accelerator.backward(loss)
         return loss.detach()
 
     def step(self) -> bool:
         """Clip, step and forget the gradients; whether the step was taken (fp16 skips one that overflows)."""
-        self.accelerator.clip_grad_norm_(self.parameters, self.options.max_grad_norm)
+        self.accelerator.unscale_gradients()
+        # Many small vectors: one operation for all in place of a few for each, on the CPU, too.
+        nn.utils.clip_grad_norm_(self.parameters, self.options.max_grad_norm, foreach=True)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return not self.accelerator.optimizer_step_was_skipped

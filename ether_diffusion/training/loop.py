@@ -82,7 +82,8 @@ class Trainer:
         self.rate_names = [_rate_name(group.get("name", "denoiser")) for group in groups]
         parameters = [parameter for group in groups for parameter in group["params"]]
         names = {parameter: name for name, parameter in objective.named_parameters()}
-        optimizer = make_optimizer(groups, options)
+        fused = accelerator.scaler is None and layout != "partitioned"  # DeepSpeed steps on its own parts
+        optimizer = make_optimizer(groups, options, fused=fused)
         self.average = RunningAverage(parameters, options.ema_decay) if options.use_ema else None
         self.state = RunState(
             {names[each]: each for each in parameters},
@@ -195,11 +196,14 @@ class Trainer:
     def _agree(self, loss: Tensor, signals: StopSignals | None) -> tuple[float, int]:
         """The mean of a loss over all processes, and the number of a signal that any of them was sent, else 0.
 
-        One exchange for both: all processes stop after the same step.
+        One exchange for both: all processes stop after the same step. The device is waited for once in a step, here:
+        a loss that is not finite must not be stepped on.
         """
         number = 0 if signals is None else signals.number
+        if self.accelerator.num_processes == 1:
+            return loss.item(), number
         own = torch.stack([loss, torch.full_like(loss, number)])[None]  # (1, 2)
-        losses, numbers = self.accelerator.gather(own).unbind(dim=1)  # (processes,) each
+        losses, numbers = self.accelerator.gather(own).cpu().unbind(dim=1)  # (processes,) each
         return losses.mean().item(), int(numbers.max().item())
 
     def _check_finite(self, loss: float) -> None:

@@ -67,12 +67,17 @@ def parameter_groups(
     ]
 
 
-def make_optimizer(groups: Sequence[Mapping[str, Any]], options: OptimizationOptions) -> torch.optim.Optimizer:
+def make_optimizer(
+    groups: Sequence[Mapping[str, Any]], options: OptimizationOptions, *, fused: bool = False
+) -> torch.optim.Optimizer:
     """AdamW, AdamW with moments in 8 bits, or Prodigy.
 
     Every state is of tensors and plain numbers, which `torch.load` reads with weights only.
 
-    groups: as `parameter_groups` makes them.
+    Args:
+        groups: as `parameter_groups` makes them.
+        fused: let AdamW take a step in one operation for many vectors, on the CPU, too; else it is ten for each there.
+            Not with gradients that a scaler may find too large: the step would be skipped unseen.
     """
     settings = {
         "lr": _rate(options),  # diffusers' polynomial schedule starts at this one, whatever the groups say
@@ -94,7 +99,7 @@ def make_optimizer(groups: Sequence[Mapping[str, Any]], options: OptimizationOpt
         from bitsandbytes.optim import AdamW8bit  # an extra, and slow to import
 
         return AdamW8bit(groups, **settings)
-    return torch.optim.AdamW(groups, **settings)
+    return torch.optim.AdamW(groups, fused=fused or None, **settings)
 
 
 def check_schedule(options: OptimizationOptions) -> None:

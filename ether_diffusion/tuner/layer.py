@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ether_diffusion.tuner.base_layer import PLAIN_DTYPES, computes_as_written, offload_hook
 from ether_diffusion.tuner.config import EtherConfig
 from ether_diffusion.tuner.merging import MergingLayer
 from ether_diffusion.tuner.mixed_batch import mixed_output
 from ether_diffusion.tuner.operators import adapted_linear, displacement
+from ether_diffusion.tuner.operators.shared import SharedFactors
 from ether_diffusion.tuner.transforms import Vectors
 
 
@@ -52,6 +54,7 @@ class EtherLayer(MergingLayer):
         self.in_features, self.out_features = self._features(self.get_base_layer(), layer_name)
         self._disable_adapters = False
         self.cast_input_dtype_enabled = True
+        self.shared_factors: SharedFactors | None = None  # within `shared_factors.ModelFactors.shared`
         self._start_unmerged()
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, layer_name, vectors)
@@ -231,7 +234,10 @@ class EtherLayer(MergingLayer):
         *earlier, (name, strength) = adapters
         vectors = self.vectors(name)
         if not earlier and not args and not kwargs and computes_as_written(self.base_layer, x):
-            return adapted_linear(x, self.base_layer.weight, self.base_layer.bias, vectors, strength)
+            weight, shared = self.base_layer.weight, None
+            if not is_compiling() and self.shared_factors is not None and self.shared_factors.fit(weight, vectors):
+                shared = self.shared_factors
+            return adapted_linear(x, weight, self.base_layer.bias, vectors, strength, shared=shared)
         displaced = self._displaced(x, vectors.u, vectors.v)
         if vectors.u_out is None:
             return self._adapted_output((x + strength * displaced).to(x.dtype), earlier, args, kwargs)

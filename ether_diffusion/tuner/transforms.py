@@ -68,12 +68,16 @@ def normalize(raw: Tensor) -> Tensor:
 
 def unit_and_length(raw: Tensor) -> tuple[Tensor, Tensor]:
     """û as `normalize` gives it, and |r|: (..., n, b) and (..., n, 1). Where r has no direction, û = 0 and |r| = ∞."""
+    length = raw_lengths(raw)
+    return raw.to(length.dtype) / length, length
+
+
+def raw_lengths(raw: Tensor) -> Tensor:
+    """|r|, or ∞ where r has no direction: (..., n, b) to (..., n, 1), in float32 (float64 for float64)."""
     smallest = max(SMALLEST_LENGTH, torch.finfo(raw.dtype).smallest_normal)
-    raw = raw.to(accurate_dtype(raw.dtype))
     # Squares of float32 neither overflow nor vanish in float64.
-    length = torch.linalg.vector_norm(raw, dim=-1, keepdim=True, dtype=torch.float64).to(raw.dtype)
-    length = torch.nn.functional.threshold(length, smallest, math.inf)
-    return raw / length, length
+    length = torch.linalg.vector_norm(raw, dim=-1, keepdim=True, dtype=torch.float64)
+    return torch.nn.functional.threshold(length.to(accurate_dtype(raw.dtype)), smallest, math.inf)
 
 
 def normalize_backward(unit: Tensor, length: Tensor, grad: Tensor) -> Tensor:

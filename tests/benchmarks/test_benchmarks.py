@@ -44,6 +44,13 @@ def test_speed_is_measured_for_every_method_and_drawn(workload, tmp_path):
     assert drawn == [str(tmp_path / "docs" / f"speed_{workload}.png")] and Path(drawn[0]).stat().st_size > 10_000
 
 
+def test_the_parts_of_a_step_are_measured(tmp_path):
+    table = call("step_profile.py", "--output_dir", tmp_path, "--steps", 4, "--flags", "train_batch_size", 2)
+    (run,) = json.loads((tmp_path / "step_profile.json").read_text())["runs"].values()
+    assert 0 < run["outside"] < 1 and run["shares"]["forward"] > run["shares"]["samples"] > 0
+    assert all(part in table for part in run["shares"])
+
+
 def test_a_plot_of_nothing_says_what_to_run(tmp_path):
     assert "run the benchmarks first" in call("plot.py", "--results_dir", tmp_path, code=2)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers.scripts import reset_accelerate
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ether_diffusion.training.loop import Trainer
 from ether_diffusion.training.objectives import sample_losses
@@ -64,3 +65,21 @@ def test_warm_up_lets_the_learning_rate_rise():
     reset_accelerate()
     run(fast, max_train_steps=4)
     assert slow.weight.item() < 0.1 * fast.weight.item()
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a number is read from a tensor: each time, a GPU would be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_device_is_waited_for_once_a_step():
+    with Reads() as reads:
+        run(Quadratic(), max_train_steps=20, train_batch_size=2)
+    assert reads.count == 20 + 1  # and once at the end

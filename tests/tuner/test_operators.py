@@ -44,6 +44,13 @@ def test_the_adapted_weight_is_the_dense_definition(method, n, strength, shape):
     torch.testing.assert_close(adapted_weight(weight, vectors, strength), dense_weight(weight, *vectors, strength))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_adapted_weight_passes_gradients_on(method):
+    weight, vectors = torch.randn(6, 4, dtype=torch.float64), raw_vectors(method, (6, 4), 1, trained=True)
+    inputs = list(vectors.named().values())
+    assert torch.autograd.gradcheck(lambda *raws: adapted_weight(weight, Vectors(*raws), 0.6), inputs)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("n", [1, 2])

@@ -11,9 +11,10 @@ So there are three forms of the same function:
 - low-rank side: y = x Wᵀ + Σ f_k (x X_kᵀ) G_k, cheaper where x has few rows;
 - activation side (`displacement`): reflect what goes into a layer and what comes out of it; works over any layer.
 
-`adapted_linear` takes the cheaper of the first two. Nothing is kept for the backward pass but the layer's input and a
-few vectors; W(α) is made again there. No gradient of the weight is ever made: it would be gᵀx, and all that is needed
-of it are its products with a few vectors.
+`adapted_linear` takes the cheaper of the first two (`single_block`, and `blocks` for several). The factors of a single
+block (`factors`) are made by the layer, or for many layers together (`shared`). Nothing is kept for the backward pass
+but the layer's input and a few vectors; W(α) is made again there. No gradient of the weight is ever made: it would be
+gᵀx, and all that is needed of it are its products with a few vectors.
 
 Axes: N rows of x, i inputs, o outputs, n blocks.
 

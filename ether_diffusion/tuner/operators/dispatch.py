@@ -1,8 +1,4 @@
-"""Which operator computes an adapted linear layer, and in which of its two forms.
-
-`blocks`, `single_block` and `reflection` have the same two names: `adapted_linear`, which gives y and what its
-gradient needs, and `AdaptedLinear`, the same for autograd.
-"""
+"""Which operator computes an adapted linear layer, and in which of its two forms."""
 
 from __future__ import annotations
 
@@ -11,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from ether_diffusion.tuner.operators import blocks, reflection, single_block
+from ether_diffusion.tuner.operators import blocks, single_block
+from ether_diffusion.tuner.operators.shared import SharedFactors
 from ether_diffusion.tuner.transforms import Vectors, accurate_dtype, adapt_weight
 
 
@@ -22,6 +19,7 @@ def adapted_linear(
     vectors: Vectors,
     strength: float = 1.0,
     form: str | None = None,
+    shared: SharedFactors | None = None,
 ) -> Tensor:
     """An adapted linear layer, y = x W(α)ᵀ + b; see `transforms.adapt_weight` for W(α).
 
@@ -35,6 +33,7 @@ def adapted_linear(
         vectors: float32.
         strength: α, not 0.
         form: "weight" or "low_rank"; default: the cheaper one.
+        shared: the factors of these vectors, where they are made already (a single block).
 
     Returns:
         (..., o), in the dtype that `torch.nn.functional.linear` would give.
@@ -45,15 +44,17 @@ def adapted_linear(
     trained = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, bias, *vectors)
     )
+    arguments = (x, weight, bias, strength, low_rank)
     if len(vectors.u) > 1:
-        operator = blocks
-    elif vectors.v is None and vectors.u_out is None:
-        operator = reflection
-    else:
-        operator = single_block
+        if trained:
+            return blocks.AdaptedLinear.apply(*arguments, *vectors)
+        return blocks.adapted_linear(*arguments[:3], vectors, *arguments[3:])[0]
+    if trained and shared is None:
+        return single_block.AdaptedLinear.apply(*arguments, *vectors)
+    factors = single_block.own_factors(x, weight, vectors)[0] if shared is None else shared.read(x)
     if trained:
-        return operator.AdaptedLinear.apply(x, weight, bias, strength, low_rank, *vectors)
-    return operator.adapted_linear(x, weight, bias, vectors, strength, low_rank)[0]  # without autograd's overhead
+        return single_block.FactoredLinear.apply(*arguments, factors.halves, factors.right, factors.left)
+    return single_block.adapted_linear(*arguments, factors)[0]  # without autograd's overhead
 
 
 def adapted_weight(weight: Tensor, vectors: Vectors, strength: float = 1.0) -> Tensor:
@@ -65,7 +66,9 @@ def adapted_weight(weight: Tensor, vectors: Vectors, strength: float = 1.0) -> T
     accurate = weight.to(accurate_dtype(weight.dtype))
     if strength == 0:
         return accurate
-    if weight.ndim == 2 and len(vectors.u) == 1:
+    tensors = (accurate, *vectors.named().values())
+    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if weight.ndim == 2 and len(vectors.u) == 1 and not differentiated:
         return single_block.adapted_weight(accurate, vectors, strength)
     return adapt_weight(accurate, vectors, strength)
 
