@@ -46,6 +46,8 @@ def residency(axes: Axes, report: dict[str, Any]) -> None:
     axes.errorbar([*rows], middles, yerr=whiskers, marker="o", ms=4, color=OURS, capsize=3, lw=1)
     axes.axhline(1, color="black", lw=0.8, ls=":")
     axes.set_xscale("log")
+    axes.set_xticks([*rows], [f"{count:,}" for count in rows])
+    axes.set_xticks([], minor=True)
     axes.set_ylim(min(0.8, *middles), max(1.2, *middles))
     tidy(axes, "8 rows assigned, and a step", "adapters in main memory", f"/ with {min(rows)}")
 

@@ -32,11 +32,8 @@ def bars(
     largest = max(high for _, _, high in rows.values())
     smallest = min(low for low, _, _ in rows.values())
     axes.set_xlim(min(0.97, smallest * 0.99), max(1.1, largest * 1.25))
-    ticks = [
-        t
-        for t in (0.2, 0.3, 0.5, 0.7, 1, 1.1, 1.2, 1.5, 2, 3, 5, 10)
-        if smallest * 0.99 <= t < max(1.1, largest * 1.25) or t == 1
-    ]
+    shown = (0.2, 0.3, 0.5, 0.7, 1, 1.1, 1.2, 1.5, 2, 3, 5, 10)
+    ticks = [t for t in shown if t == 1 or smallest * 0.99 <= t < max(1.1, largest * 1.25)]
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks], fontsize=8)
     axes.set_xticks([], minor=True)
     axes.set_title(title, fontsize=9)

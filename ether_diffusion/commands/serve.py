@@ -14,6 +14,7 @@ It needs the extra: pip install "ether-diffusion[serve]"; with --engine ray also
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -107,11 +108,16 @@ def run(args: argparse.Namespace) -> None:
 
 
 def check_packages(engine: str) -> None:
-    """Raises InputError for a package that is missing; says what to install."""
+    """Raises InputError for a package that is missing or cannot be imported; says what to install."""
     needed = {**MODULES, "ray": "ray"} if engine == "ray" else MODULES
     for module, extra in needed.items():
         if importlib.util.find_spec(module) is None:
             raise InputError(f'the package {module} is missing; pip install "ether-diffusion[{extra}]"')
+    if engine == "ray":
+        try:
+            importlib.import_module("ray.serve")
+        except ImportError as error:  # of the package "ray" alone, which has not what its Serve needs
+            raise InputError(f'--engine ray: {error}; pip install "ether-diffusion[ray]"') from error
 
 
 def check_flags(args: argparse.Namespace) -> ServerSettings:

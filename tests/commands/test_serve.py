@@ -1,6 +1,7 @@
 """`ether-diffusion serve`: flags that cannot be used are told before anything is loaded."""
 
 import importlib.util
+import sys
 
 import pytest
 
@@ -36,6 +37,14 @@ def test_a_missing_package_is_told_with_the_extra_that_brings_it(engine, module,
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == module else find(name, *rest))
     assert main(["serve", "--engine", engine]) == 1
     assert f'the package {module} is missing; pip install "ether-diffusion[{extra}]"' in capsys.readouterr().err
+
+
+def test_ray_without_what_its_serve_needs_is_told_with_the_extra_that_brings_it(monkeypatch, capsys):
+    pytest.importorskip("ray")
+    monkeypatch.setitem(sys.modules, "ray.serve", None)  # importing it fails, as where "ray" alone is installed
+    assert main(["serve", "--engine", "ray"]) == 1
+    told = capsys.readouterr().err
+    assert "--engine ray: " in told and 'pip install "ether-diffusion[ray]"' in told
 
 
 def test_replicas_are_the_least_and_the_most():
