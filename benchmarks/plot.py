@@ -4,7 +4,7 @@
     python benchmarks/plot.py serving
 
 Reads training_step_*.json and inference_*.json for speed_*.png, trials.json for lr_robustness.png (one more for each
-other number of steps), parameter_efficiency.png and energy.png, bounded_distance.json for
+other number of steps), parameter_efficiency.png and energy.png, fronts.json for fronts.png, bounded_distance.json for
 bounded_distance_plot.png, and serving_*.json for serving.png.
 """
 
@@ -15,12 +15,19 @@ from pathlib import Path
 
 import matplotlib
 import plot_distances
+import plot_fronts
 import plot_serving
 import plot_speed
 import plot_trials
 
 matplotlib.use("Agg")
-KINDS = {"speed": plot_speed, "trials": plot_trials, "distances": plot_distances, "serving": plot_serving}
+KINDS = {
+    "speed": plot_speed,
+    "trials": plot_trials,
+    "fronts": plot_fronts,
+    "distances": plot_distances,
+    "serving": plot_serving,
+}
 
 
 def main() -> None:

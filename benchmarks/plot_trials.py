@@ -151,8 +151,8 @@ def energies(rows: Rows) -> Figure:
     return figure
 
 
-def tidy(axes: Axes, title: str) -> None:
-    axes.set_xscale("log")
+def tidy(axes: Axes, title: str, *, scale: str = "log") -> None:
+    axes.set_xscale(scale)
     axes.set_title(title, fontsize=9)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)

@@ -7,7 +7,7 @@ import io
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,29 +53,53 @@ class Images:
 
 
 class Stage:
-    """One optimisation: AdamW with warm-up and cosine decay, checkpointed, every batch a function of (seed, step)."""
+    """One optimisation with warm-up and cosine decay, checkpointed, every batch a function of (seed, step).
 
-    def __init__(self, name: str, args: argparse.Namespace, module: nn.Module, steps: int, lr: float, batch: int):
-        self.name, self.args, self.module, self.steps, self.lr, self.size = name, args, module, steps, lr, batch
+    The matrices in `muon` are left to Muon (its rate in the measure of AdamW's), all else to AdamW.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        args: argparse.Namespace,
+        module: nn.Module,
+        steps: int,
+        lr: float,
+        batch: int,
+        muon: Sequence[nn.Parameter] = (),
+        muon_lr: float = 1e-3,
+    ):
+        self.name, self.args, self.module, self.steps, self.size = name, args, module, steps, batch
         self.path = args.work_dir / f"{name}.pt"
-        decay = [p for p in module.parameters() if p.ndim > 1]
+        taken = {id(p) for p in muon}
+        decay = [p for p in module.parameters() if p.ndim > 1 and id(p) not in taken]
         rest = [p for p in module.parameters() if p.ndim <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.99)
-        )
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(
+                [{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}],
+                lr=lr,
+                betas=(0.9, 0.99),
+            )
+        ]
+        if muon:
+            self.optimizers.append(
+                torch.optim.Muon(muon, lr=muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+            )
+        self.highest_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self.ema = EMAModel(module.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
         self.step = 0
         if self.path.exists():
             state = torch.load(self.path, map_location=args.device, weights_only=True)
             module.load_state_dict(state["module"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
             self.ema.load_state_dict(state["ema"])
             self.step = state["step"]
         self.ema.to(args.device)
 
     def save(self) -> None:
-        parts = {"module": self.module, "optimizer": self.optimizer, "ema": self.ema}
-        state = {name: part.state_dict() for name, part in parts.items()} | {"step": self.step}
+        state = {name: part.state_dict() for name, part in (("module", self.module), ("ema", self.ema))}
+        state |= {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers], "step": self.step}
         content = io.BytesIO()
         torch.save(state, content)
         replace_file(self.path, content.getvalue())
@@ -85,8 +109,10 @@ class Stage:
         started = saved = time.monotonic()
         while self.step < self.steps:
             warm, progress = min(1.0, (self.step + 1) / 200), self.step / self.steps
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.lr * warm * 0.5 * (1 + math.cos(math.pi * progress))
+            scale = warm * 0.5 * (1 + math.cos(math.pi * progress))
+            for optimizer, rates in zip(self.optimizers, self.highest_rates, strict=True):
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * scale
             generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.step)
             indices = torch.randint(count, (self.size,), generator=generator)
             loss = loss_of(indices, generator)
@@ -94,8 +120,9 @@ class Stage:
                 raise RuntimeError(f"{self.name}: the loss is {loss.item()} at step {self.step}")
             loss.backward()
             nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            for optimizer in self.optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             self.ema.step(self.module.parameters())
             self.step += 1
             if self.step % 50 == 0:

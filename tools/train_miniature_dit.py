@@ -158,7 +158,8 @@ def train(args: argparse.Namespace, pipe: StableDiffusion3Pipeline, latents: Ten
         error = F.mse_loss(velocity, (noise - x).to(args.device))
         return error + args.map_weight * ((1 - level.to(args.device)) * named).mean()
 
-    Stage("transformer", args, both, args.steps, args.lr, 64).run(len(latents), loss_of)
+    matrices = [p for name, p in transformer.named_parameters() if p.ndim == 2 and "transformer_blocks" in name]
+    Stage("transformer", args, both, args.steps, args.lr, 64, matrices, args.muon_lr).run(len(latents), loss_of)
     transformer.set_attn_processor(stock)
 
 
@@ -169,6 +170,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=80_000)
     parser.add_argument("--steps", type=int, default=9000)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--muon_lr", type=float, default=2e-3, help="of the matrices of the blocks")
     parser.add_argument("--map_weight", type=float, default=0.1, help="of the maps' loss beside that of the images")
     parser.add_argument("--init_dir", type=Path, help="a pipeline folder whose transformer to start from")
     parser.add_argument("--seed", type=int, default=0)

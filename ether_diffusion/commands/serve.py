@@ -14,7 +14,6 @@ It needs the extra: pip install "ether-diffusion[serve]"; with --engine ray also
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -108,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def check_packages(engine: str) -> None:
-    """Raises InputError for a package that is missing or cannot be imported; says what to install."""
+    """Raises InputError for a package that is missing; says what to install."""
     needed = {**MODULES, "ray": "ray"} if engine == "ray" else MODULES
     for module, extra in needed.items():
         if importlib.util.find_spec(module) is None:
@@ -116,8 +115,8 @@ def check_packages(engine: str) -> None:
     if engine == "ray":
         try:
             importlib.import_module("ray.serve")
-        except ImportError as error:  # of the package "ray" alone, which has not what its Serve needs
-            raise InputError(f'--engine ray: {error}; pip install "ether-diffusion[ray]"') from error
+        except ImportError as error:  # ray is there, but not all that its "serve" extra brings
+            raise InputError(f'Ray Serve is not complete ({error.name}); pip install "ether-diffusion[ray]"') from None
 
 
 def check_flags(args: argparse.Namespace) -> ServerSettings:

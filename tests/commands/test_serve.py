@@ -39,16 +39,22 @@ def test_a_missing_package_is_told_with_the_extra_that_brings_it(engine, module,
     assert f'the package {module} is missing; pip install "ether-diffusion[{extra}]"' in capsys.readouterr().err
 
 
-def test_ray_without_what_its_serve_needs_is_told_with_the_extra_that_brings_it(monkeypatch, capsys):
-    pytest.importorskip("ray")
-    monkeypatch.setitem(sys.modules, "ray.serve", None)  # importing it fails, as where "ray" alone is installed
-    assert main(["serve", "--engine", "ray"]) == 1
-    told = capsys.readouterr().err
-    assert "--engine ray: " in told and 'pip install "ether-diffusion[ray]"' in told
-
-
 def test_replicas_are_the_least_and_the_most():
     assert read_replicas("2:8") == (2, 8)
     for word in ("2", "0:1", "3:2", "a:b", ":", "1:2:3"):
         with pytest.raises(ValueError, match="needs two whole numbers from 1, as 2:8"):
             read_replicas(word)
+
+
+def test_ray_without_its_part_for_serving_is_told_with_the_extra(tmp_path, monkeypatch, capsys):
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "__init__.py").touch()
+    (tmp_path / "ray" / "serve.py").write_text("import a_part_of_ray_serve")
+    spec = importlib.util.spec_from_file_location(
+        "ray", tmp_path / "ray" / "__init__.py", submodule_search_locations=[str(tmp_path / "ray")]
+    )
+    monkeypatch.setitem(sys.modules, "ray", importlib.util.module_from_spec(spec))
+    monkeypatch.delitem(sys.modules, "ray.serve", raising=False)
+    assert main(["serve", "--engine", "ray"]) == 1
+    told = 'Ray Serve is not complete (a_part_of_ray_serve); pip install "ether-diffusion[ray]"'
+    assert told in capsys.readouterr().err

@@ -17,8 +17,7 @@ from helpers.scripts import ROOT, wait_until
 from helpers.server import as_image, asked, error_of, images_of
 from helpers.serving import NAMES
 
-# "ray" alone has not what its Serve needs, and importing that fails.
-pytest.importorskip("ray.serve", reason='an extra: pip install "ether-diffusion[ray]"', exc_type=ImportError)
+pytest.importorskip("ray.serve", exc_type=ImportError, reason='an extra: pip install "ether-diffusion[ray]"')
 
 from ether_diffusion.server.ray_serve import RayArguments, build
 
