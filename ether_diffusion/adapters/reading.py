@@ -36,7 +36,7 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 MAX_HEADER_BYTES = 4 << 20
 MAX_DOCUMENT_BYTES = 1 << 20
-READ_WHOLE = 1 << 24  # bytes of a file up to which it is read into memory, and not mapped
+READ_WHOLE = 1 << 21  # bytes of a file up to which it is read into memory, and not mapped
 MAX_DOCUMENT_VALUES = 20_000
 MAX_HEADER_VALUES = 8 * MAX_TENSORS + MAX_DOCUMENT_VALUES  # eight to an entry: name, type, two sizes, two offsets, …
 

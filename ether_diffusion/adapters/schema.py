@@ -37,7 +37,7 @@ VECTOR_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.floa
 # Far above any real adapter; below them, reading costs at most about as much memory as the file, and some megabytes.
 MAX_TENSORS = 1 << 14
 MAX_WIDTH = 1 << 20  # numbers in one vector
-LOOKED_AT = 1 << 18  # numbers that are checked at a time
+LOOKED_AT = 1 << 16  # numbers that are checked at a time
 MAX_WEIGHT = 1 << 24  # numbers in one weight of a module
 MAX_WEIGHTS = 1 << 28  # numbers in all weights of modules together
 MAX_MODULES = 256
