@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -12,12 +12,18 @@ from matplotlib.figure import Figure
 OURS, OTHERS = "#c0392b", "#7f8c8d"
 
 
-def bars(axes: Axes, title: str, rows: dict[str, tuple[float, float, float]]) -> None:
-    """Horizontal bars from 1, with the quartiles as whiskers; rows: name to (low, median, high)."""
+def bars(
+    axes: Axes, title: str, rows: dict[str, tuple[float, float, float]], *, ours: Container[str] | None = None
+) -> None:
+    """Horizontal bars from 1, with the quartiles as whiskers.
+
+    rows: name to (low, median, high). ours: the names with a colour of their own; default: those of ETHER.
+    """
     names = list(rows)[::-1]
     for k, name in enumerate(names):
         low, middle, high = rows[name]
-        colour = OURS if name.startswith("ETHER") else OTHERS
+        is_ours = name.startswith("ETHER") if ours is None else name in ours
+        colour = OURS if is_ours else OTHERS
         axes.barh(k, middle - 1, left=1, color=colour, xerr=[[middle - low], [high - middle]], error_kw={"lw": 1})
         axes.annotate(f" {middle:.2f}", (max(high, 1), k), va="center", fontsize=8)
     axes.set_yticks(range(len(names)), names, fontsize=8)
@@ -26,7 +32,8 @@ def bars(axes: Axes, title: str, rows: dict[str, tuple[float, float, float]]) ->
     largest = max(high for _, _, high in rows.values())
     smallest = min(low for low, _, _ in rows.values())
     axes.set_xlim(min(0.97, smallest * 0.99), max(1.1, largest * 1.25))
-    ticks = [t for t in (1, 1.1, 1.2, 1.5, 2, 3, 5, 10) if t < max(1.1, largest * 1.25)]
+    shown = (0.2, 0.3, 0.5, 0.7, 1, 1.1, 1.2, 1.5, 2, 3, 5, 10)
+    ticks = [t for t in shown if t == 1 or smallest * 0.99 <= t < max(1.1, largest * 1.25)]
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks], fontsize=8)
     axes.set_xticks([], minor=True)
     axes.set_title(title, fontsize=9)

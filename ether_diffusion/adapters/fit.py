@@ -75,8 +75,10 @@ def restrict(pipe: DiffusionPipeline, file: AdapterFile, components: Sequence[st
     )
 
 
-def fit(pipe: DiffusionPipeline, file: AdapterFile) -> Fitted:
+def fit(pipe: DiffusionPipeline, file: AdapterFile, *, compare_base: bool = True) -> Fitted:
     """Find the place of every part of an adapter file.
+
+    compare_base: tell `other_base`, which takes a pass over all weights that are adapted.
 
     Raises:
         EtherFileError: the first part that does not fit: what the file has and what the pipeline needs.
@@ -104,8 +106,9 @@ def fit(pipe: DiffusionPipeline, file: AdapterFile) -> Fitted:
             fitted.encoder = _encoder_for(pipe, where, weights)
         else:
             fitted.parameters[component] = _parameters_for(where, models[component], weights)
-    own = {component: base_weights(models[component], component, paths) for component, paths in layers.items()}
-    fitted.other_base = differing_components(own, file.metadata)
+    if compare_base:
+        own = {component: base_weights(models[component], component, paths) for component, paths in layers.items()}
+        fitted.other_base = differing_components(own, file.metadata)
     return fitted
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
 from torch import Tensor
 
 from ether_diffusion.adapters.entries import validated
@@ -35,6 +36,7 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 MAX_HEADER_BYTES = 4 << 20
 MAX_DOCUMENT_BYTES = 1 << 20
+READ_WHOLE = 1 << 21  # bytes of a file up to which it is read into memory, and not mapped
 MAX_DOCUMENT_VALUES = 20_000
 MAX_HEADER_VALUES = 8 * MAX_TENSORS + MAX_DOCUMENT_VALUES  # eight to an entry: name, type, two sizes, two offsets, …
 
@@ -199,7 +201,7 @@ def check_start(path: Path) -> None:
 
 
 def _open(path: Path, needs: str | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors, mapped from the disk, and the metadata of a safetensors file whose metadata has the key `needs`.
+    """All tensors and the metadata of a safetensors file whose metadata has the key `needs`.
 
     Raises:
         EtherFileError: anything but a complete safetensors file of vectors: no data is read before the header is
@@ -221,11 +223,23 @@ def _open(path: Path, needs: str | None = None) -> tuple[dict[str, Tensor], dict
                 check_entry(f"{path}: {name}", entry.get_dtype(), entry.get_shape(), of_module)
                 total += math.prod(entry.get_shape()) if of_module else 0
             check_total(str(path), total)
-            return {name: file.get_tensor(name) for name in names}, header
+        return read_tensors(path), header
     except EtherFileError:
         raise
     except (SafetensorError, OSError, ValueError) as error:
         raise EtherFileError(f"{path} is not a whole safetensors file (cut short or damaged): {error}") from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file whose header was checked; those of a large one are mapped from the disk.
+
+    What is mapped leaves two integers behind in memory for each tensor (safetensors 0.8), which grows where adapters
+    are read again and again, as in a server.
+    """
+    if path.stat().st_size <= READ_WHOLE:
+        return load(path.read_bytes())
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
 
 
 def _components_with_modules(text: str) -> Collection[str] | None:

@@ -37,6 +37,7 @@ VECTOR_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.floa
 # Far above any real adapter; below them, reading costs at most about as much memory as the file, and some megabytes.
 MAX_TENSORS = 1 << 14
 MAX_WIDTH = 1 << 20  # numbers in one vector
+LOOKED_AT = 1 << 16  # numbers that are checked at a time
 MAX_WEIGHT = 1 << 24  # numbers in one weight of a module
 MAX_WEIGHTS = 1 << 28  # numbers in all weights of modules together
 MAX_MODULES = 256
@@ -256,6 +257,7 @@ def check_vectors(where: str, config: EtherConfig, vectors: Mapping[str, Tensor]
             one side of a layer; numbers that are not finite; a block of length 0.
     """
     expected, n = expected_vectors(config), config.num_blocks
+    suspects = _suspects(vectors)
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, tensor in vectors.items():
         path, _, name = key.rpartition(".")
@@ -269,7 +271,7 @@ def check_vectors(where: str, config: EtherConfig, vectors: Mapping[str, Tensor]
             raise EtherFileError(
                 f"{where}: {key} has shape {shape}, but num_blocks={n} needs ({n}, width / {n}), {MAX_WIDTH} at most"
             )
-        if flaw := _flaw(tensor):
+        if key in suspects and (flaw := _flaw(tensor)):
             raise EtherFileError(f"{where}: {key} {flaw}")
         shapes.setdefault(path, {})[name] = shape
     for path, own in shapes.items():
@@ -279,6 +281,23 @@ def check_vectors(where: str, config: EtherConfig, vectors: Mapping[str, Tensor]
             u, v = own.get(f"ether_u{suffix}"), own.get(f"ether_v{suffix}")
             if u and v and u != v:
                 raise EtherFileError(f"{where}: {path}.ether_v{suffix} has shape {v}, but ether_u{suffix} has {u}")
+
+
+def _suspects(vectors: Mapping[str, Tensor]) -> set[str]:
+    """Names of vectors among which are all that have a flaw: those of one shape are looked at many at a time."""
+    suspects, alike = set(), {}
+    for key, tensor in vectors.items():
+        if tensor.ndim == 2 and 0 < tensor.numel() <= MAX_WIDTH and tensor.dtype in VECTOR_DTYPES.values():
+            alike.setdefault((tuple(tensor.shape), tensor.dtype, tensor.device), []).append(key)
+        else:
+            suspects.add(key)
+    for (shape, *_), keys in alike.items():
+        together = max(1, LOOKED_AT // math.prod(shape))
+        for start in range(0, len(keys), together):
+            part = keys[start : start + together]
+            if _flaw(torch.cat([vectors[key] for key in part])):
+                suspects.update(part)
+    return suspects
 
 
 def _flaw(tensor: Tensor) -> str | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext, suppress
@@ -174,8 +175,8 @@ class Engine:
 
     def _add(self, requests: Sequence[Request]) -> list[Job]:
         jobs = [Job(request, _withdraw=self._withdraw) for request in requests]
-        for job in jobs:
-            job.future.add_done_callback(partial(self._withdraw_cancelled, job))
+        for job in jobs:  # its future must not hold it, or both and the images wait for the garbage collector
+            job.future.add_done_callback(partial(self._withdraw_cancelled, weakref.ref(job)))
         with self._changed:
             self._check_room(len(jobs))
             for job in jobs:
@@ -189,8 +190,9 @@ class Engine:
                 raise EngineClosed("the engine was closed")
             self._line.check_room(count)
 
-    def _withdraw_cancelled(self, job: Job, future: Future) -> None:
-        if future.cancelled():
+    def _withdraw_cancelled(self, reference: weakref.ref[Job], future: Future) -> None:
+        job = reference()
+        if job is not None and future.cancelled():
             self._withdraw(job)
 
     def _withdraw(self, job: Job) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from diffusers import DiffusionPipeline
@@ -56,22 +57,18 @@ def from_ether_file(pipe: DiffusionPipeline, file: AdapterFile) -> HostAdapter:
     if file.weights:
         what = "a control encoder" if CONTROL in file.weights else f"replaced modules of {', '.join(file.weights)}"
         raise EtherFileError(f"{file.source} holds {what}, which no single row of a batch can have: load it alone")
-    models, found = models_of(pipe), fit(pipe, file).layers
+    models, found = models_of(pipe), fit(pipe, file, compare_base=False).layers
     vectors = {component: {path: _vectors(own) for path, own in layers.items()} for component, layers in found.items()}
     factors: dict[str, dict[str, Pair]] = {}
     for component, layers in vectors.items():
+        modules, dtype = dict(models[component].named_modules()), models[component].dtype
         for path, own in layers.items():
             try:
-                weight = weight_of(models[component], path)
+                weight = effective_weight(modules[path], dtype)
             except ValueError as error:
                 raise EtherFileError(f"{file.source}: {component}.{path}: {error}") from error
             factors.setdefault(component, {})[path] = _pair(weight, own)
     return HostAdapter(file.source, factors, vectors)
-
-
-def weight_of(model: nn.Module, path: str) -> Tensor:
-    """What the layer at a path of a model multiplies with; raises as `effective_weight`."""
-    return effective_weight(model.get_submodule(path), model.dtype)
 
 
 def _vectors(own: Mapping[str, Tensor]) -> Vectors:
@@ -100,23 +97,30 @@ def compose(pipe: DiffusionPipeline, adapters: Sequence[tuple[HostAdapter, float
     layer with one adapter alone has that one's factors, B times its strength.
     """
     models = models_of(pipe)
+    dtype_of = cache(lambda component: models[component].dtype)  # a model looks for it in all of its layers
     places = {(c, path): None for adapter, _ in adapters for c, layers in adapter.factors.items() for path in layers}
     composed: dict[str, dict[str, Pair]] = {}
     for component, path in places:
         own = [(a, strength) for a, strength in adapters if strength != 0 and path in a.factors.get(component, {})]
         if own:
-            composed.setdefault(component, {})[path] = _composed(models[component], component, path, own)
+            composed.setdefault(component, {})[path] = _composed(models[component], dtype_of, component, path, own)
     return composed
 
 
-def _composed(model: nn.Module, component: str, path: str, own: Sequence[tuple[HostAdapter, float]]) -> Pair:
+def _composed(
+    model: nn.Module,
+    dtype_of: Callable[[str], torch.dtype],
+    component: str,
+    path: str,
+    own: Sequence[tuple[HostAdapter, float]],
+) -> Pair:
     pairs = [(a.factors[component][path][0], strength * a.factors[component][path][1]) for a, strength in own]
     reflecting = [path in adapter.vectors.get(component, {}) for adapter, _ in own]
     if len(pairs) == 1:
         return pairs[0]
     if not any(reflecting[1:]):
         return torch.cat([down for down, _ in pairs], 1), torch.cat([up for _, up in pairs])
-    weight = weight_of(model, path)
+    weight = effective_weight(model.get_submodule(path), dtype_of(component))
     weight = weight.to("cpu", pairs[0][0].dtype).clone()
     downs, ups = [], []
     for (down, up), (adapter, strength), reflects in zip(pairs, own, reflecting, strict=True):

@@ -25,6 +25,7 @@ from ether_diffusion.adapters.reading import (
     PEFT_CONFIG_NAME,
     PEFT_WEIGHTS_NAME,
     check_start,
+    read_tensors,
 )
 from ether_diffusion.errors import EtherFileError
 from ether_diffusion.serving.host_adapter import HostAdapter, Pair
@@ -67,8 +68,8 @@ def read_lora(pipe: DiffusionPipeline, path: Path) -> HostAdapter:
     Raises:
         EtherFileError: more than plain LoRA on linear layers and convolutions, or what does not fit the pipeline.
     """
+    tensors = {name: tensor.clone() for name, tensor in read_tensors(path).items()}
     with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         metadata = _json(path, (file.metadata() or {}).get(METADATA, "{}"))
     models = models_of(pipe)
     if path.name == PEFT_WEIGHTS_NAME and (path.parent / PEFT_CONFIG_NAME).is_file():

@@ -59,7 +59,11 @@ class Progressing:
                 arguments["generator"] = torch.Generator().manual_seed(request.seeds)
             elif request.seeds is not None:
                 arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in request.seeds]
-            return self._pipe(**arguments)
+            try:
+                return self._pipe(**arguments)
+            finally:  # the three hold each other, and would wait for the garbage collector
+                del request.scheduler.step
+                self._pipe = None
 
     def _after_step(self) -> None:
         job = self.job

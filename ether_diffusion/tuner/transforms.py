@@ -177,10 +177,11 @@ def low_rank_delta(weight: Tensor, vectors: Vectors, strength: float = 1.0) -> t
     """
     dtype = accurate_dtype(weight.dtype)
     flat = weight.to(dtype).flatten(1)  # (o, i·k)
-    # Every kernel position is transformed alike: U ⊗ I.
-    kernel = torch.eye(math.prod(weight.shape[2:]), dtype=dtype, device=weight.device)
     input_side, *output_side = (Transform.of(u, v) for u, v in vectors.sides())
-    downs = [torch.kron(_block_rows(unit, dtype), kernel) for unit in input_side.units]  # (n·k, i·k)
+    downs = [_block_rows(unit, dtype) for unit in input_side.units]  # (n, i)
+    if weight.ndim > 2:  # every kernel position is transformed alike: U ⊗ I, (n·k, i·k)
+        kernel = torch.eye(math.prod(weight.shape[2:]), dtype=dtype, device=weight.device)
+        downs = [torch.kron(rows, kernel) for rows in downs]
     ups = [factor * flat @ rows.T for rows, factor in zip(downs, input_side.factors, strict=True)]
     full = flat + torch.cat(ups, 1) @ torch.cat(downs) if output_side else flat
     for side in output_side:

@@ -48,7 +48,7 @@ def cluster(tmp_path_factory, tiny_pipeline_folder, served_adapters_once):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     folders = ["--base", str(tiny_pipeline_folder), "--adapters", str(served_adapters_once)]
-    flags = ["--engine", "ray", "--replicas", "2:2", "--max_batch", "4", "--port", str(port)]
+    flags = ["--engine", "ray", "--replicas", "2:2", "--max_batch", "4", "--max_line", "8", "--port", str(port)]
     command = [sys.executable, "-m", "ether_diffusion.commands.main", "serve", *folders, *flags]
     # A cluster of its own, whose processes are no less urgent than the test.
     ray = {"RAY_ADDRESS": "local", "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -93,6 +93,17 @@ def test_an_adapter_that_many_ask_for_is_served_by_all_replicas(cluster):
     assert [answer.status_code for answer in answers] == [200] * 16
     spent = [cpu_seconds(process) - before[pid] for pid, process in replicas(root).items()]
     assert len(spent) == 2 and min(spent) > 0.2 * sum(spent), spent
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_the_line_is_told_when_to_come_again(cluster):
+    _, client = cluster
+    with ThreadPoolExecutor(48) as threads:  # 8 at a time fit each replica, and 8 wait
+        answers = list(threads.map(lambda k: generate(client, num_inference_steps=40, seed=k), range(48)))
+    refused = [answer for answer in answers if answer.status_code != 200]
+    assert 0 < len(refused) <= 48 - 8
+    for answer in refused:
+        assert (answer.status_code, error_of(answer)["code"], answer.headers["Retry-After"]) == (429, "line_full", "5")
 
 
 @pytest.mark.slow
