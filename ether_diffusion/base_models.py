@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
 
 from ether_diffusion.dtypes import DTYPES
+
+if TYPE_CHECKING:  # diffusers imports its pipelines when one is opened
+    from diffusers import DiffusionPipeline
 
 MINIATURES = {
     "miniature": Path(__file__).parent / "miniature" / "weights",
@@ -38,23 +40,24 @@ def public_name(miniature: str) -> str:
 
 def open_pipeline(
     base: str | Path,
-    kind: type[DiffusionPipeline] = DiffusionPipeline,
+    kind: type[DiffusionPipeline] | None = None,
     *,
     revision: str | None = None,
     **options: Any,
 ) -> DiffusionPipeline:
     """`kind.from_pretrained`, also of what was saved without a component that its class asks for, as SD3 without T5.
 
-    base: a folder, an id on the Hub, or the name of a miniature. options: as `from_pretrained` takes them.
+    base: a folder, an id on the Hub, or the name of a miniature. kind: default: what the base was saved as. options:
+    as `from_pretrained` takes them.
     """
-    path = base_path(base)
+    path, kind = base_path(base), kind or diffusers.DiffusionPipeline
     index = kind.load_config(path, revision=revision)
     return kind.from_pretrained(path, revision=revision, **{**absent_components(index), **options})
 
 
 def open_for_inference(
     base: str | Path,
-    kind: type[DiffusionPipeline] = DiffusionPipeline,
+    kind: type[DiffusionPipeline] | None = None,
     *,
     dtype: str | None = None,
     device: torch.device | str | None = None,

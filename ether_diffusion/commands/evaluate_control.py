@@ -20,7 +20,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from ether_diffusion.commands.tables import UNKNOWN, show, table
-from ether_diffusion.evaluation.control import ControlEvaluation, evaluate
+from ether_diffusion.evaluation.options import ControlEvaluation
 from ether_diffusion.training.options.command_line import add_flags
 
 
@@ -37,6 +37,8 @@ def run(args: argparse.Namespace) -> None:
 
 def evaluate_and_show(options: ControlEvaluation) -> None:
     """Evaluate, write report.json and sheet.png, and print the scores."""
+    from ether_diffusion.evaluation.control import evaluate
+
     report, sheet = evaluate(options)
     path = options.output_dir / "report.json"
     path.parent.mkdir(parents=True, exist_ok=True)

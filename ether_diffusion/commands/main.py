@@ -7,6 +7,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from ether_diffusion.import_messages import without_import_messages
+
 COMMANDS = {
     "quickstart": "teach the miniature a subject, or to follow maps, and see what it has learned",
     "inspect": "show what is in an adapter file, how far it has moved, and what it fits",
@@ -38,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     try:
-        args.run(args)
+        with without_import_messages():
+            args.run(args)
     except (ValueError, OSError) as error:
         print(f"ether-diffusion: error: {error}", file=sys.stderr)
         return 1

@@ -9,7 +9,6 @@ import argparse
 
 from ether_diffusion.commands.export import add_input_arguments, open_inputs
 from ether_diffusion.dtypes import DTYPES
-from ether_diffusion.export.merge import merge_adapters
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ether_diffusion.export.merge import merge_adapters
+
     pipe, names = open_inputs(args, "a stock pipeline")
     path = merge_adapters(pipe, args.output_dir, adapter_names=names, dtype=DTYPES[args.dtype])
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

@@ -21,21 +21,20 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Generator
 
-from ether_diffusion.adapters.components import models_of
-from ether_diffusion.adapters.schema import WEIGHTS_NAME
 from ether_diffusion.base_models import MINIATURE, MINIATURES
 from ether_diffusion.commands.evaluate_control import evaluate_and_show
-from ether_diffusion.evaluation.control import ControlEvaluation
+from ether_diffusion.evaluation.options import ControlEvaluation
 from ether_diffusion.images import image_grid
-from ether_diffusion.metrics import image_similarity, text_similarity
-from ether_diffusion.miniature import ClipScore, load_pipeline
 from ether_diffusion.miniature.control_data import TRAINING_SEED, write_control_data
 from ether_diffusion.miniature.world import subjects
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 SETTINGS = ("on a red background", "on a green background", "on a striped blue background", "on a white background")
 OTHER_PROMPTS = (
@@ -91,6 +90,11 @@ def train(module: str, base: str, flags: Sequence[object]) -> None:
 
 
 def learn_subject(args: argparse.Namespace, output_dir: Path) -> None:
+    from ether_diffusion.adapters.components import models_of
+    from ether_diffusion.adapters.schema import WEIGHTS_NAME
+    from ether_diffusion.metrics import image_similarity, text_similarity
+    from ether_diffusion.miniature import ClipScore, load_pipeline
+
     subject = next(each for each in subjects() if each.name == args.subject)
     photographs = [subject.view(k).render().image for k in range(PHOTOGRAPHS)]
     (output_dir / "photographs").mkdir(parents=True, exist_ok=True)
