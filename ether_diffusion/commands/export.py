@@ -1,6 +1,7 @@
 """Write ETHER adapters as a LoRA: exact, without a decomposition, at any strength, one adapter or several composed.
 
-  ether-diffusion export --to diffusers-lora --base runwayml/stable-diffusion-v1-5 --adapter dog --output_dir dog-lora
+  ether-diffusion export --to diffusers-lora --base stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+      --adapter dog --output_dir dog-lora
   ether-diffusion export --to kohya --base base --adapter dog style --scale 1 0.8 --dtype float16 --output_dir loras
 
 A LoRA is exact on the base weights it was computed from. What the formats hold: docs/export.md. Adapters of control

@@ -1,6 +1,7 @@
 """Write a whole pipeline with ETHER adapters merged into its weights; it opens without this package.
 
-ether-diffusion merge --base runwayml/stable-diffusion-v1-5 --adapter dog --dtype float16 --output_dir dog-pipeline
+  ether-diffusion merge --base stable-diffusion-v1-5/stable-diffusion-v1-5 --adapter dog \\
+      --dtype float16 --output_dir dog-pipeline
 """
 
 from __future__ import annotations

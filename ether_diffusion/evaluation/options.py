@@ -10,6 +10,10 @@ from ether_diffusion.training.options.run import GUIDANCE_SCALE
 
 INCEPTION, MINIATURE, NO_FEATURES = "inception", "miniature", "none"
 """What features the Fréchet distance is of."""
+FEATURE_WIDTHS = {INCEPTION: 2048, MINIATURE: 128}
+"""The Fréchet distance of fewer images than its features are wide comes out too high.
+
+Source: the estimate of the covariance has no full rank then, and the distance is biased: arXiv:1911.07023."""
 UPERNET = "openmmlab/upernet-convnext-small"
 
 
