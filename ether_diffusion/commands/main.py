@@ -11,6 +11,7 @@ from ether_diffusion.import_messages import without_import_messages
 
 COMMANDS = {
     "quickstart": "teach the miniature a subject, or to follow maps, and see what it has learned",
+    "recipe": "say how to train a model on a card of so much memory, and why",
     "inspect": "show what is in an adapter file, how far it has moved, and what it fits",
     "analyze": "measure what an adapter does to the weights of a base model",
     "export": "write adapters as a LoRA for PEFT, diffusers, or kohya's format (ComfyUI, A1111)",
