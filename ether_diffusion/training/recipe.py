@@ -142,19 +142,18 @@ def choices(model: FullSize, images: int) -> Iterator[Settings]:
 
 def parts_of(name: str, settings: Settings) -> dict[str, int]:
     """Part -> bytes in a step of the training; latents and prompts were encoded before."""
-    model, denoiser = full_size(name), denoiser_of(name)
-    parameters = list(denoiser.parameters())
+    model, (total, largest) = full_size(name), weights_of(name)
     bits = BITS.get(settings.quantize or "", 8 * HALF)
-    parts = {"denoiser": int(sum(each.numel() for each in parameters) * bits / 8)}
+    parts = {"denoiser": int(total * bits / 8)}
     parts["trained, gradients, optimiser"] = 4 * VALUES_OF_A_VECTOR * trained_count(name)
     if model.bytes_of_a_pixel is None:
         tokens = settings.batch * ((settings.side // model.token_side) ** 2 + TEXT_TOKENS)
-        parts["activations"] = HALF * kept_values(denoiser, tokens, checkpointing=settings.checkpointing)
+        parts["activations"] = HALF * kept_values(denoiser_of(name), tokens, checkpointing=settings.checkpointing)
     else:
         per_pixel = model.bytes_of_a_pixel[settings.checkpointing]
         parts["activations"] = int(per_pixel * settings.batch * settings.side**2)
     if settings.quantize:
-        parts["a layer in 16 bits"] = HALF * max(each.numel() for each in parameters)
+        parts["a layer in 16 bits"] = HALF * largest
     return parts
 
 
@@ -172,6 +171,13 @@ def moments_of(name: str, settings: Settings) -> dict[str, int]:
         "while images are encoded": RESERVE + beside + model.vae_bytes * model.vae + encoding,
         "in a step of the training": RESERVE + sum(parts.values()),
     }
+
+
+@cache
+def weights_of(name: str) -> tuple[int, int]:
+    """How many parameters the denoiser of a model has, and how many are in the largest of its weights."""
+    counts = [each.numel() for each in denoiser_of(name).parameters()]
+    return sum(counts), max(counts)
 
 
 @cache

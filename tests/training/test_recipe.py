@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ether_diffusion.commands.main import main
@@ -42,6 +42,7 @@ def test_what_is_trained_is_counted_as_the_training_counts_it():
     assert not any(".ether_" in name for name, _ in denoiser_of("sd15").named_parameters())
 
 
+@settings(max_examples=40, deadline=None)
 @given(name=models, vram=cards, images=st.integers(1, 500))
 def test_a_recipe_fits_the_card_or_says_what_does(name, vram, images):
     try:
@@ -53,6 +54,7 @@ def test_a_recipe_fits_the_card_or_says_what_does(name, vram, images):
     assert found.settings.batch <= images and found.flags["max_train_steps"] >= 200
 
 
+@settings(max_examples=40, deadline=None)
 @given(name=models, low=cards, more=cards)
 def test_a_larger_card_never_gets_smaller_images(name, low, more):
     def side(vram: float) -> int:
