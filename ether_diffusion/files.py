@@ -1,7 +1,8 @@
 """Files and folders that appear complete or not at all.
 
 Whatever is written goes under a hidden name beside its place, is flushed to the disk, and takes its name in one step:
-a full disk, a kill or a power cut leaves what was there before.
+a full disk, a kill or a power cut leaves what was there before. Other users may read it as far as the umask lets them,
+also where the library that wrote it says otherwise: safetensors writes files that their owner alone can read.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,6 +60,7 @@ def new_path(path: Path) -> Iterator[Path]:
     around.mkdir()
     try:
         yield around / path.name
+        give_usual_modes(around)
         (around / path.name).rename(path)
     finally:
         shutil.rmtree(around, ignore_errors=True)
@@ -108,6 +111,7 @@ def new_entries(folder: Path, *, last: str | None = None) -> Iterator[Path]:
         for each in (partial, new, old):
             each.mkdir()
         yield new
+        give_usual_modes(partial)
         for entry in sorted(new.iterdir(), key=lambda each: (each.name == last, each.name)):
             target = folder / entry.name
             if target.is_dir() and not target.is_symlink():  # a folder cannot be replaced in one step
@@ -115,6 +119,17 @@ def new_entries(folder: Path, *, last: str | None = None) -> Iterator[Path]:
             os.replace(entry, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def give_usual_modes(folder: Path) -> None:
+    """Let all files in a folder of our own be read and written by those by whom a new file could be."""
+    probe = _hidden(folder / "mode")  # the umask itself can only be asked for by setting it, for the whole process
+    probe.touch(exist_ok=False)
+    usual = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink() and (mode := stat.S_IMODE(path.stat().st_mode)) | usual != mode:
+            path.chmod(mode | usual)
 
 
 def nearest_existing(path: Path) -> Path:

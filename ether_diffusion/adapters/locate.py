@@ -17,6 +17,7 @@ from ether_diffusion.adapters.reading import (
     read_peft_folder,
 )
 from ether_diffusion.adapters.schema import WEIGHTS_NAME, AdapterFile
+from ether_diffusion.base_models import missing_locally
 from ether_diffusion.errors import EtherFileError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -60,6 +61,8 @@ def find_adapter_file(
         return read_adapter_file(path)
     if path.is_dir():
         return _from_folder(path / hub.subfolder if hub.subfolder else path, weight_name)
+    if "/" in str(source) and (problem := missing_locally(source, "file or folder")):
+        raise FileNotFoundError(f"{source}: {problem}")
     if not HUB_ID.fullmatch(str(source)):
         raise FileNotFoundError(f"{source}: no such file or folder, and not the id of a Hub repository (owner/name)")
     return _from_hub(str(source), weight_name, hub)

@@ -25,6 +25,7 @@ from ether_diffusion.adapters.components import (
     records_of,
     tuner_layers,
 )
+from ether_diffusion.adapters.plugin import stock_attribute
 from ether_diffusion.adapters.strength import stock
 from ether_diffusion.control.pipelines import is_number
 from ether_diffusion.tuner.guards import check_projections
@@ -32,7 +33,7 @@ from ether_diffusion.tuner.layer import EtherLayer
 from ether_diffusion.tuner.merging import check_unmergeable
 from ether_diffusion.tuner.undo import restored_on_error
 
-stock_save_pretrained = DiffusionPipeline.save_pretrained  # before `install` puts ours in its place
+stock_save_pretrained = stock_attribute(DiffusionPipeline, "save_pretrained")
 
 Place = tuple[str, str, nn.Module]
 """Where a layer is: component, module path, the component itself."""

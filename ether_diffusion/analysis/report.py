@@ -27,7 +27,6 @@ from ether_diffusion.control.pipelines import denoiser_name, over
 from ether_diffusion.errors import EtherFileError, InputError
 from ether_diffusion.tuner.transforms import Transform
 
-METHODS = {"ether": "ETHER", "ether_plus": "ETHER+"}
 ADAPTER = "inspected"
 """The name under which an adapter is attached to the base that it is checked against."""
 Side = tuple[str | None, str, str]

@@ -28,7 +28,6 @@ from typing import Any
 
 from rich.table import Table
 
-from ether_diffusion.analysis.effect import analyze
 from ether_diffusion.base_models import MINIATURE
 from ether_diffusion.commands.base_version import add_base_version_arguments
 from ether_diffusion.commands.tables import UNKNOWN, name_layer, shorten, show, table
@@ -60,6 +59,8 @@ def run(args: argparse.Namespace) -> None:
             '--output_dir: the package matplotlib is missing; pip install "ether-diffusion[eval]", or drop the '
             "flag: the table needs none"
         )
+    from ether_diffusion.analysis.effect import analyze
+
     report = analyze(
         args.file,
         base=args.base,

@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from ether_diffusion.commands.tables import UNKNOWN, show, table
-from ether_diffusion.evaluation.control import ControlEvaluation, evaluate
+from ether_diffusion.evaluation.options import FEATURE_WIDTHS, ControlEvaluation
 from ether_diffusion.training.options.command_line import add_flags
 
 
@@ -36,15 +38,31 @@ def run(args: argparse.Namespace) -> None:
 
 
 def evaluate_and_show(options: ControlEvaluation) -> None:
-    """Evaluate, write report.json and sheet.png, and print the scores."""
+    """Evaluate, write report.json and sheet.png, and print the scores and what was written."""
+    from ether_diffusion.evaluation.control import evaluate
+
     report, sheet = evaluate(options)
     path = options.output_dir / "report.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    sheet.save(options.output_dir / "sheet.png")
+    drawn = options.output_dir / "sheet.png"
+    sheet.save(drawn)
     names = list(report["scores"]["real"])
     rows = [
         (row, *(UNKNOWN if scores[name] is None else f"{scores[name]:.4f}" for name in names))
         for row, scores in report["scores"].items()
     ]
-    show(table(("", *names), rows, texts=1), str(path))
+    written = [path, drawn]
+    if report["judge"].get("fingerprint"):  # a segmenter that is trained here, and kept for the next time
+        written.append(options.evaluator_dir or options.output_dir / "evaluator")
+    show(table(("", *names), rows, texts=1), *few_images(report), *map(str, written))
+
+
+def few_images(report: Mapping[str, Any]) -> Iterator[str]:
+    """A line of warning where a Fréchet distance was computed over too few images."""
+    width = FEATURE_WIDTHS.get(report["fid_features"])
+    if width is not None and report["count"] < width:
+        yield (
+            f"fid: over {report['count']} images, fewer than its features are wide ({width:,}): it comes out too "
+            "high, and compares only with one over as many"
+        )

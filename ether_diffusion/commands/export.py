@@ -1,6 +1,7 @@
 """Write ETHER adapters as a LoRA: exact, without a decomposition, at any strength, one adapter or several composed.
 
-  ether-diffusion export --to diffusers-lora --base runwayml/stable-diffusion-v1-5 --adapter dog --output_dir dog-lora
+  ether-diffusion export --to diffusers-lora --base stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+      --adapter dog --output_dir dog-lora
   ether-diffusion export --to kohya --base base --adapter dog style --scale 1 0.8 --dtype float16 --output_dir loras
 
 A LoRA is exact on the base weights it was computed from. What the formats hold: docs/export.md. Adapters of control
@@ -12,20 +13,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from diffusers import DiffusionPipeline
-
-from ether_diffusion.adapters.locate import find_adapter_file
-from ether_diffusion.adapters.schema import ModuleWeights
 from ether_diffusion.base_models import base_path
 from ether_diffusion.commands.base_version import add_base_version_arguments
-from ether_diffusion.control.encoder import CONTROL
 from ether_diffusion.dtypes import DTYPES
 from ether_diffusion.errors import InputError
-from ether_diffusion.export.control import FORMAT
-from ether_diffusion.export.lora import export_lora
-from ether_diffusion.export.lora_files import DEFAULT_NAMES, WRITERS
-from ether_diffusion.export.merge import open_adapted
+from ether_diffusion.export.formats import DEFAULT_NAMES, FORMATS
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from ether_diffusion.adapters.schema import ModuleWeights
 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +56,10 @@ def open_inputs(args: argparse.Namespace, result: str) -> tuple[DiffusionPipelin
     Raises:
         InputError: an adapter of control training, whose encoder or modules would be lost; says what to do instead.
     """
+    from ether_diffusion.adapters.locate import find_adapter_file
+    from ether_diffusion.control.encoder import CONTROL
+    from ether_diffusion.export.merge import open_adapted
+
     for adapter in args.adapter:
         weights = find_adapter_file(adapter).weights
         if not weights or _are_columns(args, weights):
@@ -84,6 +87,11 @@ def open_inputs(args: argparse.Namespace, result: str) -> tuple[DiffusionPipelin
 
 def _are_columns(args: argparse.Namespace, weights: Mapping[str, ModuleWeights]) -> bool:
     """Whether weights besides vectors are columns of FLUX.1's first layer, which a LoRA of diffusers' format holds."""
+    from diffusers import DiffusionPipeline
+
+    from ether_diffusion.control.encoder import CONTROL
+    from ether_diffusion.export.control import FORMAT
+
     if set(weights) != {CONTROL} or weights[CONTROL].about.get("kind") != "latent":
         return False
     config = DiffusionPipeline.load_config(base_path(args.base), revision=args.revision)
@@ -91,7 +99,7 @@ def _are_columns(args: argparse.Namespace, weights: Mapping[str, ModuleWeights])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--to", required=True, choices=tuple(WRITERS), help="format")
+    parser.add_argument("--to", required=True, choices=FORMATS, help="format")
     add_input_arguments(parser)
     rank_help = "auto: each layer's exact rank. A number: all layers, filled up with zeros. Default: auto"
     parser.add_argument("--rank", type=_rank, metavar="auto|N", help=rank_help)
@@ -113,6 +121,8 @@ def _rank(text: str) -> int | None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ether_diffusion.export.lora import export_lora
+
     pipe, names = open_inputs(args, "a LoRA")
     options = {"to": args.to, "rank": args.rank, "dtype": DTYPES[args.dtype], "weight_name": args.weight_name}
     print(export_lora(pipe, args.output_dir, adapter_names=names, **options))

@@ -18,10 +18,8 @@ import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from accelerate import PartialState
 from tqdm import tqdm
 
 from ether_diffusion.base_models import MINIATURE, open_for_inference
@@ -30,10 +28,12 @@ from ether_diffusion.commands.max_batch import add_max_batch_argument
 from ether_diffusion.dtypes import DTYPES
 from ether_diffusion.errors import InputError
 from ether_diffusion.files import replace_file
-from ether_diffusion.serving.catalogue import FolderCatalogue
-from ether_diffusion.serving.engine import Engine
-from ether_diffusion.serving.lines import ImageRequest, adapter_names, make_request, read_lines, shard
-from ether_diffusion.serving.png import image_settings, sampling_defaults, write_png
+
+if TYPE_CHECKING:
+    import torch
+
+    from ether_diffusion.serving.engine import Engine
+    from ether_diffusion.serving.lines import ImageRequest
 
 INDEX_NAME = "index.jsonl"
 IN_LINE = 32
@@ -69,6 +69,10 @@ def run(args: argparse.Namespace) -> None:
         InputError: flags or lines that cannot be used (nothing is loaded then), or requests that failed.
         OSError: files that cannot be read or written.
     """
+    from accelerate import PartialState
+
+    from ether_diffusion.serving.lines import adapter_names, shard
+
     requests = read_requests(args)
     if args.output_dir.exists() and not args.output_dir.is_dir():
         raise InputError(f"--output_dir {args.output_dir}: is a file, needs a folder")
@@ -91,6 +95,8 @@ def run(args: argparse.Namespace) -> None:
 
 def read_requests(args: argparse.Namespace) -> list[ImageRequest]:
     """What the flags ask for. Raises `InputError` where they cannot be used."""
+    from ether_diffusion.serving.lines import make_request, read_lines
+
     if (args.prompts is None) == (args.prompt is None):
         raise InputError("--prompts: give it or --prompt, one of the two")
     names = ("negative_prompt", "seed", "steps", "guidance", "size")
@@ -108,6 +114,8 @@ def read_requests(args: argparse.Namespace) -> list[ImageRequest]:
 
 def check_adapters(folder: Path | None, names: Sequence[str]) -> None:
     """Make sure that all adapters are there. Raises `InputError` where one is not."""
+    from ether_diffusion.serving.catalogue import FolderCatalogue
+
     if folder is None:
         if names:
             raise InputError(f"--adapters: missing; the adapter {names[0]} is asked for, needs the folder it is in")
@@ -136,6 +144,9 @@ def generate(
     args: argparse.Namespace, device: torch.device, requests: Sequence[ImageRequest], bar: tqdm
 ) -> dict[ImageRequest, Exception]:
     """Generate and write the images; those that failed, and why."""
+    from ether_diffusion.serving.engine import Engine
+    from ether_diffusion.serving.png import image_settings, sampling_defaults, write_png
+
     version = {"variant": args.variant, "revision": args.revision}
     pipe = open_for_inference(args.base, dtype=args.dtype, device=device, **version)
     defaults = sampling_defaults(pipe)

@@ -26,12 +26,12 @@ from typing import Any
 
 from rich.table import Table
 
-from ether_diffusion.analysis.report import METHODS, describe
 from ether_diffusion.base_models import base_path
 from ether_diffusion.commands.base_version import add_base_version_arguments
 from ether_diffusion.commands.tables import UNKNOWN, name_layer, shorten, show, table
 from ether_diffusion.errors import InputError
 
+METHODS = {"ether": "ETHER", "ether_plus": "ETHER+"}
 STRONGEST = 3
 """Conflicts in the summary; --json has all."""
 
@@ -50,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.base is None and (args.variant or args.revision):
         raise InputError("--variant and --revision are those of the base: give --base as well")
+    from ether_diffusion.analysis.report import describe
+
     report = describe(args.file, base=args.base, variant=args.variant, revision=args.revision, against=args.against)
     if args.json:
         print(json.dumps(report, indent=2))

@@ -7,8 +7,11 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from ether_diffusion.import_messages import without_import_messages
+
 COMMANDS = {
     "quickstart": "teach the miniature a subject, or to follow maps, and see what it has learned",
+    "recipe": "say how to train a model on a card of so much memory, and why",
     "inspect": "show what is in an adapter file, how far it has moved, and what it fits",
     "analyze": "measure what an adapter does to the weights of a base model",
     "export": "write adapters as a LoRA for PEFT, diffusers, or kohya's format (ComfyUI, A1111)",
@@ -38,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     try:
-        args.run(args)
+        with without_import_messages():
+            args.run(args)
     except (ValueError, OSError) as error:
         print(f"ether-diffusion: error: {error}", file=sys.stderr)
         return 1

@@ -1,6 +1,7 @@
 """Write a whole pipeline with ETHER adapters merged into its weights; it opens without this package.
 
-ether-diffusion merge --base runwayml/stable-diffusion-v1-5 --adapter dog --dtype float16 --output_dir dog-pipeline
+  ether-diffusion merge --base stable-diffusion-v1-5/stable-diffusion-v1-5 --adapter dog \\
+      --dtype float16 --output_dir dog-pipeline
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import argparse
 
 from ether_diffusion.commands.export import add_input_arguments, open_inputs
 from ether_diffusion.dtypes import DTYPES
-from ether_diffusion.export.merge import merge_adapters
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ether_diffusion.export.merge import merge_adapters
+
     pipe, names = open_inputs(args, "a stock pipeline")
     path = merge_adapters(pipe, args.output_dir, adapter_names=names, dtype=DTYPES[args.dtype])
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

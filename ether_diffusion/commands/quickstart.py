@@ -10,8 +10,9 @@ images with their semantic maps (where each shape, part and the background is), 
 scores it on maps that the training has not seen: evaluation/sheet.png. --base miniature-dit does either on a
 transformer with flow matching instead of a UNet.
 
-Training runs as you would run it, by `accelerate launch -m ether_diffusion.training.dreambooth` (or `.control`); what
-is no flag of this command goes there, such as --max_train_steps 400 or --method lora.
+Training runs as you would run it, by `python -m ether_diffusion.training.dreambooth` (or `.control`); what is no flag
+of this command goes there, such as --max_train_steps 400 or --method lora. The same command goes on where it was
+stopped; a finished quickstart is written over with --overwrite_output_dir alone.
 """
 
 from __future__ import annotations
@@ -21,23 +22,25 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Generator
 
-from ether_diffusion.adapters.components import models_of
-from ether_diffusion.adapters.schema import WEIGHTS_NAME
 from ether_diffusion.base_models import MINIATURE, MINIATURES
 from ether_diffusion.commands.evaluate_control import evaluate_and_show
-from ether_diffusion.evaluation.control import ControlEvaluation
+from ether_diffusion.errors import InputError
+from ether_diffusion.evaluation.options import ControlEvaluation
 from ether_diffusion.images import image_grid
-from ether_diffusion.metrics import image_similarity, text_similarity
-from ether_diffusion.miniature import ClipScore, load_pipeline
 from ether_diffusion.miniature.control_data import TRAINING_SEED, write_control_data
 from ether_diffusion.miniature.world import subjects
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 SETTINGS = ("on a red background", "on a green background", "on a striped blue background", "on a white background")
+CARD_NAME, PREFIX = "README.md", "checkpoint-"
+"""What a training writes last, and what its checkpoints begin with."""
 OTHER_PROMPTS = (
     "a red circle on a white background",
     "a large yellow star on a blue background",
@@ -63,14 +66,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=4, help="Images per prompt. Default: %(default)s.")
     parser.add_argument("--pairs", type=int, default=2000, help="With --control: images to train on.")
     parser.add_argument("--held_out", type=int, default=48, help="With --control: maps to evaluate on.")
+    parser.add_argument("--overwrite_output_dir", action="store_true", help="Replace what an earlier one left.")
     parser.set_defaults(other_flags=[])
 
 
 def run(args: argparse.Namespace) -> None:
+    """Train, and compare before and after.
+
+    Raises:
+        InputError: the folder holds a finished quickstart; nothing was written.
+        SystemExit: the training failed, and has said why.
+    """
     if args.control:
         learn_control(args, args.output_dir or Path("out/control"))
     else:
         learn_subject(args, args.output_dir or Path("out/quickstart"))
+
+
+def plan_training(adapter: Path, result: Path, *, overwrite: bool) -> list[str] | None:
+    """Flags of the training that follow from what an earlier quickstart left; None where its training is complete.
+
+    Args:
+        adapter: the training's output folder.
+        result: what is written last of all.
+        overwrite: whether to start anew in any case.
+
+    Raises:
+        InputError: everything is there.
+    """
+    if overwrite:
+        return ["--overwrite_output_dir"]
+    if (adapter / CARD_NAME).exists():  # a training writes it last
+        if result.exists():
+            raise InputError(
+                f"--output_dir {adapter.parent}: holds a finished quickstart, which this one would write over; take "
+                "another folder, or give --overwrite_output_dir"
+            )
+        print(f"{adapter}: is trained already; only what comes after it is done now", flush=True)
+        return None
+    if any(adapter.glob(f"{PREFIX}*")):
+        print(f"{adapter}: the training was stopped, and goes on from its last checkpoint", flush=True)
+        return ["--resume_from_checkpoint", "latest"]
+    return []
 
 
 def train(module: str, base: str, flags: Sequence[object]) -> None:
@@ -81,7 +118,8 @@ def train(module: str, base: str, flags: Sequence[object]) -> None:
     Raises:
         SystemExit: it failed, and has said why.
     """
-    command = [sys.executable, "-m", "accelerate.commands.launch", "-m", f"ether_diffusion.training.{module}"]
+    # Not by `accelerate launch`, which would print a traceback of its own below the training's one line.
+    command = [sys.executable, "-m", f"ether_diffusion.training.{module}"]
     command += [] if base == MINIATURE else ["--pretrained_model_name_or_path", base]
     if code := subprocess.run([*command, *map(str, flags)]).returncode:
         raise SystemExit(code)
@@ -91,14 +129,22 @@ def train(module: str, base: str, flags: Sequence[object]) -> None:
 
 
 def learn_subject(args: argparse.Namespace, output_dir: Path) -> None:
+    from ether_diffusion.adapters.components import models_of
+    from ether_diffusion.adapters.schema import WEIGHTS_NAME
+    from ether_diffusion.metrics import image_similarity, text_similarity
+    from ether_diffusion.miniature import ClipScore, load_pipeline
+
     subject = next(each for each in subjects() if each.name == args.subject)
     photographs = [subject.view(k).render().image for k in range(PHOTOGRAPHS)]
+    adapter, prompt = output_dir / "adapter", f"a photo of sks {subject.class_name}"
+    given = plan_training(adapter, output_dir / "grid.png", overwrite=args.overwrite_output_dir)
     (output_dir / "photographs").mkdir(parents=True, exist_ok=True)
     for k, photograph in enumerate(photographs):
         photograph.save(output_dir / "photographs" / f"{k:02}.png")
-    adapter, prompt = output_dir / "adapter", f"a photo of sks {subject.class_name}"
-    flags = ["--instance_data_dir", output_dir / "photographs", "--instance_prompt", prompt]
-    train("dreambooth", args.base, [*flags, "--output_dir", adapter, "--seed", 0, *args.other_flags])
+    if given is not None:
+        (output_dir / "grid.png").unlink(missing_ok=True)  # of the adapter before
+        flags = ["--instance_data_dir", output_dir / "photographs", "--instance_prompt", prompt, *given]
+        train("dreambooth", args.base, [*flags, "--output_dir", adapter, "--seed", 0, *args.other_flags])
 
     own_prompts = [f"{prompt} {setting}" for setting in SETTINGS]
     pipe, clip = load_pipeline(args.base), ClipScore()
@@ -143,9 +189,12 @@ def generate(pipe: DiffusionPipeline, prompts: Sequence[str], seeds: int) -> lis
 
 def learn_control(args: argparse.Namespace, output_dir: Path) -> None:
     data, adapter = output_dir / "data", output_dir / "adapter"
-    if not (data / "metadata.jsonl").exists():
-        write_control_data(data, args.pairs, TRAINING_SEED)
-    train_control(data, adapter, args.base, ["--learning_rate", "2e-3", *args.other_flags])
+    sheet = output_dir / "evaluation" / "sheet.png"
+    given = plan_training(adapter, sheet, overwrite=args.overwrite_output_dir)
+    if given is not None:
+        sheet.unlink(missing_ok=True)  # of the adapter before
+        draw_pairs(data, args.pairs)
+        train_control(data, adapter, args.base, ["--learning_rate", "2e-3", *given, *args.other_flags])
     evaluate_and_show(
         ControlEvaluation(
             base=args.base,
@@ -157,7 +206,15 @@ def learn_control(args: argparse.Namespace, output_dir: Path) -> None:
             evaluator_dir=output_dir / "evaluator",
         )
     )
-    print(output_dir / "evaluation" / "sheet.png")
+
+
+def draw_pairs(data: Path, count: int) -> None:
+    """Have so many pairs in a folder, which are drawn where they are not there yet."""
+    lines = data / "metadata.jsonl"  # written last
+    if lines.exists() and len(lines.read_text("utf-8").splitlines()) == count:
+        return
+    lines.unlink(missing_ok=True)
+    write_control_data(data, count, TRAINING_SEED)
 
 
 def train_control(data: Path, output_dir: Path, base: str, flags: Sequence[str]) -> None:

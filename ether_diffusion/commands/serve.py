@@ -23,8 +23,7 @@ from ether_diffusion.commands.base_version import add_base_version_arguments
 from ether_diffusion.commands.max_batch import add_max_batch_argument
 from ether_diffusion.dtypes import DTYPES
 from ether_diffusion.errors import InputError
-from ether_diffusion.serving.checks import check_count
-from ether_diffusion.serving.engine import HOST_BYTES, MAX_LINE
+from ether_diffusion.serving.limits import HOST_BYTES, MAX_LINE
 
 if TYPE_CHECKING:
     from ether_diffusion.server.settings import ServerSettings
@@ -123,6 +122,7 @@ def check_flags(args: argparse.Namespace) -> ServerSettings:
     """The settings that the flags give. Raises `InputError` where they cannot be used."""
     from ether_diffusion.server.settings import ServerSettings
     from ether_diffusion.server.tokens import read_tokens
+    from ether_diffusion.serving.checks import check_count
 
     for name in ("max_line", "max_upload", "host_memory", "token_limit"):
         check_count(f"--{name}", getattr(args, name))

@@ -18,6 +18,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
 from torch import Tensor, nn
 
+from ether_diffusion.control.kinds import ENCODER_KINDS
 from ether_diffusion.control.projection import first_projection
 from ether_diffusion.images import INTERPOLATIONS, rising
 
@@ -223,7 +224,7 @@ class LatentControlEncoder(ModelMixin, ConfigMixin):
 
 
 AnyEncoder = ControlEncoder | LatentControlEncoder
-ENCODERS: dict[str, type[AnyEncoder]] = {"conv": ControlEncoder, "latent": LatentControlEncoder}
+ENCODERS: dict[str, type[AnyEncoder]] = dict(zip(ENCODER_KINDS, (ControlEncoder, LatentControlEncoder), strict=True))
 """The kinds of encoders by the names that flags and files have for them."""
 
 

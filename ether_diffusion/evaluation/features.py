@@ -9,11 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ether_diffusion.evaluation.options import MINIATURE
 from ether_diffusion.metrics import similarity
 from ether_diffusion.miniature import ClipScore
-
-MINIATURE = "miniature"
-FRECHET_FEATURES = ("inception", MINIATURE)
 
 
 class MiniatureFeatures(nn.Module):

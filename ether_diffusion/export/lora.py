@@ -23,8 +23,8 @@ from ether_diffusion.adapters.fingerprint import base_model_name, fingerprint
 from ether_diffusion.dtypes import DTYPES
 from ether_diffusion.export.changes import Change, alignment, changes_of, relative_error, stacked_delta
 from ether_diffusion.export.control import COMPONENT, FIRST_LAYER, Columns, control_columns, widened
+from ether_diffusion.export.formats import DEFAULT_NAMES
 from ether_diffusion.export.lora_files import (
-    DEFAULT_NAMES,
     WRITERS,
     Key,
     Stored,

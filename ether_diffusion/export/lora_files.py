@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ether_diffusion.adapters.fingerprint import base_model_name
 from ether_diffusion.adapters.reading import PEFT_WEIGHTS_NAME
+from ether_diffusion.export.formats import FORMATS
 from ether_diffusion.export.names import Place
 
 Key = tuple[str, str]  # of a layer in a file: component, name
@@ -191,6 +192,4 @@ def write_kohya(
 
 
 Writer = Callable[[Path, DiffusionPipeline, Mapping[Key, Stored], Mapping[str, str]], None]
-WRITERS: dict[str, Writer] = {"peft-lora": write_peft, "diffusers-lora": write_diffusers, "kohya": write_kohya}
-DEFAULT_NAMES = {"diffusers-lora": "pytorch_lora_weights.safetensors", "kohya": "kohya_lora.safetensors"}
-"""Of the formats that are one file."""
+WRITERS: dict[str, Writer] = dict(zip(FORMATS, (write_peft, write_diffusers, write_kohya), strict=True))

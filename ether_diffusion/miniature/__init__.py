@@ -7,16 +7,19 @@ as in Stable Diffusion 3. Nothing measured on them is a result about those.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import DiffusionPipeline
-from PIL import Image
-from transformers import CLIPModel, CLIPTokenizer
 
 from ether_diffusion.base_models import MINIATURE, MINIATURES, open_pipeline
-from ether_diffusion.metrics.similarity import BATCH, ClipFeatures
-from ether_diffusion.miniature.render import to_tensor
+from ether_diffusion.lazy import imported_later
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from ether_diffusion.miniature.clip import ClipScore
+
+__all__ = ["FOLDER", "FOLDERS", "SHORT_NAMES", "ClipScore", "load_pipeline"]
 
 FOLDERS = MINIATURES
 """Name -> a folder in diffusers' layout. `StableDiffusion3Pipeline.from_pretrained` of the transformer's is told
@@ -42,15 +45,4 @@ def load_pipeline(name: str = "unet", *, dtype: torch.dtype = torch.float32) -> 
     return open_pipeline(folder, dtype=dtype)
 
 
-class ClipScore(ClipFeatures):
-    """The miniature's own CLIP, trained on its world alone and not a part of the pipeline: measures similarity."""
-
-    def __init__(self, *, device: torch.device | str = "cpu", batch_size: int = BATCH) -> None:
-        self.model = CLIPModel.from_pretrained(FOLDER / "clip").eval().to(device)
-        self.tokenizer = CLIPTokenizer.from_pretrained(FOLDER / "tokenizer")
-        self.batch_size = batch_size
-
-    def _pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        # The whole image, never a part of it, is brought to the tower's size.
-        size = (self.model.config.vision_config.image_size,) * 2
-        return to_tensor([image.convert("RGB").resize(size) for image in images])
+__getattr__, __dir__ = imported_later(__name__, {"ClipScore": "clip"})

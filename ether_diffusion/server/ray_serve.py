@@ -33,7 +33,7 @@ from ether_diffusion.server.metrics import COUNTERS, GAUGES, PREFIX, engine_valu
 from ether_diffusion.server.settings import MIB, ServerSettings
 from ether_diffusion.server.tokens import read_tokens
 from ether_diffusion.serving import DeadlineExceeded, Engine
-from ether_diffusion.serving.engine import MAX_LINE
+from ether_diffusion.serving.limits import MAX_LINE
 
 APP = "ether-diffusion"
 TYPICAL_BATCH = 16

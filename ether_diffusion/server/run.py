@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -34,7 +35,8 @@ def bound_socket(host: str, port: int) -> Iterator[socket.socket]:
         try:
             made.bind((host, port))
         except OSError as error:
-            raise InputError(f"--host {host} --port {port}: {error.strerror or error}") from error
+            hint = "; take another --port" if error.errno == errno.EADDRINUSE else ""
+            raise InputError(f"--host {host} --port {port}: {error.strerror or error}{hint}") from error
         yield made
 
 

@@ -28,6 +28,7 @@ from ether_diffusion.serving.catalogue import Catalogue, check_folder
 from ether_diffusion.serving.coroutines import Coroutine
 from ether_diffusion.serving.forwards import Counts, Forwards
 from ether_diffusion.serving.job import EngineClosed, Job, Request
+from ether_diffusion.serving.limits import HOST_BYTES, MAX_LINE
 from ether_diffusion.serving.line import Line
 from ether_diffusion.serving.measure import Measurement
 from ether_diffusion.serving.probe import measure_pipeline
@@ -36,9 +37,6 @@ from ether_diffusion.serving.requests import Requests, RowEstimates
 from ether_diffusion.serving.resident import ResidentAdapters
 from ether_diffusion.serving.running import Running, ThreadSettings
 from ether_diffusion.serving.store import Store
-
-MAX_LINE = 64
-HOST_BYTES = 2**31
 
 
 class Engine:

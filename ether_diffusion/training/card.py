@@ -22,8 +22,11 @@ from ether_diffusion.training.methods.configs import Method
 CARD_NAME, GRID_NAME = "README.md", "grid.png"
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
-WHERE = "{where}"
-"""In a card's lines of code: the place of the weights, as a Python string."""
+CONTROL_NAME = "control.png"
+"""The control image that a card's code uses."""
+WHERE, BASE, CONTROL = "{where}", "{base}", "{control}"
+"""In a card's lines of code: the places of the weights and of a base model on this machine, as Python strings, and an
+expression for the path of the control image."""
 
 AVERAGED_STEPS = 50
 
@@ -76,12 +79,13 @@ def figures_of(
 class CardContent:
     """What a model card says.
 
-    source: the base model; a local path appears by its last part alone.
+    source: the base model; in an upload, a local path appears by its last part alone.
     method: what was trained, and the paper it is from.
     tags: for the Hub's search, besides those of every card.
     loading: lines of Python that put the result on `pipe`, the base model, or that begin with `pipe = ` and need none;
-        what they import first is listed with the rest. `{where}` in them becomes the folder's name or the repository's
-        id, in quotes: `pipe.load_ether_weights({where})`.
+        what they import first is listed with the rest. `{where}` in them becomes the folder as it was named when the
+        training was called, or the repository's id, in quotes: `pipe.load_ether_weights({where})`; `{base}` and
+        `{control}` likewise the place of the base model and the path of `control.png` in the folder.
     weights: file with the result, or the folder where there are several; its name and size are stated.
     prompt: the instance prompt; `prompts`: those of the sample images, none where there are no images.
     figures: name -> text, see `figures_of`.
@@ -123,7 +127,7 @@ def write_card(folder: Path, content: CardContent) -> Path:
         size=format_bytes(size_of(weights)),
         prompts=[_span(each) for each in content.prompts],
         grid=GRID_NAME,
-        usage=_block(_usage(content, content.hub_id or folder.resolve().name), "python"),
+        usage=_block(_usage(content, folder), "python"),
         figures=[(_cell(name), _cell(text)) for name, text in content.figures.items()],
         command=_block(content.command),
     )
@@ -147,7 +151,8 @@ def opening(source: ModelSource, kind: type[DiffusionPipeline] = DiffusionPipeli
         kind = getattr(diffusers, source.config()["_class_name"])
     imports = [f"from {kind.__module__.partition('.')[0]} import {kind.__name__}"]
     options = {"revision": source.revision, "variant": source.variant}
-    given = [repr(source.name), *(f"{name}={value!r}" for name, value in options.items() if value is not None)]
+    name = BASE if Path(source.path).exists() else repr(source.name)
+    given = [name, *(f"{name}={value!r}" for name, value in options.items() if value is not None)]
     if source.miniature:
         imports = [*imports, "from ether_diffusion import miniature"]
         given = [f"miniature.FOLDERS[{source.miniature!r}]"]
@@ -158,15 +163,31 @@ def opening(source: ModelSource, kind: type[DiffusionPipeline] = DiffusionPipeli
     return "\n".join([*imports, f"pipe = {kind.__name__}.{reader}({', '.join(given)})"])
 
 
-def _usage(content: CardContent, where: str) -> str:
-    """The Python code that generates a first image."""
-    lines = content.loading.replace(WHERE, json.dumps(where, ensure_ascii=False)).splitlines()
+def _usage(content: CardContent, folder: Path) -> str:
+    """The Python code that generates a first image, where the training was called or, of an upload, anywhere."""
+    lines = content.loading.splitlines()
     if not any(line.startswith("pipe = ") for line in lines):
         lines = [*opening(content.source).splitlines(), *lines]
+    where, source = content.hub_id or str(folder), content.source
+    places = {WHERE: _quoted(where), BASE: _quoted(source.name if content.hub_id else source.path)}
+    places[CONTROL] = _quoted(str(folder / CONTROL_NAME))
+    if content.hub_id:
+        places[CONTROL] = f"hf_hub_download({_quoted(where)}, {_quoted(CONTROL_NAME)})"
+        lines = ["from huggingface_hub import hf_hub_download"] * any(CONTROL in line for line in lines) + lines
+    lines = [_filled(line, places) for line in lines]
     imports = [line for line in lines if line.startswith(("import ", "from "))]
     lines = [line for line in lines if line.strip() and line not in imports]
     call = ", ".join([f"prompt={content.prompt!r}", *([content.inputs] if content.inputs else [])])
     return "\n".join([*dict.fromkeys(imports), "", *lines, f"image = pipe({call}).images[0]"])
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _filled(line: str, places: Mapping[str, str]) -> str:
+    """A line of code with its places, each of which may look like the name of another."""
+    return re.sub("|".join(map(re.escape, places)), lambda match: places[match[0]], line)
 
 
 def _longest_ticks(text: str) -> int:

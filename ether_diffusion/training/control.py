@@ -29,6 +29,7 @@ from ether_diffusion.training.loop import TrainingResult
 from ether_diffusion.training.options import ControlTrainingOptions as Options
 from ether_diffusion.training.options import parse_range
 from ether_diffusion.training.run import CheckedRun, TrainingRun
+from ether_diffusion.training.summary import tell_start
 
 
 def run(options: Options, command: str) -> TrainingResult | None:
@@ -59,7 +60,8 @@ def train(
     checked: CheckedRun, images: TrainingImages, controls: Sequence[Image.Image], prompts: Sequence[str]
 ) -> TrainingResult:
     """All that takes long: the model, the training, and what it leaves; controls, prompts: of the sample images."""
-    options, adaptation = checked.options, checked.run.adaptation
+    options, adaptation, what = checked.options, checked.run.adaptation, images.examples.describe()
+    tell_start(checked, what)
     loaded = checked.load(prompts, {options.run.seed: images}, controls)
     objective = adaptation.objective(
         loaded.family,
@@ -68,7 +70,6 @@ def train(
         beside={adaptation.control: loaded.attached.models[adaptation.control]},
         snr_gamma=options.optimization.snr_gamma,
     )
-    what = images.examples.describe()
     result = loaded.train(objective, what)
     loaded.finish(result, prompt=prompts[0], images=what)
     return result

@@ -15,6 +15,7 @@ from ether_diffusion.control.encoder import ControlEncoder
 from ether_diffusion.errors import InputError
 from ether_diffusion.training import objectives
 from ether_diffusion.training.adaptation import Adaptation, Attached
+from ether_diffusion.training.card import CONTROL
 from ether_diffusion.training.families import Blueprint, Family
 from ether_diffusion.training.methods.configs import Method
 from ether_diffusion.training.options import CONTROL_LEARNING_RATE, NO_METHOD, ControlTrainingOptions, parse_range
@@ -97,11 +98,11 @@ class ControlAdaptation(Adaptation[ControlTrainingOptions]):
         if self.value_range is not None:  # diffusers' own reader would clip the values at 255
             return [
                 "from ether_diffusion.images import read_image",
-                f'control = read_image("map.png", value_range={self.value_range})  # the control image{note}',
+                f"control = read_image({CONTROL}, value_range={self.value_range})  # the control image{note}",
             ]
         return [
             "from diffusers.utils import load_image",
-            f'control = load_image("map.png")  # the control image{note}',
+            f"control = load_image({CONTROL})  # the control image{note}",
         ]
 
     def make_encoder(self, denoiser: nn.Module) -> ControlEncoder:

@@ -20,6 +20,7 @@ from ether_diffusion.adapters.schema import MAX_WEIGHTS
 from ether_diffusion.control.classes import CONTROL_PIPELINES
 from ether_diffusion.control.controlnets import CONTROLNETS, ZEROS, ControlNets, controlnets_for, with_controlnet
 from ether_diffusion.errors import InputError
+from ether_diffusion.files import new_entries
 from ether_diffusion.training import objectives
 from ether_diffusion.training.adaptation import Attached
 from ether_diffusion.training.card import opening
@@ -132,7 +133,8 @@ class ControlNetAdaptation(ControlAdaptation):
         if self.one_file:
             modules = {self.control: self.nets.own_names(attached.models[self.control])}
             attached.pipe.save_ether_weights(folder, ADAPTER_NAME, metadata=metadata, replaced_modules=modules)
-        merged(attached.models[self.control]).save_pretrained(folder / self.control)
+        with new_entries(folder) as partial:
+            merged(attached.models[self.control]).save_pretrained(partial / self.control)
         return folder / self.control
 
     def loading_code(self, attached: Attached, source: ModelSource) -> str:

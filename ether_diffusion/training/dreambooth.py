@@ -27,6 +27,7 @@ from ether_diffusion.training.objectives import DenoisingObjective
 from ether_diffusion.training.options import FlowOptions, InstanceDataOptions, PriorOptions, TrainingOptions
 from ether_diffusion.training.run import CheckedRun, TrainingRun
 from ether_diffusion.training.seeds import derive
+from ether_diffusion.training.summary import tell_start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +106,7 @@ def train(checked: CheckedRun, images: TrainingImages) -> TrainingResult:
     planned, options = checked.run, checked.options
     data, prior = options.data, options.prior
     seed, what = options.run.seed, images.examples.describe()
+    tell_start(checked, what)
     drawn_from = {seed: images}
     if prior.with_prior_preservation:
         class_images = generated_class_images(planned, prior)

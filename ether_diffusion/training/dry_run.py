@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
-from typing import Any
 
 import torch
 from torch import nn
 
 from ether_diffusion.dtypes import PRECISIONS
+from ether_diffusion.training.activations import TEXT_TOKENS, kept_values
 from ether_diffusion.training.card import CARD_NAME, GRID_NAME
 from ether_diffusion.training.families.quantization import BITS
 from ether_diffusion.training.families.source import parameter_counts
@@ -18,14 +18,7 @@ from ether_diffusion.training.run import CheckedRun
 
 OPTIMIZER_STATES = {"adamw": 2, "prodigy": 4}
 """Values that an optimiser keeps for each value that is trained."""
-KEPT_IN_A_BLOCK = 17
-"""Values for each of a block's inputs that its backward pass needs: 34 bytes where a value has two.
-
-Source: arXiv:2205.05198, section 4.1, without the attention's scores, which no backend here keeps.
-"""
 ACTIVATIONS = "activations"
-TEXT_TOKENS = 512
-"""Of a prompt, at most."""
 
 
 def describe_run(checked: CheckedRun, images: str, *, per_sample: int = 1, references: int = 0) -> str:
@@ -92,19 +85,9 @@ def peak_of(checked: CheckedRun, parts: Mapping[str, int]) -> tuple[str, int]:
     return max(("while prompts are encoded", encoding), ("in the training", training), key=lambda each: each[1])
 
 
-def _width(config: Mapping[str, Any]) -> int:
-    """Of a token between the blocks of a transformer."""
-    if "attention_head_dim" in config:
-        return config["num_attention_heads"] * config["attention_head_dim"]
-    return config.get("dim") or config["hidden_size"]
-
-
 def _kept_values(checked: CheckedRun, transformer: nn.Module, images: int, *, shown: int) -> int:
     """How many values of activations a forward pass keeps for the backward pass, about."""
     run, options = checked.run, checked.options
     tokens = max(prod(target) for target in run.targets) // run.blueprint.resolution_multiple**2
-    inputs = images * (shown * tokens + TEXT_TOKENS) * _width(transformer.config)
-    blocks = sum(len(each) for each in transformer.children() if isinstance(each, nn.ModuleList))
-    if options.performance.gradient_checkpointing:  # the input of each block, and one block anew
-        return inputs * (blocks + KEPT_IN_A_BLOCK)
-    return inputs * blocks * KEPT_IN_A_BLOCK
+    checkpointing = options.performance.gradient_checkpointing
+    return kept_values(transformer, images * (shown * tokens + TEXT_TOKENS), checkpointing=checkpointing)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ether_diffusion.errors import InputError, RunError, printable
+from ether_diffusion.import_messages import without_import_messages
 from ether_diffusion.training.memory import is_out_of_memory
 from ether_diffusion.training.options import parse_options
 from ether_diffusion.training.stop_signals import Interrupted
@@ -61,7 +62,8 @@ def run_script(
     logging.getLogger("ether_diffusion.training").setLevel(logging.INFO)
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        return run(parse_options(options, arguments, description), launch_command(script, arguments))
+        with without_import_messages():
+            return run(parse_options(options, arguments, description), launch_command(script, arguments))
     except Interrupted as stop:
         _tell(str(stop))
         raise SystemExit(stop.exit_code) from stop

@@ -14,6 +14,7 @@ from ether_diffusion.control.classes import CONTROL_PIPELINES, control_pipeline_
 from ether_diffusion.control.encoder import AnyEncoder, LatentControlEncoder
 from ether_diffusion.control.pipelines import over
 from ether_diffusion.errors import InputError
+from ether_diffusion.files import new_entries
 from ether_diffusion.training import objectives
 from ether_diffusion.training.adaptation import Attached
 from ether_diffusion.training.card import opening
@@ -81,7 +82,8 @@ class LightControl(ControlAdaptation):
         """One file with ETHER or with the encoder alone; another method as in every run, the encoder beside it."""
         if self.one_file:
             return attached.pipe.save_ether_weights(folder, ADAPTER_NAME, metadata=metadata)
-        attached.models[self.control].save_pretrained(folder / self.control)
+        with new_entries(folder) as partial:
+            attached.models[self.control].save_pretrained(partial / self.control)
         return super().save(attached, family, folder, metadata)
 
     def loading_code(self, attached: Attached, source: ModelSource) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -18,12 +19,16 @@ from ether_diffusion.errors import InputError
 from ether_diffusion.training.checkpoints import Checkpoints
 from ether_diffusion.training.distributed import LAYOUTS, Layout
 from ether_diffusion.training.ema import RunningAverage
+from ether_diffusion.training.entry import narrate
 from ether_diffusion.training.memory import current_memory, format_bytes, peak_memory, start_measuring
 from ether_diffusion.training.optimizers import make_optimizer, make_schedule
 from ether_diffusion.training.options import OptimizationOptions
 from ether_diffusion.training.state import RunState, random_state, set_random_state
 from ether_diffusion.training.stop_signals import Interrupted, StopSignals
 from ether_diffusion.training.trackers import PROJECT, init_kwargs
+
+TIMED_STEPS = 5
+"""After so many the time that is left is told, by their median: the first one takes longer than the others."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,7 @@ class Trainer:
         if accelerator.log_with:
             accelerator.init_trackers(PROJECT, config=tracked, init_kwargs=init_kwargs(accelerator.logging_dir))
         start_measuring(accelerator.device)
-        started = time.perf_counter() - state.seconds
+        started, taken = time.perf_counter() - state.seconds, []
         signals = None if self.checkpoints is None else StopSignals()
         with signals or nullcontext(), tqdm(total=self.options.steps, initial=state.step, desc="training") as bar:
             stopped = 0
@@ -129,7 +134,11 @@ class Trainer:
                 rates = self._step()
                 state.losses.append(loss)
                 state.seconds = time.perf_counter() - started
-                self._log(bar, loss, rates, seconds=time.perf_counter() - begun)
+                taken.append(time.perf_counter() - begun)
+                self._log(bar, loss, rates, seconds=taken[-1])
+                if len(taken) == TIMED_STEPS < self.options.steps:
+                    bar.clear()  # the line begins at the left
+                    self._tell_time(statistics.median(taken))
                 if self.validate_after(state.step):
                     with self._evaluating():
                         self.validate(state.step)
@@ -232,6 +241,11 @@ class Trainer:
         bar.set_postfix(shown, memory=format_bytes(memory), refresh=False)
         bar.update()
 
+    def _tell_time(self, seconds: float) -> None:
+        """Log how long the steps that are left take, by the seconds of one."""
+        left = self.options.steps - self.state.step
+        narrate("expected time: %s for the %d steps that are left", in_words(left * seconds), left)
+
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         """Everything as it is for generating; on leaving, as it was."""
@@ -243,6 +257,14 @@ class Trainer:
         finally:
             self.layout.model.train()
             set_random_state(found)
+
+
+def in_words(seconds: float) -> str:
+    """A time for people: "40 s", "12 min", "3 h 20 min"."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _rate_name(group: str) -> str:

@@ -16,7 +16,6 @@ from torch import Tensor
 from ether_diffusion.errors import InputError
 
 PREDICTIONS = ("epsilon", "v_prediction")
-SAMPLINGS = ("uniform", "logit_normal")
 
 
 class DiscreteNoise:

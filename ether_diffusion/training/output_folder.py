@@ -15,12 +15,12 @@ from ether_diffusion.adapters.schema import WEIGHTS_NAME
 from ether_diffusion.errors import InputError
 from ether_diffusion.files import nearest_existing
 from ether_diffusion.training.accelerator import on_main_process
-from ether_diffusion.training.card import CARD_NAME, GRID_NAME
+from ether_diffusion.training.card import CARD_NAME, CONTROL_NAME, GRID_NAME
 from ether_diffusion.training.checkpoint_files import PREFIX
 from ether_diffusion.training.methods.saving import LORA_NAME
 
 LOCK_NAME = ".training.lock"
-RESULTS = (WEIGHTS_NAME, LORA_NAME, DiffusionPipeline.config_name, CARD_NAME, GRID_NAME)
+RESULTS = (WEIGHTS_NAME, LORA_NAME, DiffusionPipeline.config_name, CARD_NAME, GRID_NAME, CONTROL_NAME)
 """What runs leave, besides folders that are called like what was trained."""
 
 

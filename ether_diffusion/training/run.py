@@ -24,7 +24,7 @@ from ether_diffusion.errors import InputError
 from ether_diffusion.images import to_pixels
 from ether_diffusion.training.accelerator import make_accelerator, on_main_process
 from ether_diffusion.training.adaptation import Adaptation, Attached
-from ether_diffusion.training.card import GRID_NAME, CardContent, figures_of, write_card
+from ether_diffusion.training.card import CONTROL_NAME, GRID_NAME, CardContent, figures_of, write_card
 from ether_diffusion.training.checkpoints import Checkpoints, with_fingerprint
 from ether_diffusion.training.data import TrainingImages
 from ether_diffusion.training.distributed import check_layout, claim_layout, gathered, shard_frozen
@@ -234,7 +234,7 @@ class CheckedRun:
         denoiser = family.component(family.denoiser)
         deep = [model for name, model in attached.models.items() if name in run.adaptation.deep]
         family.speed_up(options.performance, [denoiser, *(model for model in deep if model is not denoiser)])
-        return LoadedRun(self, family, attached, sets, preview)
+        return LoadedRun(self, family, attached, sets, preview, None if controls is None else controls[0])
 
     def _encode(
         self, family: Family, sets: Sequence[ImageSet], prompts: Sequence[str], reference: Image.Image | None
@@ -268,6 +268,7 @@ class LoadedRun:
     attached: what is trained, on it.
     sets: what samples are drawn from.
     preview: makes sample images; None where this process makes none.
+    control: the control image that belongs to the first prompt, where control is trained.
     """
 
     checked: CheckedRun
@@ -275,6 +276,7 @@ class LoadedRun:
     attached: Attached
     sets: Sequence[ImageSet]
     preview: Preview | None
+    control: Image.Image | None = None
 
     @property
     def run(self) -> TrainingRun:
@@ -315,6 +317,7 @@ class LoadedRun:
         )
         if run.accelerator.is_main_process:  # now that nothing of the new run can fail any more
             self.checked.checkpoints.remove_others()
+            self._remove_later_images()
         return trainer.train({**flatten(options), "method": run.method.name})
 
     def finish(self, result: TrainingResult, *, prompt: str, images: str) -> None:
@@ -334,6 +337,9 @@ class LoadedRun:
             if run.accelerator.is_main_process:
                 weights = run.adaptation.save(self.attached, self.family, run.output_dir, {"prompt": prompt})
                 narrate("weights: %s", weights)
+                (run.output_dir / GRID_NAME).unlink(missing_ok=True)  # of other weights, where there is one
+                if self.control is not None:
+                    self.control.save(run.output_dir / CONTROL_NAME)
         self._report(run.output_dir / GRID_NAME, len(result.losses))
         if self.preview is not None:
             narrate("images: %s", run.output_dir / GRID_NAME)
@@ -343,6 +349,17 @@ class LoadedRun:
                 ignore = log_patterns(run.options.run)
                 narrate("uploaded: %s", upload(run.output_dir, hub_id, ignore=ignore))
         run.accelerator.end_training()
+
+    def _remove_later_images(self) -> None:
+        """Remove the images of the training's steps that an earlier run made after the step where this one starts."""
+        checkpoints = self.checked.checkpoints
+        if not (checkpoints.goes_on or self.checked.options.state.overwrite_output_dir):
+            return
+        begun = checkpoints.start.step if checkpoints.goes_on else 0
+        for path in (self.run.output_dir / VALIDATION_FOLDER).glob("step-*.png"):
+            number = path.stem.removeprefix("step-")
+            if number.isdecimal() and int(number) > begun:
+                path.unlink()
 
     def _report(self, path: Path, step: int) -> None:
         """Generate with the model as it is, if this process generates."""

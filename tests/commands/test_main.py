@@ -28,5 +28,5 @@ def test_the_quickstart_goes_from_photographs_to_a_grid_and_passes_other_flags_o
     printed = capsys.readouterr().out
     assert "similarity to the subject (CLIP-I)" in printed and printed.endswith(f"{tmp_path / 'grid.png'}\n")
     assert Image.open(tmp_path / "grid.png").width > 6 * 128
-    with pytest.raises(SystemExit, match="1"):
-        main(["quickstart", "--base", base, "--output_dir", str(tmp_path), "--max_train_steps", "none"])
+    with pytest.raises(SystemExit, match="2"):
+        main(["quickstart", "--base", base, "--output_dir", str(tmp_path / "new"), "--max_train_steps", "none"])

@@ -21,7 +21,7 @@ NASTY = 'a `sks` "dog" | it\'s\n---\n```python {where} \\ # é 🐕 \x85'
 
 
 def card(folder: Path, source: ModelSource, **changes) -> str:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / WEIGHTS_NAME).write_bytes(bytes(2500))
     given = {
         "method": Method("ether_plus", "ETHER+", None, "2405.20271"),
@@ -53,7 +53,10 @@ def test_the_card_says_what_the_result_is_and_how_it_came_about(tmp_path):
 
 def test_the_card_of_an_upload_loads_from_the_hub(tmp_path):
     source = ModelSource("someone/model")
-    assert 'pipe.load_ether_weights("toy")' in card(tmp_path / "toy", source)
+    shown = "control = load_image({control})\npipe.load_ether_weights({where})"
+    text = card(tmp_path / "toy", source, loading=shown, hub_id="me/dog")
+    assert 'load_image(hf_hub_download("me/dog", "control.png"))' in text
+    assert "from huggingface_hub import hf_hub_download" in text and str(tmp_path) not in text
     assert 'pipe.load_ether_weights("me/dog")' in card(tmp_path / "toy", source, hub_id="me/dog")
 
 
@@ -89,19 +92,28 @@ def test_no_prompt_breaks_the_card(tmp_path):
     assert sum(line.startswith("#") for line in read.text.splitlines()) == 4  # headings: title, samples, use, training
 
 
+def test_a_local_base_is_named_in_full_where_the_card_stays_and_by_its_last_part_in_an_upload(tmp_path):
+    (tmp_path / "models" / "base").mkdir(parents=True)
+    (tmp_path / "models" / "base" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    source = ModelSource(str(tmp_path / "models" / "base"))
+    assert f'from_pretrained("{tmp_path}/models/base")' in card(tmp_path / "toy", source)
+    uploaded = card(tmp_path / "toy", source, hub_id="me/dog")
+    assert 'from_pretrained("base")' in uploaded and str(tmp_path) not in uploaded
+
+
 @pytest.mark.parametrize("kind", ["adapter", "miniature", "pipeline"])
 def test_the_code_on_the_card_generates(tiny_pipeline, tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
-    tiny_pipeline.save_pretrained("toy" if kind == "pipeline" else "base")
+    tiny_pipeline.save_pretrained("out/toy" if kind == "pipeline" else "models/base")
     loading = {
         "adapter": LOADING,
         "miniature": "pipe.set_progress_bar_config(disable=True)",
         "pipeline": "from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({where})",
     }[kind]
-    source = ModelSource(str(miniature.FOLDER) if kind == "miniature" else "base")
-    code = code_of(card(tmp_path / "toy", source, loading=loading))
+    source = ModelSource(str(miniature.FOLDER) if kind == "miniature" else "models/base")
+    code = code_of(card(Path("out/toy"), source, loading=loading))
     if kind == "adapter":
-        adapt(tiny_pipeline, num_blocks=2).save_ether_weights("toy")
+        adapt(tiny_pipeline, num_blocks=2).save_ether_weights("out/toy")
     names = {}
     exec(code.replace(f"pipe({PROMPT!r})", f"pipe({PROMPT!r}, num_inference_steps=1)"), names)
     assert names["image"].width == (64 if kind == "miniature" else 16)

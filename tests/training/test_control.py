@@ -79,7 +79,9 @@ def test_the_command_of_the_readme_trains_saves_generates_and_describes(pairs, b
     flags += ["--num_validation_images", 2, "--num_inference_steps", 2, "--validation_steps", 2]
     done = launch(CONTROLNET, *flags, HF_HOME=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
-    assert {"README.md", "grid.png", "validation", WEIGHTS_NAME} == {path.name for path in folder.iterdir()}
+    assert {"README.md", "control.png", "grid.png", "validation", WEIGHTS_NAME} == {
+        path.name for path in folder.iterdir()
+    }
     assert [path.name for path in (folder / "validation").iterdir()] == ["step-000002.png"]
     grid = Image.open(folder / "grid.png")
     assert grid.height > 6 * 128 and grid.width > 2 * 128
@@ -192,7 +194,6 @@ CARDS = ["--method ether", "--method none", "--method lora", "--method oft", "--
 def test_the_code_on_the_card_generates_under_control(train, bases, tmp_path, monkeypatch, flags):
     shutil.copytree(bases["sd"], tmp_path / "base")
     monkeypatch.chdir(tmp_path)
-    label_map(16, 16, 3).save("map.png")
     train("--pretrained_model_name_or_path", tmp_path / "base", *flags.split())
     code = re.search(r"```python\n(.*?)\n```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)[1]
     names = {}

@@ -94,7 +94,6 @@ def test_other_methods_train_and_the_code_on_the_card_generates(
 ):
     shutil.copytree(flow_bases("sd3"), tmp_path / "base")
     monkeypatch.chdir(tmp_path)
-    label_map(32, 32, 3).save("map.png")
     rate = [] if method == "none" else ["--learning_rate", 0.01]
     base = ["--pretrained_model_name_or_path", tmp_path / "base", "--resolution", 16]
     train(*base, "--method", method, *rate)
@@ -188,7 +187,7 @@ def test_text_encoders_go_before_the_transformer_comes_and_cached_latents_need_n
 def test_sample_images_show_control_base_and_controlled(name, on, train):
     flags = ["--num_validation_images", 2, "--num_inference_steps", 2, "--validation_steps", 1]
     _, folder = train(*on(name), *flags)
-    assert {path.name for path in folder.rglob("*.png")} == {"grid.png", "step-000001.png"}
+    assert {path.name for path in folder.rglob("*.png")} == {"control.png", "grid.png", "step-000001.png"}
     first, last = (
         np.asarray(Image.open(path)) for path in (folder / "validation" / "step-000001.png", folder / "grid.png")
     )

@@ -139,7 +139,6 @@ def test_the_code_on_the_card_generates_under_control(name, train, deep_bases, t
         base.register_modules(text_encoder_3=None, tokenizer_3=None)
     base.save_pretrained(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
-    label_map(32, 32, 3).save("map.png")
     train(name, "--pretrained_model_name_or_path", tmp_path / "base")
     code = re.search(r"```python\n(.*?)\n```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)[1]
     names = {}

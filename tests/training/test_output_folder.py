@@ -261,3 +261,22 @@ def test_the_base_is_not_written_over(train, tmp_path, tiny_pipeline_folder, cap
     flags = ["--pretrained_model_name_or_path", f"{base}/", "--output_dir", base, "--overwrite_output_dir"]
     assert "is the folder of the base model" in refusal(capsys, train, *flags, "--method", "oft")
     assert content(base) == before
+
+
+@pytest.mark.parametrize("method", ["ether_plus", "lora", "oft", "full"])
+def test_other_users_can_read_all_that_a_run_leaves(train, method):
+    _, folder = train("--method", method, "--max_train_steps", 1, "--num_validation_images", 1)
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in folder.rglob("*") if path.is_file())
+
+
+def test_no_older_image_stays_beside_newer_weights(train):
+    flags = ["--num_inference_steps", 1, "--checkpointing_steps", 2]
+    images = ["--num_validation_images", 1, "--validation_steps", 1]
+    train(*flags, *images, "--max_train_steps", 4)
+    _, folder = train(
+        *flags, "--num_validation_images", 0, "--max_train_steps", 5, "--resume_from_checkpoint", "checkpoint-2",
+        "--overwrite_output_dir",
+    )  # fmt: skip
+    assert not (folder / "grid.png").exists()
+    assert [path.name for path in sorted((folder / "validation").iterdir())] == ["step-000001.png", "step-000002.png"]
+    assert "grid.png" not in (folder / "README.md").read_text()

@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline
 from torch import nn
 
-from ether_diffusion.base_models import MINIATURE, base_path, miniature_name, public_name
+from ether_diffusion.base_models import MINIATURE, base_path, miniature_name, missing_locally, public_name
 from ether_diffusion.errors import InputError
 from ether_diffusion.training.data.views import Target
 from ether_diffusion.training.families.single_file import configs_of, is_single_file
@@ -132,9 +132,8 @@ class ModelSource:
 
 @contextmanager
 def _reading(flag: str, path: str, what: str) -> Iterator[None]:
-    looks_local = path.startswith(("/", ".", "~", "\\")) or path.count("/") > 1
-    if looks_local and not Path(path).exists():
-        raise InputError(f"{flag} {path}: there is no such folder")
+    if problem := missing_locally(path):
+        raise InputError(f"{flag} {path}: {problem}")
     try:
         yield
     except (InputError, MemoryError):

@@ -22,9 +22,7 @@ from ether_diffusion.training.families.base import Conditioning, Family
 from ether_diffusion.training.families.quantization import loading_config, quantize_loaded
 from ether_diffusion.training.families.source import Blueprint, ModelSource, parameter_counts
 from ether_diffusion.training.noise import DiscreteNoise
-
-GUIDANCE_SCALE = 7.5
-"""Of sample images, unless another is asked for."""
+from ether_diffusion.training.options.run import GUIDANCE_SCALE
 
 
 def latent_side(unet: nn.Module, where: str) -> int:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ether_diffusion.control.encoder import ENCODERS
+from ether_diffusion.control.kinds import ENCODER_KINDS
 from ether_diffusion.errors import InputError
 from ether_diffusion.images import INTERPOLATIONS, rising
 from ether_diffusion.training.options.base import ABOVE_ZERO, NOT_NEGATIVE, PART, POSITIVE, Fits, OptionGroup, option
@@ -45,7 +45,7 @@ class ControlOptions(OptionGroup):
         "a transformer's first layer as more channels of its input would be. conv: small convolutions that look at "
         "the image itself, for flat label maps and for UNets. Default: latent with a transformer, conv with a UNet.",
         None,
-        choices=tuple(ENCODERS),
+        choices=ENCODER_KINDS,
         without="control_type controlnet",
     )
     control_lr: float = option(

@@ -5,9 +5,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ether_diffusion.errors import InputError
-from ether_diffusion.training.noise import SAMPLINGS
 from ether_diffusion.training.options.base import FROM_ZERO, Fits, OptionGroup, option
 
+SAMPLINGS = ("uniform", "logit_normal")
 AUTO, SAMPLING, GUIDANCE = "auto", "logit_normal", 1.0
 
 

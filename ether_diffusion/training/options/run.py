@@ -25,6 +25,8 @@ SCHEDULERS = (
 SEEDS = 2**64
 """How many there are: those that PyTorch takes."""
 SEED = Fits(f"a whole number from 0 to {SEEDS - 1}", lambda value: 0 <= value < SEEDS)
+GUIDANCE_SCALE = 7.5
+"""Of sample images of a UNet, unless another is asked for."""
 VALIDATION_FOLDER = "validation"
 """Where the images that are made during the training lie in the output folder."""
 ALL_DATA, DATA_FLAGS = "data", ("instance_data_dir", "train_data_dir", "dataset_name", "class_data_dir")
@@ -55,7 +57,8 @@ class ValidationOptions(OptionGroup):
     )
     num_inference_steps: int = option("Denoising steps per image.", 25, fits=POSITIVE, free=True)
     guidance_scale: float | None = option(
-        "Guidance of the images. Default: 7.5 for Stable Diffusion 1, 2 and XL; of other pipelines their own.",
+        f"Guidance of the images. Default: {GUIDANCE_SCALE} for Stable Diffusion 1, 2 and XL; of other pipelines "
+        "their own.",
         None,
         fits=FROM_ZERO,
         free=True,

@@ -48,7 +48,7 @@ def test_the_range_goes_from_the_flag_to_the_file_and_the_card(train, tmp_path, 
     deep(tmp_path / "data", np.uint16, 4095)
     _, folder = train("--control_type", kind, "--conditioning_range", "0,4095")
     card = (folder / "README.md").read_text()
-    assert 'read_image("map.png", value_range=(0.0, 4095.0))' in card and "load_image" not in card
+    assert 'control.png", value_range=(0.0, 4095.0))' in card and "load_image" not in card
     if kind == "light":
         encoder = content(folder / WEIGHTS_NAME)[0]["weights"]["control_encoder"]
         assert encoder["config"]["value_range"] == [0.0, 4095.0]
