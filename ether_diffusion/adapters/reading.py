@@ -237,7 +237,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     are read again and again, as in a server.
     """
     if path.stat().st_size <= READ_WHOLE:
-        return load(path.read_bytes())
+        return dict(sorted(load(path.read_bytes()).items()))  # else their order is another one every time
     with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}
 

@@ -83,6 +83,7 @@ def test_the_interval_is_that_of_the_mean():
     assert low < values.mean() < high and high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
 
 
+@pytest.mark.slow
 def test_the_command_writes_rows_that_plot_draws(tmp_path):
     rows = BASE_ROWS + [
         row(variant, 1e-2, seed, clip_i, 0.79)

@@ -10,7 +10,7 @@ from ether_diffusion.serving.line import Line
 
 
 def job(client: str) -> Job:
-    return Job(Request(None, {}, (), None, None, client, None, None))
+    return Job(Request(None, {}, (), None, None, client, None, None, None))
 
 
 def drained(line: Line) -> list[Job]:

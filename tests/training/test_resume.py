@@ -71,6 +71,7 @@ def adapter(folder: Path) -> tuple[dict[str, str], dict[str, bytes]]:
         return file.metadata(), {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()}
 
 
+@pytest.mark.slow
 def test_a_run_killed_twice_and_interrupted_once_ends_with_the_same_file(flags, tmp_path):
     flags = [*flags, "--max_train_steps", "150", "--checkpointing_steps", "7", "--lr_scheduler", "cosine"]
     whole, folder = tmp_path / "whole", tmp_path / "stopped"
