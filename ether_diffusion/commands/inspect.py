@@ -30,8 +30,8 @@ from ether_diffusion.base_models import base_path
 from ether_diffusion.commands.base_version import add_base_version_arguments
 from ether_diffusion.commands.tables import UNKNOWN, name_layer, shorten, show, table
 from ether_diffusion.errors import InputError
+from ether_diffusion.tuner.config import METHOD_NAMES
 
-METHODS = {"ether": "ETHER", "ether_plus": "ETHER+"}
 STRONGEST = 3
 """Conflicts in the summary; --json has all."""
 
@@ -91,7 +91,7 @@ def _component_row(entry: Mapping[str, Any], layers: Iterable[Mapping[str, Any]]
     angles = [row["angle"]["mean"] for row in own if row["angle"]]
     return (
         shorten(entry["component"] or UNKNOWN),
-        METHODS[entry["method"]],
+        METHOD_NAMES[entry["method"]],
         entry["sides"],
         *(f"{entry[name]:,}" for name in ("num_blocks", "layers", "parameters", "bytes")),
         f"{sum(angles) / len(angles):.1f}°" if angles else UNKNOWN,

@@ -9,12 +9,13 @@ from typing import Any
 import gradio as gr
 import pandas as pd
 
-from ether_diffusion.analysis.report import METHODS, describe
+from ether_diffusion.analysis.report import describe
 from ether_diffusion.demo.markup import problem, status
 from ether_diffusion.demo.panels import Update
 from ether_diffusion.demo.results import Results
 from ether_diffusion.demo.worker import Worker
 from ether_diffusion.errors import printable
+from ether_diffusion.tuner.config import METHOD_NAMES
 
 FORMATS = [("ETHER", "ether"), ("LoRA for diffusers", "diffusers-lora"), ("LoRA for kohya, ComfyUI, A1111", "kohya")]
 MOST_BARS = 200
@@ -108,9 +109,8 @@ def _facts(report: dict[str, Any]) -> list[list[str]]:
         ("Written by", ", ".join(f"{name} {number}" for name, number in versions) or "–"),
     ]
     for each in report["components"]:
-        text = (
-            f"{METHODS[each['method']]}, sides {each['sides']}, {each['num_blocks']} blocks, {each['layers']} layers"
-        )
+        method = METHOD_NAMES[each["method"]]
+        text = f"{method}, sides {each['sides']}, {each['num_blocks']} blocks, {each['layers']} layers"
         rows.append((each["component"] or "component", text))
     return [[_shortened(name), _shortened(value)] for name, value in rows]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from ether_diffusion.analysis.report import METHODS
 from ether_diffusion.demo.library import Adapter
 from ether_diffusion.images import DAMAGE
+from ether_diffusion.tuner.config import METHOD_NAMES
 
 THUMBNAIL = 160
 LARGEST_IMAGE = 4_000_000
@@ -53,7 +53,7 @@ def _card(adapter: Adapter, fit: str) -> str:
         stamp = adapter.image.stat().st_mtime_ns
         if source := _thumbnail(adapter.image, stamp):
             image = f'<img src="{source}" alt="Sample of {escape(adapter.name)}">'
-    kind = ", ".join([METHODS[method] for method in adapter.methods] + ["control"] * adapter.is_control)
+    kind = ", ".join([METHOD_NAMES[method] for method in adapter.methods] + ["control"] * adapter.is_control)
     return (
         f"<li>{image}<div><strong>{escape(adapter.name)}</strong><br>{escape(adapter.prompt) or '–'}<br>"
         f"<small>{escape(kind)} · {adapter.parameters:,} parameters · {adapter.size:,} bytes<br>{escape(fit)}"

@@ -23,6 +23,8 @@ class EtherType(str):
 
 
 ETHER = EtherType("ETHER")
+METHOD_NAMES = {"ether": "ETHER", "ether_plus": "ETHER+"}
+"""What its methods are called in text."""
 
 
 @dataclass

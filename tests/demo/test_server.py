@@ -87,8 +87,8 @@ def test_the_page_is_for_this_machine_unless_flags_say_otherwise(tmp_path, monke
     ("given", "message"),
     [
         (["--port", "99999"], "--port 99999: needs a number from 0 to 65535"),
-        (["--auth", "ann"], "--auth: needs a name and a password, as USER:PASSWORD"),
-        (["--base", "no/such/folder"], "no/such/folder"),
+        (["--port", "0", "--auth", "ann"], "--auth: needs a name and a password, as USER:PASSWORD"),
+        (["--port", "0", "--base", "no/such/folder"], "no/such/folder"),
     ],
 )
 def test_flags_that_cannot_be_used_are_refused(given, message, capsys):

@@ -130,7 +130,7 @@ def test_a_base_in_one_file_is_trained_as_its_folder(train, one_file, configs, h
     _, folder = train(BASE, one_file, *flags, *images, output="file")
     assert same(folder, train(*images, output="folder")[1])
     assert (folder / "grid.png").read_bytes() == (folder.parent / "folder" / "grid.png").read_bytes()
-    assert "StableDiffusionPipeline.from_single_file('model.safetensors')" in (folder / "README.md").read_text()
+    assert f'StableDiffusionPipeline.from_single_file("{one_file}"' in (folder / "README.md").read_text()
 
 
 def test_a_run_on_one_file_goes_on_wherever_that_lies_and_on_no_other(train, one_file, configs, capsys, wide_file):

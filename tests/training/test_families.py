@@ -284,7 +284,7 @@ def test_the_script_trains_saves_generates_and_describes_sdxl(sdxl_folder, photo
     tensors = load_file(tmp_path / "toy" / WEIGHTS_NAME)
     assert {key.partition(".")[0] for key in tensors} == set(COMPONENTS)
     card = (tmp_path / "toy" / "README.md").read_text()
-    assert f"DiffusionPipeline.from_pretrained('{sdxl_folder.name}')" in card and PROMPT in card
+    assert f'DiffusionPipeline.from_pretrained("{sdxl_folder}")' in card and PROMPT in card
     assert Image.open(tmp_path / "toy" / "grid.png").size[1] > 2 * 128
 
 
