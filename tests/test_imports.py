@@ -14,7 +14,7 @@ from ether_diffusion.adapters.plugin import NAMES
 from ether_diffusion.commands.main import COMMANDS
 from ether_diffusion.control.encoder import ENCODERS
 from ether_diffusion.control.kinds import ENCODER_KINDS
-from ether_diffusion.evaluation.options import INCEPTION
+from ether_diffusion.evaluation.options import FEATURE_WIDTHS, INCEPTION
 from ether_diffusion.export.formats import FORMATS
 from ether_diffusion.export.lora_files import WRITERS
 from ether_diffusion.metrics import frechet
@@ -121,6 +121,7 @@ def test_a_name_that_is_not_there_is_an_attribute_error():
 
 def test_names_that_flags_offer_are_those_of_what_carries_them_out():
     assert FORMATS == tuple(WRITERS) and ENCODER_KINDS == tuple(ENCODERS) and INCEPTION == frechet.INCEPTION
+    assert FEATURE_WIDTHS[INCEPTION] == frechet.INCEPTION_WIDTH
 
 
 def test_a_command_starts_without_a_word_from_the_libraries():

@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import importlib.util
 import os
 import signal
-import socket
 import tempfile
 import threading
 from pathlib import Path
@@ -27,6 +25,7 @@ from ether_diffusion.base_models import MINIATURE, MINIATURES, base_path
 from ether_diffusion.commands.base_version import add_base_version_arguments
 from ether_diffusion.commands.max_batch import add_max_batch_argument
 from ether_diffusion.errors import InputError
+from ether_diffusion.server.address import bound_socket
 
 HOST, PORT = "127.0.0.1", 7860
 LOCAL = (HOST, "localhost", "::1")
@@ -62,9 +61,8 @@ def run(args: argparse.Namespace) -> None:
     """
     if importlib.util.find_spec("gradio") is None:
         raise InputError('the package gradio is missing; pip install "ether-diffusion[demo]"')
-    if not 0 <= args.port < 1 << 16:
-        raise InputError(f"--port {args.port}: needs a number from 0 to 65535")
-    check_port(args.host, args.port)
+    with bound_socket(args.host, args.port):
+        pass  # Gradio binds it anew, once the base is loaded
     with tempfile.TemporaryDirectory(prefix="ether-demo-") as folder:
         serving = serve(args, Path(folder))
         print(f"ether-diffusion demo: {serving.share_url or serving.local_url}  (Ctrl-C ends it)", flush=True)
@@ -78,18 +76,6 @@ def run(args: argparse.Namespace) -> None:
             serving.close(verbose=False)
             serving.trainer.close()
             serving.worker.close()
-
-
-def check_port(host: str, port: int) -> None:
-    """Find out before the base is loaded whether the port can be had; 0 is any. Raises `InputError` if it cannot."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as tried:
-        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            tried.bind((host, port))
-        except OSError as error:
-            taken = error.errno == errno.EADDRINUSE
-            hint = "; take another --port, or 0 for any that is free" if taken else ""
-            raise InputError(f"--host {host} --port {port}: {error.strerror or error}{hint}") from error
 
 
 def serve(args: argparse.Namespace, folder: Path):

@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 SETTINGS = ("on a red background", "on a green background", "on a striped blue background", "on a white background")
-CARD_NAME, PREFIX = "README.md", "checkpoint-"
-"""What a training writes last, and what its checkpoints begin with."""
 OTHER_PROMPTS = (
     "a red circle on a white background",
     "a large yellow star on a blue background",
@@ -94,6 +92,9 @@ def plan_training(adapter: Path, result: Path, *, overwrite: bool) -> list[str] 
     Raises:
         InputError: everything is there.
     """
+    from ether_diffusion.training.card import CARD_NAME
+    from ether_diffusion.training.checkpoint_files import PREFIX
+
     if overwrite:
         return ["--overwrite_output_dir"]
     if (adapter / CARD_NAME).exists():  # a training writes it last

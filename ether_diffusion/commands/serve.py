@@ -23,6 +23,7 @@ from ether_diffusion.commands.base_version import add_base_version_arguments
 from ether_diffusion.commands.max_batch import add_max_batch_argument
 from ether_diffusion.dtypes import DTYPES
 from ether_diffusion.errors import InputError
+from ether_diffusion.server.address import bound_socket, check_port
 from ether_diffusion.serving.limits import HOST_BYTES, MAX_LINE
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
         serve_on_ray(RayArguments(**given, min_replicas=low, max_replicas=high), host=args.host, port=args.port)
         return
 
-    from ether_diffusion.server.run import bound_socket, serve
+    from ether_diffusion.server.run import serve
 
     with bound_socket(args.host, args.port) as address:
         serve(
@@ -124,12 +125,11 @@ def check_flags(args: argparse.Namespace) -> ServerSettings:
     from ether_diffusion.server.tokens import read_tokens
     from ether_diffusion.serving.checks import check_count
 
+    check_port(args.port)
     for name in ("max_line", "max_upload", "host_memory", "token_limit"):
         check_count(f"--{name}", getattr(args, name))
     if args.max_batch != "auto":
         check_count("--max_batch", args.max_batch, or_else=", or auto")
-    if not 0 <= args.port < 1 << 16:
-        raise InputError(f"--port {args.port}: needs a number from 0 to 65535")
     if args.replicas is not None:
         if args.engine != "ray":
             raise InputError("--replicas: belongs to --engine ray; this machine has one")

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import uvicorn
 from diffusers import DiffusionPipeline
 
-from ether_diffusion.errors import InputError
 from ether_diffusion.server.app import make_app
 from ether_diffusion.server.backend import LocalBackend
 from ether_diffusion.server.metrics import Metrics
@@ -20,24 +18,6 @@ from ether_diffusion.serving import Engine
 
 GRACE = 5
 """Seconds beyond the longest request after which a stopping server waits no more."""
-
-
-@contextlib.contextmanager
-def bound_socket(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that has the address and does not listen yet, so that an address in use is told before a model loads.
-
-    Raises:
-        InputError: it cannot be had.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as made:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            made.bind((host, port))
-        except OSError as error:
-            hint = "; take another --port" if error.errno == errno.EADDRINUSE else ""
-            raise InputError(f"--host {host} --port {port}: {error.strerror or error}{hint}") from error
-        yield made
 
 
 def serve(

@@ -10,6 +10,8 @@ from ether_diffusion.training.families import StableDiffusion
 from ether_diffusion.training.options import PriorOptions
 
 PROMPT, SEED, STEPS = "a photo of a dog", 3, 2
+PRIOR = ["--with_prior_preservation", "--class_prompt", "a photo of a toy", "--num_class_images", 2]
+"""Flags of a run with class images."""
 
 
 class Watched(StableDiffusion):

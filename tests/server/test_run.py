@@ -13,7 +13,7 @@ from helpers.scripts import wait_until
 from helpers.server import GENERATIONS, images_of, serving
 
 from ether_diffusion.errors import InputError
-from ether_diffusion.server.run import bound_socket
+from ether_diffusion.server.address import bound_socket
 
 
 @pytest.fixture
@@ -67,6 +67,8 @@ def test_a_signal_ends_it_when_all_that_it_took_is_answered(started, number):
 def test_an_address_in_use_is_told_before_anything_is_loaded():
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        with pytest.raises(InputError, match=f"--port {port}: Address already in use; take another --port"):
+        with pytest.raises(
+            InputError, match=f"--port {port}: Address already in use; take another --port, or 0 for any"
+        ):
             with bound_socket("127.0.0.1", port):
                 pass

@@ -8,21 +8,9 @@ from peft import LoraConfig
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ether_diffusion import EtherConfig, EtherLayer
+from ether_diffusion.training.full_size import SDXL_UNET
 
 SD15 = {"cross_attention_dim": 768, "sample_size": 64}
-SDXL = {
-    "sample_size": 128,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 
 
 def build(name: str):
@@ -31,7 +19,7 @@ def build(name: str):
             return CLIPTextModel(
                 CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
             )
-        return UNet2DConditionModel(**(SD15 if name == "sd15" else SDXL))
+        return UNet2DConditionModel(**(SD15 if name == "sd15" else SDXL_UNET))
 
 
 def trained(model) -> int:
