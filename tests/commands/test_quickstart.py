@@ -2,11 +2,8 @@
 
 import pytest
 
-from ether_diffusion.commands import quickstart
 from ether_diffusion.commands.main import main
 from ether_diffusion.commands.quickstart import draw_pairs, plan_training
-from ether_diffusion.training.card import CARD_NAME
-from ether_diffusion.training.checkpoint_files import PREFIX
 
 
 def put(folder, *names):
@@ -14,10 +11,6 @@ def put(folder, *names):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("kept")
-
-
-def test_its_names_are_those_of_the_training():
-    assert (quickstart.CARD_NAME, quickstart.PREFIX) == (CARD_NAME, PREFIX)
 
 
 @pytest.mark.parametrize(("control", "result"), [([], "grid.png"), (["--control"], "evaluation/sheet.png")])

@@ -29,6 +29,7 @@ def test_metrics_count_what_happened_and_never_name_an_adapter(tiny_pipeline, ad
         for name in NAMES:
             images_of(running.generate(adapter=name, n=2))
         assert running.generate(adapter="dgo").status_code == 404
+        settled(running)  # an answer is out a moment before its request has ended
         with leaving_client(running):
             wait_until(lambda: running.engine.running == 1)
             assert running.metric("running_requests") == 1

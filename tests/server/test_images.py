@@ -159,6 +159,7 @@ def test_a_full_line_says_when_to_come_again_and_keeps_no_part_of_a_request(tiny
 
 
 def test_clients_that_leave_free_their_rows_and_disturb_nobody(server, alone):
+    settled(server)  # of the tests before
     stayed, left_before = [], server.metric("cancellations_total")
     staying = threading.Thread(target=lambda: stayed.append(server.generate(adapter="cat", seed=8)))
     with leaving_client(server, adapter="dog"), leaving_client(server, n=2):
