@@ -207,27 +207,33 @@ def _open(path: Path, needs: str | None = None) -> tuple[dict[str, Tensor], dict
         EtherFileError: anything but a complete safetensors file of vectors: no data is read before the header is
             checked.
     """
-    check_start(path)
     try:
-        with safe_open(path, "pt") as file:
-            header, names = file.metadata() or {}, file.keys()
-            if needs is not None and needs not in header:
-                raise EtherFileError(
-                    f"{path} is a safetensors file, but holds no ETHER adapter (no {needs!r} in its metadata)"
-                )
-            if len(names) > MAX_TENSORS:
-                raise EtherFileError(f"{path} holds {len(names)} tensors; an adapter has {MAX_TENSORS} at most")
-            components, total = _components_with_modules(header.get("ether", "")) if needs == "ether" else (), 0
-            for name in names:
-                entry, of_module = file.get_slice(name), is_module_weight(name, components)
-                check_entry(f"{path}: {name}", entry.get_dtype(), entry.get_shape(), of_module)
-                total += math.prod(entry.get_shape()) if of_module else 0
-            check_total(str(path), total)
+        header = _check_header(path, needs)
         return read_tensors(path), header
     except EtherFileError:
         raise
     except (SafetensorError, OSError, ValueError) as error:
         raise EtherFileError(f"{path} is not a whole safetensors file (cut short or damaged): {error}") from error
+
+
+def _check_header(path: Path, needs: str | None) -> dict[str, str]:
+    """The metadata of a safetensors file, once every entry of its header was checked: no map of its data outlives it."""
+    check_start(path)
+    with safe_open(path, "np") as file:
+        header, names = file.metadata() or {}, file.keys()
+        if needs is not None and needs not in header:
+            raise EtherFileError(
+                f"{path} is a safetensors file, but holds no ETHER adapter (no {needs!r} in its metadata)"
+            )
+        if len(names) > MAX_TENSORS:
+            raise EtherFileError(f"{path} holds {len(names)} tensors; an adapter has {MAX_TENSORS} at most")
+        components, total = _components_with_modules(header.get("ether", "")) if needs == "ether" else (), 0
+        for name in names:
+            entry, of_module = file.get_slice(name), is_module_weight(name, components)
+            check_entry(f"{path}: {name}", entry.get_dtype(), entry.get_shape(), of_module)
+            total += math.prod(entry.get_shape()) if of_module else 0
+        check_total(str(path), total)
+    return header
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
