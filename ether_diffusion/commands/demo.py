@@ -74,12 +74,14 @@ def run(args: argparse.Namespace) -> None:
                 threading.Event().wait()
         finally:
             serving.close(verbose=False)
+            serving.board.close()
             serving.trainer.close()
             serving.worker.close()
 
 
 def serve(args: argparse.Namespace, folder: Path):
     """Load the base and start the server; the page, which `close` ends. `folder` holds what is temporary."""
+    from ether_diffusion.demo.board import Board
     from ether_diffusion.demo.library import Library
     from ether_diffusion.demo.page import build_page
     from ether_diffusion.demo.results import Results
@@ -109,8 +111,8 @@ def serve(args: argparse.Namespace, folder: Path):
     )
     # Uploads and results lie in a folder of this server's own, which nobody else on the machine can read.
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "gradio")
-    trainer = Trainer(worker)
-    page = build_page(worker, trainer, Results(folder / "results"))
+    trainer, board = Trainer(worker), Board("images", "trainings")
+    page = build_page(worker, trainer, Results(folder / "results"), board)
     launch(
         page,
         server_name=args.host,
@@ -119,5 +121,5 @@ def serve(args: argparse.Namespace, folder: Path):
         auth=auth,
         prevent_thread_lock=True,
     )
-    page.worker, page.trainer = worker, trainer
+    page.worker, page.trainer, page.board = worker, trainer, board
     return page

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,9 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
+from ether_diffusion.demo.board import Board
 from ether_diffusion.demo.markup import STRENGTH_NOTE, note, problem, status
-from ether_diffusion.demo.panels import ImagePanel, Update, sampling_sliders
+from ether_diffusion.demo.panels import ImagePanel, Update, Work, sampling_sliders
 from ether_diffusion.demo.results import Results
 from ether_diffusion.demo.settings import (
     HIGHEST_SEED,
@@ -34,8 +34,9 @@ NO_ADAPTER = (
 class ControlTab:
     """Built where it is made, within a `gr.Tab`; it starts with what the first adapter's image was generated from."""
 
-    def __init__(self, worker: Worker, results: Results):
+    def __init__(self, board: Board, worker: Worker, results: Results):
         self.worker = worker
+        self.panel = ImagePanel(board, worker, results, "control")
         offered = worker.usable(control=True)
         if not offered:
             gr.Markdown(NO_ADAPTER)
@@ -55,48 +56,42 @@ class ControlTab:
                 self.again = gr.Button("The adapter's sample map", size="sm", elem_id="sample-map")
                 self.strength = gr.Slider(0, HIGHEST_STRENGTH, value=strength, step=0.05, label="Strength")
                 gr.HTML(note(STRENGTH_NOTE))
-                with gr.Row():
-                    self.go = gr.Button("Generate", variant="primary", elem_id="generate-map")
-                    self.stop = gr.Button("Cancel", elem_id="cancel-map")
+                go = self.panel.start_button("Generate")
                 with gr.Accordion("More settings", open=False):
                     seeds = {"precision": 0, "minimum": 0, "maximum": HIGHEST_SEED}
                     self.seed = gr.Number(label="Seed", value=start.seed, **seeds)
                     self.sampling = sampling_sliders(worker, start)
             with gr.Column(scale=3, min_width=300):
-                label = "Images: base and controlled, from the same seed"
-                self.panel = ImagePanel(worker, results, label, gallery_id="map-gallery", status_id="control-status")
+                self.panel.place_results("Images: base and controlled, from the same seed")
                 with gr.Accordion("Use the settings and the map of an image", open=False):
                     self.dropped = gr.File(
                         label="Drop a PNG that was generated under a map", file_types=[".png"], elem_id="map-settings"
                     )
-        self._connect()
+        self._connect(go)
 
-    def _connect(self) -> None:
+    def _connect(self, go: gr.Button) -> None:
         # The order in which clients of the API give them, too.
         inputs = [self.adapter, self.prompt, self.map, self.strength, self.seed, *self.sampling]
         outputs = [*inputs, self.panel.status]
-        self.panel.connect([self.go.click], self.stop, self.generate, inputs, api_name="control")
+        self.panel.connect(
+            [go.click], self.generate, inputs, self.panel.show, self.panel.outputs, api_name="control"
+        )
         self.again.click(self.show_sample, self.adapter, outputs, api_name="sample_map", show_progress="hidden")
         self.dropped.upload(self.restore, self.dropped, outputs, api_name="use_map", show_progress="hidden")
 
     def generate(
-        self, name, prompt, drawn, strength, seed, steps, guidance, width, height, request: gr.Request
-    ) -> Iterator[Update]:
-        try:
-            settings = Settings(
-                prompt=prompt or "",
-                adapters=((str(name or ""), strength),),
-                steps=steps,
-                guidance=guidance,
-                width=width,
-                height=height,
-                seed=seed,
-            )
-            control = _map_of(drawn)
-        except InputError as error:
-            yield from self.panel.explain(error)
-        else:
-            yield from self.panel.generate(settings, request, control)
+        self, name, prompt, drawn, strength, seed, steps, guidance, width, height, *, owner: str
+    ) -> tuple[Work, Update]:
+        settings = Settings(
+            prompt=prompt or "",
+            adapters=((str(name or ""), strength),),
+            steps=steps,
+            guidance=guidance,
+            width=width,
+            height=height,
+            seed=seed,
+        )
+        return self.panel.generate(settings, owner, _map_of(drawn))
 
     def show_sample(self, name: str | None) -> Update:
         """What the chosen adapter's image was generated from."""

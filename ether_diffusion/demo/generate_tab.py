@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
 from pathlib import Path
 
 import gradio as gr
 
+from ether_diffusion.demo.board import Board
 from ether_diffusion.demo.markup import STRENGTH_NOTE, cards, note, problem, status
-from ether_diffusion.demo.panels import ImagePanel, Update, sampling_sliders
+from ether_diffusion.demo.panels import ImagePanel, Update, Work, sampling_sliders
 from ether_diffusion.demo.results import Results
 from ether_diffusion.demo.settings import (
     HIGHEST_SEED,
@@ -30,17 +30,16 @@ RANDOM_SEEDS = 10**6
 class GenerateTab:
     """Built where it is made, within a `gr.Tab`."""
 
-    def __init__(self, worker: Worker, results: Results):
+    def __init__(self, board: Board, worker: Worker, results: Results):
         self.worker = worker
+        self.panel = ImagePanel(board, worker, results, "generate")
         offered = worker.usable()
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 first_prompt = worker.library.get(offered[-1]).prompt if offered else ""
                 self.prompt = gr.Textbox(label="Prompt", value=first_prompt, max_length=LONGEST_PROMPT, autofocus=True)
                 self._choose_adapters(offered)
-                with gr.Row():
-                    self.go = gr.Button("Generate", variant="primary", elem_id="generate")
-                    self.stop = gr.Button("Cancel", elem_id="cancel")
+                go = self.panel.start_button("Generate")
                 with gr.Row():
                     seeds = {"precision": 0, "minimum": 0, "maximum": HIGHEST_SEED}
                     self.seed = gr.Number(label="Seed", value=0, min_width=120, **seeds)
@@ -54,13 +53,12 @@ class GenerateTab:
                     start = worker.start()
                     self.sampling = sampling_sliders(worker, start)
             with gr.Column(scale=3, min_width=300):
-                label = "Images: base and adapted, from the same seed"
-                self.panel = ImagePanel(worker, results, label, gallery_id="gallery", status_id="status")
+                self.panel.place_results("Images: base and adapted, from the same seed")
                 with gr.Accordion("Use the settings of an image", open=False):
                     self.dropped = gr.File(label="Drop a PNG that was downloaded here", file_types=[".png"])
         with gr.Accordion("Adapters on offer", open=True):
             self.listing = gr.HTML(self.list_adapters(), elem_id="listing")
-        self._connect()
+        self._connect(go)
 
     def _choose_adapters(self, offered: list[str]) -> None:
         self.adapters = gr.Dropdown(
@@ -77,12 +75,18 @@ class GenerateTab:
         ]
         gr.HTML(note(STRENGTH_NOTE))
 
-    def _connect(self) -> None:
+    def _connect(self, go: gr.Button) -> None:
         # The order in which clients of the API give them, too.
         inputs = [self.adapters, *self.strengths, self.prompt, self.negative, *self.sampling]
         inputs += [self.draw, self.seed, self.images]
-        triggers = [self.go.click, self.prompt.submit]
-        self.panel.connect(triggers, self.stop, self.generate, inputs, [self.seed], api_name="generate")
+        self.panel.connect(
+            [go.click, self.prompt.submit],
+            self.generate,
+            inputs,
+            self.panel.show,
+            [*self.panel.outputs, self.seed],
+            api_name="generate",
+        )
         self.adapters.change(
             lambda names: [gr.update(**shown) for shown in _strength_labels(names or [])],
             self.adapters,
@@ -102,25 +106,22 @@ class GenerateTab:
     def list_adapters(self) -> str:
         return cards((each, self.worker.fit(each)) for each in self.worker.library.adapters())
 
-    def generate(self, adapters, s1, s2, s3, prompt, negative, steps, guidance, width, height, draw, seed, images,
-                 request: gr.Request) -> Iterator[Update]:  # fmt: skip
-        try:
-            settings = Settings(
-                prompt=prompt or "",
-                negative_prompt=negative or "",
-                adapters=tuple(zip(adapters or (), (s1, s2, s3), strict=False)),
-                steps=steps,
-                guidance=guidance,
-                width=width,
-                height=height,
-                seed=secrets.randbelow(RANDOM_SEEDS) if draw else seed,
-                images=images,
-            )
-        except InputError as error:
-            yield from self.panel.explain(error)
-        else:
-            for update in self.panel.generate(settings, request):
-                yield update | {self.seed: settings.seed}
+    def generate(
+        self, adapters, s1, s2, s3, prompt, negative, steps, guidance, width, height, draw, seed, images, *, owner: str
+    ) -> tuple[Work, Update]:
+        settings = Settings(
+            prompt=prompt or "",
+            negative_prompt=negative or "",
+            adapters=tuple(zip(adapters or (), (s1, s2, s3), strict=False)),
+            steps=steps,
+            guidance=guidance,
+            width=width,
+            height=height,
+            seed=secrets.randbelow(RANDOM_SEEDS) if draw else seed,
+            images=images,
+        )
+        work, empty = self.panel.generate(settings, owner)
+        return work, empty | {self.seed: settings.seed}
 
     def restore(self, path: str | None) -> Update:
         """The settings of an image that was downloaded here."""

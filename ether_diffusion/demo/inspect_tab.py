@@ -13,6 +13,7 @@ from ether_diffusion.analysis.report import describe
 from ether_diffusion.demo.markup import problem, status
 from ether_diffusion.demo.panels import Update
 from ether_diffusion.demo.results import Results
+from ether_diffusion.demo.server import owner_of
 from ether_diffusion.demo.worker import Worker
 from ether_diffusion.errors import printable
 from ether_diffusion.tuner.config import METHOD_NAMES
@@ -77,7 +78,7 @@ class InspectTab:
     def export(self, name: str | None, to: str, request: gr.Request) -> Update:
         try:
             adapter = self.worker.library.get(str(name))
-            folder = self.results.folder(str(request.session_hash))
+            folder = self.results.folder(owner_of(request))
             if to == "ether":
                 path = Path(shutil.copy(adapter.path, folder / f"{adapter.name}.safetensors"))
             else:

@@ -7,6 +7,7 @@ from pathlib import Path
 import gradio as gr
 
 from ether_diffusion.base_models import miniature_name
+from ether_diffusion.demo.board import Board
 from ether_diffusion.demo.control_tab import ControlTab
 from ether_diffusion.demo.generate_tab import GenerateTab
 from ether_diffusion.demo.inspect_tab import InspectTab
@@ -17,24 +18,28 @@ from ether_diffusion.demo.training import Trainer
 from ether_diffusion.demo.worker import Worker
 
 CACHE_SECONDS = 24 * 3600
-TOGGLE_DARK = "() => { document.body.classList.toggle('dark') }"
+TABS = ("Generate", "Train", "Inspect and export", "Control")
+ADDRESS = "() => [new URLSearchParams(location.search).get('job') || '']"
+"""Of the job that a link asks for."""
 
 
-def build_page(worker: Worker, trainer: Trainer, results: Results) -> gr.Blocks:
+def build_page(worker: Worker, trainer: Trainer, results: Results, board: Board) -> gr.Blocks:
     """The page of a worker; `server.launch` serves it."""
     with gr.Blocks(title="ETHER diffusion", analytics_enabled=False, delete_cache=(600, CACHE_SECONDS)) as page:
-        with gr.Row():
+        with gr.Row(elem_classes="ether-head"):
             gr.Markdown(f"# ETHER diffusion\nBase model: {_describe_base(worker)}")
-            toggle = gr.Button("Light / dark", size="sm", min_width=110, scale=0)
-        toggle.click(None, js=TOGGLE_DARK, api_name=False)
-        with gr.Tab("Generate"):
-            generate = GenerateTab(worker, results)
-        with gr.Tab("Train"):
-            train = TrainTab(trainer, results)
-        with gr.Tab("Inspect and export"):
-            inspect = InspectTab(worker, results)
-        with gr.Tab("Control"):
-            control = ControlTab(worker, results)
+            toggle = gr.Button("Light / dark", size="sm", min_width=110, scale=0, elem_id="theme")
+        toggle.click(None, js="() => window.etherToggleTheme()", api_name=False)
+        asked = gr.Textbox(visible=False)
+        with gr.Tabs(elem_id="tabs"):
+            with gr.Tab(TABS[0], render_children=True):
+                generate = GenerateTab(board, worker, results)
+            with gr.Tab(TABS[1], render_children=True):
+                train = TrainTab(board, trainer, results)
+            with gr.Tab(TABS[2], render_children=True):
+                inspect = InspectTab(worker, results)
+            with gr.Tab(TABS[3], render_children=True):
+                control = ControlTab(board, worker, results)
 
         def refresh() -> Update:
             return {
@@ -45,13 +50,12 @@ def build_page(worker: Worker, trainer: Trainer, results: Results) -> gr.Blocks:
             }
 
         lists = [generate.adapters, generate.listing, inspect.adapter, control.adapter]
+        quiet = {"api_name": False, "show_progress": "hidden"}
         page.load(refresh, None, lists, api_name="refresh", show_progress="hidden")
-        train.trained.then(refresh, None, lists, api_name=False, show_progress="hidden")
-
-        def leave(request: gr.Request) -> None:
-            results.forget(str(request.session_hash))
-
-        page.unload(leave)
+        train.trained.then(refresh, None, lists, **quiet)
+        for panel in (generate.panel, train.panel, control.panel):
+            page.load(panel.resume, asked, panel.resumed, js=ADDRESS, concurrency_limit=None, **quiet)
+            panel.address.change(None, panel.address, None, js="(job) => window.etherAddress(job)", **quiet)
     return page
 
 

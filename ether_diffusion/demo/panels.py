@@ -1,22 +1,27 @@
-"""What the two tabs that generate share: how an image is asked for, and where it is shown."""
+"""What every tab with a job shares: how it is started, followed, found again and cancelled."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 from PIL import Image
 
-from ether_diffusion.demo.jobs import Cancelled, Failed, Generated
+from ether_diffusion.demo.board import Board, Job, Waiting
+from ether_diffusion.demo.jobs import Cancelled, Failed, Generated, Generating
 from ether_diffusion.demo.markup import problem, progress, status
 from ether_diffusion.demo.results import Results
+from ether_diffusion.demo.server import owner_of
 from ether_diffusion.demo.settings import HIGHEST_GUIDANCE, MOST_STEPS, Settings
 from ether_diffusion.demo.worker import Worker
 from ether_diffusion.errors import InputError
 
 Update = dict[gr.components.Component, Any]
 """New values of components; the others stay as they are."""
+Work = Callable[[], Iterator[Any]]
+"""What a board runs: its news, of which the last is the result."""
 
 
 def sampling_sliders(worker: Worker, start: Settings) -> list[gr.Slider]:
@@ -30,24 +35,134 @@ def sampling_sliders(worker: Worker, start: Settings) -> list[gr.Slider]:
     ]
 
 
-def stop_by(
-    button: gr.Button,
-    running: gr.events.Dependency,
-    stopped: Callable[[], Any],
-    outputs: gr.components.Component | Sequence[gr.components.Component],
-) -> None:
-    """Let a button end an event of its user, also one that waits in line, and then show that it was stopped."""
-    # In a second step: what the event had sent before it ended would otherwise come after it.
-    ended = button.click(None, cancels=running, queue=False, api_name=False)
-    ended.then(stopped, None, outputs, queue=False, api_name=False, show_progress="hidden")
+class JobPanel:
+    """The buttons that start and cancel a job, the line that says where it is, and its address.
+
+    A tab places `start_button`, which is one button that becomes Cancel while it works, and then `place_status`.
+
+    Args:
+        board, lane: where its jobs run.
+        name: the beginning of the elements' ids: `<name>`, `<name>-cancel`, `<name>-status`.
+    """
+
+    def __init__(self, board: Board, lane: str, name: str):
+        self.board, self.lane, self.name = board, lane, name
+
+    def start_button(self, label: str) -> gr.Button:
+        """The primary button and, in its place while a job runs, Cancel."""
+        self.go = gr.Button(label, variant="primary", elem_id=self.name)
+        self.stop = gr.Button("Cancel", variant="stop", visible=False, elem_id=f"{self.name}-cancel")
+        return self.go
+
+    def place_status(self) -> None:
+        """The line of text, and, hidden, the address of the job that it tells of."""
+        self.status = gr.HTML(status("Ready."), elem_id=f"{self.name}-status", elem_classes="ether-line")
+        self.address = gr.Textbox(visible=False, elem_id=f"{self.name}-address")
+
+    def connect(
+        self,
+        triggers: Sequence[Callable[..., Any]],
+        prepare: Callable[..., tuple[Work, Update]],
+        inputs: Sequence[gr.components.Component],
+        show: Callable[[Any], Update],
+        outputs: Sequence[gr.components.Component],
+        *,
+        api_name: str,
+    ) -> gr.events.Dependency:
+        """Put a job on the board when triggered, and follow it; the event, which ends with the job.
+
+        Args:
+            prepare: gets the inputs and the owner; the work, and what to show before its first news. Raises InputError.
+            show: what news of the work look like.
+            outputs: all that `prepare` and `show` update, besides the status.
+        """
+        self._show = show
+        self._outputs = [self.status, self.address, self.go, self.stop, *outputs]
+
+        def start(request: gr.Request, *values: Any) -> Iterator[Update]:
+            owner = owner_of(request)
+            try:
+                work, first = prepare(*values, owner=owner)
+                job = self.board.submit(self.lane, self.name, owner, work)
+            except InputError as error:
+                yield {self.status: problem(str(error))}
+                raise gr.Error(str(error), visible=False, print_exception=False) from None
+            yield {self.status: status("Starting …"), **first, **self._buttons(job)}
+            yield from self._follow(job)
+
+        running = gr.on(
+            triggers,
+            start,
+            list(inputs),
+            self._outputs,
+            api_name=api_name,
+            concurrency_limit=None,  # it only follows: the board has the line
+            show_progress="hidden",
+            trigger_mode="once",
+        )
+        self.stop.click(self._cancel, self.address, None, queue=False, api_name=f"cancel_{api_name}")
+        return running
+
+    def resume(self, address: str, request: gr.Request) -> Iterator[Update]:
+        """For a page that was just opened: the job at an address, or else the last of this owner, as far as it is."""
+        job = self.board.find(address) if address else None
+        if job is None or job.kind != self.name:
+            job = self.board.latest(self.name, owner_of(request))
+        if job is None:
+            yield {self.status: gr.skip()}
+            return
+        yield self._buttons(job)
+        yield from self._follow(job)
+
+    @property
+    def resumed(self) -> list[gr.components.Component]:
+        """What `resume` updates."""
+        return self._outputs
+
+    def _follow(self, job: Job) -> Iterator[Update]:
+        idle = {self.go: gr.update(visible=True), self.stop: gr.update(visible=False)}
+        try:
+            update: Update = {}
+            for news in job.follow():
+                update = {self.status: _place(news)} if isinstance(news, Waiting) else self._show(news)
+                yield update
+            yield {**update, **idle}
+        except Cancelled:
+            yield {self.status: status("Cancelled."), **idle}
+        except (InputError, Failed) as error:
+            yield {self.status: problem(str(error)), **idle}
+            raise gr.Error(str(error), visible=False, print_exception=False) from None
+
+    def _buttons(self, job: Job) -> Update:
+        return {
+            self.address: job.address,
+            self.go: gr.update(visible=job.done),
+            self.stop: gr.update(visible=not job.done),
+        }
+
+    def _cancel(self, address: str | None) -> None:
+        if job := self.board.find(address or ""):
+            job.cancel()
 
 
-class ImagePanel:
-    """A line of text, the preview of the image that is being generated, and the images that are done."""
+@dataclass(frozen=True)
+class Shown:
+    """The last news of images: their files with a caption each, and a line of text."""
 
-    def __init__(self, worker: Worker, results: Results, label: str, *, gallery_id: str, status_id: str):
+    files: list[tuple[str, str]]
+    summary: str
+
+
+class ImagePanel(JobPanel):
+    """A job that generates: besides the line of text the preview of an image, and the images that are done."""
+
+    def __init__(self, board: Board, worker: Worker, results: Results, name: str):
+        super().__init__(board, "images", name)
         self.worker, self.results = worker, results
-        self.status = gr.HTML(status("Ready."), elem_id=status_id, elem_classes="ether-line")
+
+    def place_results(self, label: str) -> None:
+        """The line of text, the preview and the images."""
+        self.place_status()
         self.preview = gr.Image(
             label="Preview", height=200, interactive=False, buttons=[], format="png", elem_classes="ether-preview"
         )
@@ -57,68 +172,38 @@ class ImagePanel:
             format="png",
             buttons=["download", "fullscreen"],
             interactive=False,
-            elem_id=gallery_id,
+            elem_id=f"{self.name}-images",
+            elem_classes="ether-images",
         )
-        self.outputs = [self.status, self.preview, self.gallery]
-
-    def connect(
-        self,
-        triggers: Sequence[Callable[..., Any]],
-        cancel: gr.Button,
-        generate: Callable[..., Iterator[Update]],
-        inputs: Sequence[gr.components.Component],
-        more_outputs: Sequence[gr.components.Component] = (),
-        *,
-        api_name: str,
-    ) -> None:
-        """Generate when triggered, and stop by a button. The requests of both tabs wait in one line of Gradio's."""
-        generating = gr.on(
-            triggers,
-            generate,
-            inputs,
-            [*self.outputs, *more_outputs],
-            api_name=api_name,
-            concurrency_id="model",
-            concurrency_limit=1,
-            show_progress="full",
-            show_progress_on=self.status,  # the place in line
-            trigger_mode="once",
-        )
-        stop_by(cancel, generating, lambda: (status("Cancelled."), None), [self.status, self.preview])
+        self.outputs = [self.preview, self.gallery]
 
     def generate(
-        self, settings: Settings, request: gr.Request, control: Image.Image | None = None
-    ) -> Iterator[Update]:
-        """Updates of the panel, up to the images.
+        self, settings: Settings, owner: str, control: Image.Image | None = None
+    ) -> tuple[Work, Update]:
+        """What `connect` prepares: images of these settings, and an empty panel meanwhile."""
 
-        Raises:
-            gr.Error: it went wrong, in words; the line of text says the same.
-        """
-        try:
-            yield {self.status: status("Starting …"), self.preview: None, self.gallery: None}
+        def work() -> Iterator[Generating | Shown]:
             for news in self.worker.generate(settings, control=control):
                 if isinstance(news, Generated):
-                    files = self.results.keep(news, str(request.session_hash))
-                    yield {self.status: _summary(news), self.preview: None, self.gallery: files}
+                    yield Shown(self.results.keep(news, owner), _summary(news))
                 else:
-                    text = f"Image {news.image} of {news.images}, step {news.step} of {news.steps}"
-                    yield {self.status: progress(text, news.done), self.preview: news.preview}
-        except Cancelled:
-            yield {self.status: status("Cancelled."), self.preview: None}
-        except (InputError, Failed) as error:
-            yield from self.explain(error)
+                    yield news
 
-    def explain(self, error: Exception) -> Iterator[Update]:
-        """An error in the line of text, where it stays, and as Gradio's own, which clients of the API get as well.
+        return work, {self.preview: None, self.gallery: None}
 
-        Raises:
-            gr.Error: after the update.
-        """
-        yield {self.status: problem(str(error)), self.preview: None}
-        raise gr.Error(str(error), print_exception=False) from None
+    def show(self, news: Generating | Shown) -> Update:
+        if isinstance(news, Shown):
+            return {self.status: status(news.summary), self.preview: None, self.gallery: news.files}
+        text = f"Image {news.image} of {news.images}, step {news.step} of {news.steps}"
+        return {self.status: progress(text, news.done), self.preview: news.preview}
 
 
 def _summary(done: Generated) -> str:
     seed = done.settings.seed
     seeds = f"seed {seed}" if done.settings.images == 1 else f"seeds from {seed} on"
-    return status(f"Done in {done.seconds:.1f} s, {seeds}.")
+    return f"Done in {done.seconds:.1f} s, {seeds}."
+
+
+def _place(news: Waiting) -> str:
+    jobs = "1 job is" if news.before == 1 else f"{news.before} jobs are"
+    return status("Starting …" if not news.before else f"In line: {jobs} before yours.")

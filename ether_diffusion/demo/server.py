@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Awaitable, Callable
+from http.cookies import SimpleCookie
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -16,6 +19,10 @@ MAX_PIXELS = 40_000_000
 """Of an image; Pillow refuses what has twice as many."""
 LONGEST_LINE = 64
 """Requests that wait at the same time, for whatever."""
+OWNER = "ether-owner"
+COOKIE = "Path=/; Max-Age=31536000; HttpOnly; SameSite=Lax"
+MOST_FOLLOWERS = 256
+"""Pages that are told of their jobs at the same time: each takes a thread."""
 FONTS = ["system-ui", "sans-serif"]
 SECURITY_HEADERS = {
     # Nothing is fetched from anywhere else, whatever a part of the page would like.
@@ -27,29 +34,9 @@ SECURITY_HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }
-CSS = """
-.gradio-container { max-width: 1200px !important; }
-.ether-cards { list-style: none; margin: 0; padding: 0; display: grid; gap: 12px;
-  grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); }
-.ether-cards li { display: flex; gap: 12px; margin: 0; padding: 10px; border-radius: 8px;
-  border: 1px solid var(--border-color-primary); background: var(--block-background-fill); }
-.ether-cards img { width: 72px; height: 72px; object-fit: cover; border-radius: 6px; image-rendering: pixelated; }
-.ether-cards div { min-width: 0; overflow-wrap: anywhere; }
-.ether-status, .ether-problem { padding: 8px 10px; border-radius: 6px; overflow-wrap: anywhere; }
-.ether-status { background: var(--block-background-fill); }
-.ether-status progress { display: block; width: 100%; margin-top: 6px; accent-color: var(--color-accent); }
-.ether-problem { border: 2px solid #b91c1c; color: var(--body-text-color); }
-#gallery img, .ether-preview img { image-rendering: pixelated; }
-.grid-wrap { padding-top: 40px !important; }
-.ether-samples img { padding-top: 36px; }
-button.primary:hover { background: var(--primary-700); }
-.ether-preview img { width: 100%; height: 100%; object-fit: contain; }
-.ether-preview:not(:has(img)) { display: none !important; }
-#map-gallery img { image-rendering: pixelated; }
-.ether-line .error, .ether-line .clear-status { display: none; }
-.ether-note { font-size: 0.85em; }
-.gradio-container { --block-info-text-color: var(--body-text-color); }
-"""
+CSS, HEAD = (
+    (Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("page.css", "page.html")
+)
 
 
 def launch(page: gr.Blocks, **options: Any) -> tuple[Any, str, str | None]:
@@ -59,6 +46,8 @@ def launch(page: gr.Blocks, **options: Any) -> tuple[Any, str, str | None]:
     return page.launch(
         theme=gr.themes.Soft(font=FONTS, font_mono=["ui-monospace", "monospace"]),
         css=CSS,
+        head=HEAD,
+        max_threads=MOST_FOLLOWERS,
         max_file_size=MAX_UPLOAD,
         ssr_mode=False,
         enable_monitoring=False,
@@ -87,13 +76,23 @@ class Guard:
                     send, 413, f"{MAX_UPLOAD_BYTES:,} bytes at most fit, and their number must be told"
                 )
 
+        is_new = OWNER not in SimpleCookie(dict(scope["headers"]).get(b"cookie", b"").decode("latin-1"))
+
         async def guarded(message: dict) -> None:
             if message["type"] == "http.response.start":
                 ours = [(name.encode(), value.encode()) for name, value in SECURITY_HEADERS.items()]
+                if is_new and scope["path"] == "/":
+                    ours.append((b"set-cookie", f"{OWNER}={secrets.token_urlsafe(16)}; {COOKIE}".encode()))
                 message["headers"] = [*message.get("headers", ()), *ours]
             await send(message)
 
         return await self.app(scope, receive, guarded)
+
+
+def owner_of(request: gr.Request) -> str:
+    """Who asks: a random name that the browser keeps as a cookie, or that of the session where there are no cookies."""
+    cookies = SimpleCookie(dict(request.headers).get("cookie", ""))
+    return cookies[OWNER].value if OWNER in cookies else str(request.session_hash)
 
 
 async def _refuse(send: Callable, status: int, words: str) -> None:

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import gradio as gr
 import pandas as pd
 from PIL import Image
 
-from ether_diffusion.demo.jobs import Cancelled, Failed
+from ether_diffusion.demo.board import Board
 from ether_diffusion.demo.markup import problem, progress, status
-from ether_diffusion.demo.panels import Update, stop_by
+from ether_diffusion.demo.panels import JobPanel, Update, Work
 from ether_diffusion.demo.photos import LARGEST_SQUARE, cut_square, read_photo
 from ether_diffusion.demo.results import Results
+from ether_diffusion.demo.server import owner_of
 from ether_diffusion.demo.training import FEWEST_PHOTOS, MOST_PHOTOS, TOKEN, Progress, Trainer
 from ether_diffusion.errors import InputError
 from ether_diffusion.training.options import DEFAULT_METHOD
 
 LARGEST_CUT = 1024
 THUMBNAIL = 512
-READY, STOPPED = status("Ready."), status("Stopped; nothing was kept.")
+READY = status("Ready.")
 METHODS = [("ETHER+ (moves both sides, the default)", "ether_plus"), ("ETHER (a quarter of the size)", "ether")]
 INTRODUCTION = (
     f"Teach the base model a subject from {FEWEST_PHOTOS} to {MOST_PHOTOS} photos. Everyone who uses this server can "
@@ -31,7 +31,8 @@ INTRODUCTION = (
 class TrainTab:
     """Built where it is made, within a `gr.Tab`. Attribute `trained`: the event that a training has ended."""
 
-    def __init__(self, trainer: Trainer, results: Results):
+    def __init__(self, board: Board, trainer: Trainer, results: Results):
+        self.panel = JobPanel(board, "trainings", "train")
         self.trainer, self.results = trainer, results
         gr.Markdown(INTRODUCTION)
         with gr.Row():
@@ -40,11 +41,9 @@ class TrainTab:
                 self.name = gr.Textbox(label="Name of the adapter", max_length=40, placeholder="my-dog")
                 self.word = gr.Textbox(label="What the photos show", max_length=30, placeholder="dog")
                 self.method = gr.Radio(METHODS, value=DEFAULT_METHOD, label="Method")
-                with gr.Row():
-                    self.go = gr.Button("Train", variant="primary", elem_id="train")
-                    self.stop = gr.Button("Stop", elem_id="stop-training")
+                self.panel.start_button("Train")
             with gr.Column(scale=3, min_width=300):
-                self.status = gr.HTML(READY, elem_id="training-status", elem_classes="ether-line")
+                self.panel.place_status()
                 self.losses = gr.LinePlot(x="step", y="loss", title="Loss", height=200, visible=False)
                 self.samples = gr.Image(
                     label="Samples: base above, adapted below",
@@ -86,7 +85,7 @@ class TrainTab:
     def _connect_photos(self) -> None:
         hidden = {"api_name": False, "show_progress": "hidden"}
         self.photos.change(
-            self.show_photos, self.photos, [self.shown, self.status, self.chosen, self.cropping], **hidden
+            self.show_photos, self.photos, [self.shown, self.panel.status, self.chosen, self.cropping], **hidden
         )
         opened = [self.small, self.cut, self.chosen, self.cropping, *self.square]
         self.shown.select(self.open_cropping, self.photos, opened, **hidden)
@@ -101,37 +100,32 @@ class TrainTab:
         self.keep.click(
             self.crop,
             [self.photos, self.chosen, *self.square],
-            [self.photos, self.cropping, self.status],
+            [self.photos, self.cropping, self.panel.status],
             api_name="crop",
             show_progress="hidden",
         )
 
     def _connect_training(self) -> None:
-        """One training at a time; Gradio keeps the line."""
-        self.trained = self.go.click(
+        self.trained = self.panel.connect(
+            [self.panel.go.click],
             self.train,
             [self.photos, self.name, self.word, self.method],
-            [self.status, self.losses, self.samples],
+            self._show,
+            [self.losses, self.samples],
             api_name="train",
-            concurrency_id="training",
-            concurrency_limit=1,
-            show_progress="full",
-            show_progress_on=self.status,  # the place in line
-            trigger_mode="once",
         )
-        stop_by(self.stop, self.trained, lambda: STOPPED, self.status)
 
     def show_photos(self, paths: list[str] | None) -> Update:
         paths = paths or []
         # What was being cropped is of other photos.
-        update = {self.shown: None, self.status: READY, self.chosen: None, self.cropping: gr.update(visible=False)}
+        update = {self.shown: None, self.panel.status: READY, self.chosen: None, self.cropping: gr.update(visible=False)}
         if len(paths) > MOST_PHOTOS:
             message = f"Photos: got {len(paths)}, needs {FEWEST_PHOTOS} to {MOST_PHOTOS}"
-            return update | {self.status: problem(message)}
+            return update | {self.panel.status: problem(message)}
         try:
             return update | {self.shown: [read_photo(path, THUMBNAIL) for path in paths]}
         except InputError as error:
-            return update | {self.status: problem(str(error))}
+            return update | {self.panel.status: problem(str(error))}
 
     def open_cropping(self, paths: list[str] | None, selected: gr.SelectData) -> Update:
         try:
@@ -154,26 +148,20 @@ class TrainTab:
         try:
             kept = cut_square(_chosen_photo(paths, index), size, across, down)
         except InputError as error:
-            return closed | {self.status: problem(str(error))}
+            return closed | {self.panel.status: problem(str(error))}
         kept.thumbnail((LARGEST_CUT, LARGEST_CUT), Image.Resampling.LANCZOS)
-        path = self.results.folder(str(request.session_hash)) / f"{Path(paths[index]).stem[:40]}-cut.png"
+        path = self.results.folder(owner_of(request)) / f"{Path(paths[index]).stem[:40]}-cut.png"
         kept.save(path)
-        return closed | {self.photos: [*paths[:index], str(path), *paths[index + 1 :]], self.status: READY}
+        return closed | {self.photos: [*paths[:index], str(path), *paths[index + 1 :]], self.panel.status: READY}
 
-    def train(self, photos, name, word, method) -> Iterator[Update]:
-        try:
-            for now in self.trainer.train(photos or [], name=name, word=word, method=method):
-                yield self._show(now)
-        except Cancelled:
-            yield {self.status: STOPPED}
-        except (InputError, Failed) as error:
-            yield {self.status: problem(str(error))}
-            raise gr.Error(str(error), print_exception=False) from None
+    def train(self, photos, name, word, method, *, owner: str) -> tuple[Work, Update]:
+        del owner  # everyone may use what is trained here
+        return self.trainer.train(photos or [], name=name, word=word, method=method), {}
 
     def _show(self, now: Progress) -> Update:
         losses = pd.DataFrame({"step": range(1, len(now.losses) + 1), "loss": now.losses})
         return {
-            self.status: _words(now),
+            self.panel.status: _words(now),
             self.losses: gr.LinePlot(losses, x_lim=[1, now.steps], visible=bool(now.losses)),
             self.samples: gr.skip() if now.image is None else now.image,
         }

@@ -8,9 +8,10 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -78,8 +79,8 @@ class Trainer:
 
     def train(
         self, photos: Sequence[str | Path], *, name: str, word: str, method: str, steps: int = STEPS
-    ) -> Iterator[Progress]:
-        """Train an adapter, and tell how far it is, about once a second. Closing the iterator stops the training.
+    ) -> Callable[[], Iterator[Progress]]:
+        """What trains an adapter when it is called, and tells how far it is, about once a second; closing that stops it.
 
         Args:
             photos: 3 to 8 image files.
@@ -89,9 +90,8 @@ class Trainer:
             steps: of the optimiser.
 
         Raises:
-            InputError: something that cannot be trained on.
-            Cancelled: the trainer was closed.
-            Failed: the process ended before it was done.
+            InputError: something that cannot be trained on. What is returned raises Cancelled where the trainer was
+                closed, and Failed where the process ended before it was done.
         """
         name, word = clean_name(name or ""), " ".join((word or "").split())
         if not WORD.fullmatch(word):
@@ -102,6 +102,9 @@ class Trainer:
             raise InputError(f"Photos: got {len(photos)}, needs {FEWEST_PHOTOS} to {MOST_PHOTOS}")
         images = [read_photo(photo, 4 * self.worker.side) for photo in photos]
         training = _Training(self.worker, images, name, f"a photo of {TOKEN} {word}", method, steps)
+        return partial(self._run, training)
+
+    def _run(self, training: _Training) -> Iterator[Progress]:
         self._trainings.add(training)
         try:
             done = self._thread.submit(training.run)

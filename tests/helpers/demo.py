@@ -33,6 +33,7 @@ def serve_page(folder: Path, **flags: object):
 
 def close(page) -> None:
     page.close()
+    page.board.close()
     page.trainer.close()
     page.worker.close()
     if page.temporary_before is None:
