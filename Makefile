@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: quickstart control test test-slow lint docs clean
+.PHONY: quickstart control test test-slow lint docs axe screenshots clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -30,6 +30,13 @@ $(READY)-slow: $(READY)
 
 test-slow: $(READY)-slow
 	$(PYTEST) -m slow
+
+# Accessibility rules for the tests of the page, which are skipped without them; needs npm.
+axe:
+	npm install --silent --no-fund --no-audit --prefix $(VENV)/axe axe-core
+
+screenshots: $(READY)
+	$(BIN)/python tools/screenshots.py --output_dir out/screenshots --docs docs
 
 lint: $(READY)
 	$(BIN)/ruff check .

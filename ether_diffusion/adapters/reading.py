@@ -217,7 +217,7 @@ def _open(path: Path, needs: str | None = None) -> tuple[dict[str, Tensor], dict
 
 
 def _check_header(path: Path, needs: str | None) -> dict[str, str]:
-    """The metadata of a safetensors file, once every entry of its header was checked: no map of its data outlives it."""
+    """The metadata of a safetensors file whose header was checked; no map of its data outlives this."""
     check_start(path)
     with safe_open(path, "np") as file:
         header, names = file.metadata() or {}, file.keys()

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ether_diffusion.demo.board import Board
-from ether_diffusion.demo.markup import STRENGTH_NOTE, note, problem, status
+from ether_diffusion.demo.markup import STRENGTH_NOTE, problem, status, tooltip
 from ether_diffusion.demo.panels import ImagePanel, Update, Work, sampling_sliders
 from ether_diffusion.demo.results import Results
 from ether_diffusion.demo.settings import (
@@ -55,7 +55,7 @@ class ControlTab:
                 self.map = _map_editor(worker.side, drawing)
                 self.again = gr.Button("The adapter's sample map", size="sm", elem_id="sample-map")
                 self.strength = gr.Slider(0, HIGHEST_STRENGTH, value=strength, step=0.05, label="Strength")
-                gr.HTML(note(STRENGTH_NOTE))
+                gr.HTML(tooltip("What do strengths mean?", STRENGTH_NOTE))
                 go = self.panel.start_button("Generate")
                 with gr.Accordion("More settings", open=False):
                     seeds = {"precision": 0, "minimum": 0, "maximum": HIGHEST_SEED}

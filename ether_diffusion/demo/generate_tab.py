@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import secrets
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
+from ether_diffusion.demo.adapter_picker import AdapterPicker
 from ether_diffusion.demo.board import Board
-from ether_diffusion.demo.markup import STRENGTH_NOTE, cards, note, problem, status
+from ether_diffusion.demo.history import History
+from ether_diffusion.demo.markup import problem, status
 from ether_diffusion.demo.panels import ImagePanel, Update, Work, sampling_sliders
 from ether_diffusion.demo.results import Results
 from ether_diffusion.demo.settings import (
     HIGHEST_SEED,
-    HIGHEST_STRENGTH,
     LONGEST_PROMPT,
     MOST_ADAPTERS,
     MOST_IMAGES,
     Settings,
     read_image,
 )
+from ether_diffusion.demo.start import Start, read_start
 from ether_diffusion.demo.worker import Worker
 from ether_diffusion.errors import InputError
 
 RANDOM_SEEDS = 10**6
 """A seed that is drawn stays below this: short enough to be told to somebody."""
+SIDE_BY_SIDE = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
+"""Strengths of a grid."""
 
 
 class GenerateTab:
@@ -34,52 +39,76 @@ class GenerateTab:
         self.worker = worker
         self.panel = ImagePanel(board, worker, results, "generate")
         offered = worker.usable()
-        with gr.Row():
-            with gr.Column(scale=2, min_width=300):
-                first_prompt = worker.library.get(offered[-1]).prompt if offered else ""
-                self.prompt = gr.Textbox(label="Prompt", value=first_prompt, max_length=LONGEST_PROMPT, autofocus=True)
-                self._choose_adapters(offered)
-                go = self.panel.start_button("Generate")
-                with gr.Row():
-                    seeds = {"precision": 0, "minimum": 0, "maximum": HIGHEST_SEED}
-                    self.seed = gr.Number(label="Seed", value=0, min_width=120, **seeds)
-                    self.draw = gr.Checkbox(label="New seed every time", value=False, min_width=120)
-                self.images = gr.Slider(1, MOST_IMAGES, value=1, step=1, label="Number of images")
-                with gr.Accordion("More settings", open=False):
-                    has_negative = worker.takes("negative_prompt")
-                    self.negative = gr.Textbox(
-                        label="Negative prompt", max_length=LONGEST_PROMPT, visible=has_negative
-                    )
-                    start = worker.start()
-                    self.sampling = sampling_sliders(worker, start)
-            with gr.Column(scale=3, min_width=300):
-                self.panel.place_results("Images: base and adapted, from the same seed")
-                with gr.Accordion("Use the settings of an image", open=False):
-                    self.dropped = gr.File(label="Drop a PNG that was downloaded here", file_types=[".png"])
-        with gr.Accordion("Adapters on offer", open=True):
-            self.listing = gr.HTML(self.list_adapters(), elem_id="listing")
+        with gr.Row(elem_classes="ether-tab"):
+            with gr.Column(elem_classes="ether-controls"):
+                self.picker = AdapterPicker(worker)
+                first = worker.library.get(offered[-1]).prompt if offered else ""
+                self.prompt = gr.Textbox(
+                    label="Prompt", value=first, max_length=LONGEST_PROMPT, lines=2, elem_id="prompt"
+                )
+                with gr.Column(elem_classes="ether-go"):
+                    go = self.panel.start_button("Generate")
+                with gr.Column(elem_classes="ether-more"):
+                    self._place_numbers()
+                    self._place_start()
+                    with gr.Accordion("More settings", open=False):
+                        self.negative = gr.Textbox(
+                            label="Negative prompt",
+                            max_length=LONGEST_PROMPT,
+                            visible=worker.takes("negative_prompt"),
+                        )
+                        self.sampling = sampling_sliders(worker, worker.start())
+            with gr.Column(elem_classes="ether-results"):
+                self.panel.place_results("Images, base and adapted from the same seed", compared=True)
+                with gr.Column(elem_classes="ether-last"):
+                    self.history = History(results, "history")
+                    with gr.Accordion("Use the settings of an image", open=False):
+                        self.dropped = gr.File(
+                            label="Drop a PNG that was downloaded here", file_types=[".png"], elem_id="settings-of"
+                        )
         self._connect(go)
 
-    def _choose_adapters(self, offered: list[str]) -> None:
-        self.adapters = gr.Dropdown(
-            offered,
-            value=offered[-1:],
-            multiselect=True,
-            max_choices=MOST_ADAPTERS,
-            label="Adapters",
-            info=f"Up to {MOST_ADAPTERS}, applied in this order. None generates with the base model alone.",
-            elem_id="adapters",
+    def _place_numbers(self) -> None:
+        """Seeds, and how many images of which strengths."""
+        with gr.Row():
+            self.seed = gr.Number(
+                label="Seed", value=0, min_width=100, precision=0, minimum=0, maximum=HIGHEST_SEED, elem_id="seed"
+            )
+            self.images = gr.Slider(1, MOST_IMAGES, value=1, step=1, label="Images", min_width=100)
+        self.draw = gr.Checkbox(label="New seed every time", value=False)
+        self.grid = gr.Checkbox(
+            label="Strengths side by side",
+            info=f"The first adapter at {', '.join(f'{each:g}' for each in SIDE_BY_SIDE)}, in one batch",
+            value=False,
+            elem_id="grid",
         )
-        self.strengths = [
-            gr.Slider(0, HIGHEST_STRENGTH, value=1.0, step=0.05, **shown) for shown in _strength_labels(offered[-1:])
-        ]
-        gr.HTML(note(STRENGTH_NOTE))
+
+    def _place_start(self) -> None:
+        """An image to start from, where the base model can."""
+        possible = self.worker.starts_from_images()
+        label = "Start from an image" + (
+            "; paint what is made anew" if self.worker.starts_from_images("inpainting") else ""
+        )
+        with gr.Accordion("Start from an image", open=False, visible=possible, elem_id="start"):
+            self.start = gr.ImageEditor(
+                label=label,
+                type="pil",
+                image_mode="RGBA",
+                sources=["upload", "clipboard"],
+                brush=gr.Brush(colors=["#ffffff"], color_mode="fixed"),
+                transforms=("crop",),
+                layers=False,
+                format="png",
+                height=320,
+                elem_id="start-image",
+            )
+            self.change = gr.Slider(0.05, 1, value=0.6, step=0.05, label="Change", info="1 forgets the image")
 
     def _connect(self, go: gr.Button) -> None:
         # The order in which clients of the API give them, too.
-        inputs = [self.adapters, *self.strengths, self.prompt, self.negative, *self.sampling]
-        inputs += [self.draw, self.seed, self.images]
-        self.panel.connect(
+        inputs = [self.picker.names, *self.picker.strengths, self.prompt, self.negative, *self.sampling]
+        inputs += [self.draw, self.seed, self.images, self.grid, self.start, self.change]
+        done = self.panel.connect(
             [go.click, self.prompt.submit],
             self.generate,
             inputs,
@@ -87,28 +116,22 @@ class GenerateTab:
             [*self.panel.outputs, self.seed],
             api_name="generate",
         )
-        self.adapters.change(
-            lambda names: [gr.update(**shown) for shown in _strength_labels(names or [])],
-            self.adapters,
-            self.strengths,
-            api_name=False,
-            queue=False,
-            show_progress="hidden",
-        )
+        self.history.connect(done)
+        self.picker.connect(self.prompt)
+        restored = [each for each in inputs if each not in (self.start, self.change)]
         self.dropped.upload(
             self.restore,
             self.dropped,
-            [*inputs, self.panel.status],
+            [*restored, self.panel.status],
             api_name="use_settings",
             show_progress="hidden",
         )
 
-    def list_adapters(self) -> str:
-        return cards((each, self.worker.fit(each)) for each in self.worker.library.adapters())
-
     def generate(
-        self, adapters, s1, s2, s3, prompt, negative, steps, guidance, width, height, draw, seed, images, *, owner: str
-    ) -> tuple[Work, Update]:
+        self, adapters, s1, s2, s3, prompt, negative, steps, guidance, width, height, draw, seed, images, grid=False,
+        drawn: dict[str, Any] | None = None, change: float = 0.6, *, owner: str,
+    ) -> tuple[Work, Update]:  # fmt: skip
+        start: Start | None = read_start(drawn, change)
         settings = Settings(
             prompt=prompt or "",
             negative_prompt=negative or "",
@@ -119,8 +142,10 @@ class GenerateTab:
             height=height,
             seed=secrets.randbelow(RANDOM_SEEDS) if draw else seed,
             images=images,
+            strengths=SIDE_BY_SIDE if grid else (),
+            change=0.0 if start is None else change,
         )
-        work, empty = self.panel.generate(settings, owner)
+        work, empty = self.panel.generate(settings, owner, start=start)
         return work, empty | {self.seed: settings.seed}
 
     def restore(self, path: str | None) -> Update:
@@ -138,21 +163,18 @@ class GenerateTab:
         names, strengths = [name for name, _ in found.adapters], [strength for _, strength in found.adapters]
         strengths += [1.0] * (MOST_ADAPTERS - len(strengths))
         sampling = (found.steps, found.guidance, found.width, found.height)
+        told = f"These are the settings of {Path(path).name}."
+        if found.change:
+            told += f" It was started from an image, of which {found.change:g} was changed: put that in again."
         return {
-            self.adapters: gr.update(choices=self.worker.usable(), value=names),
-            **dict(zip(self.strengths, strengths, strict=True)),
+            self.picker.names: gr.update(choices=self.worker.usable(), value=names),
+            **dict(zip(self.picker.strengths, strengths, strict=True)),
             **dict(zip(self.sampling, sampling, strict=True)),
             self.prompt: found.prompt,
             self.negative: found.negative_prompt,
             self.draw: False,
             self.seed: found.seed,
             self.images: found.images,
-            self.panel.status: status(f"These are the settings of {Path(path).name}."),
+            self.grid: bool(found.strengths),
+            self.panel.status: status(told),
         }
-
-
-def _strength_labels(names: list[str]) -> list[dict]:
-    """Properties of all the sliders of strengths: those of adapters that are chosen are shown, with their names."""
-    shown = [{"visible": True, "label": f"Strength of {name}"} for name in names]
-    hidden = [{"visible": False, "label": f"Strength {k + 1}"} for k in range(MOST_ADAPTERS)]
-    return shown + hidden[len(shown) :]

@@ -41,12 +41,12 @@ class Generating:
 
 @dataclass(frozen=True)
 class Generated:
-    """Done: for every image the base model's and the adapted one (None where no adapter was asked for).
+    """Done: for every seed the images of `settings.columns`, such as the base model's and the adapted one.
 
-    settings, control: as they were asked for.
+    settings, control: as they were asked for. seconds: with the reading of adapters.
     """
 
-    images: list[tuple[Image.Image, Image.Image | None]]
+    images: list[tuple[Image.Image, ...]]
     settings: Settings
     control: Image.Image | None
     seconds: float

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Iterable
 from functools import lru_cache
 from html import escape
 from pathlib import Path
 
 from PIL import Image
 
-from ether_diffusion.demo.library import Adapter
 from ether_diffusion.images import DAMAGE
-from ether_diffusion.tuner.config import METHOD_NAMES
 
 THUMBNAIL = 160
 LARGEST_IMAGE = 4_000_000
@@ -23,12 +18,8 @@ STRENGTH_NOTE = (
 )
 
 
-def note(text: str) -> str:
-    return f'<div class="ether-note">{escape(text)}</div>'
-
-
 def status(text: str) -> str:
-    return f'<div class="ether-status" role="status">{escape(text)}</div>'
+    return f'<div class="ether-status" role="status" aria-live="polite">{escape(text)}</div>'
 
 
 def problem(text: str) -> str:
@@ -37,41 +28,34 @@ def problem(text: str) -> str:
 
 def progress(text: str, done: float) -> str:
     """A line of text over a bar; `done` from 0 to 1."""
-    bar = f'<progress value="{done:.3f}" max="1" aria-label="{escape(text)}"></progress>'
-    return f'<div class="ether-status">{escape(text)}{bar}</div>'
+    bar = f'<progress value="{done:.3f}" max="1" aria-label="Progress"></progress>'
+    return f'<div class="ether-status" role="status" aria-live="polite">{escape(text)}{bar}</div>'
 
 
-def cards(adapters: Iterable[tuple[Adapter, str]]) -> str:
-    """Adapters, each with whether it fits, as cards."""
-    shown = "".join(_card(adapter, fit) for adapter, fit in adapters)
-    return f'<ul class="ether-cards">{shown}</ul>' if shown else status("There is no adapter in the folder yet.")
+def tooltip(label: str, text: str) -> str:
+    """A line that opens to a longer text."""
+    paragraphs = "<br>".join(escape(line) for line in text.splitlines())
+    return f'<details class="ether-note"><summary>{escape(label)}</summary>{paragraphs}</details>'
 
 
-def _card(adapter: Adapter, fit: str) -> str:
-    image = ""
-    if adapter.image is not None:
-        stamp = adapter.image.stat().st_mtime_ns
-        if source := _thumbnail(adapter.image, stamp):
-            image = f'<img src="{source}" alt="Sample of {escape(adapter.name)}">'
-    kind = ", ".join([METHOD_NAMES[method] for method in adapter.methods] + ["control"] * adapter.is_control)
-    return (
-        f"<li>{image}<div><strong>{escape(adapter.name)}</strong><br>{escape(adapter.prompt) or '–'}<br>"
-        f"<small>{escape(kind)} · {adapter.parameters:,} parameters · {adapter.size:,} bytes<br>{escape(fit)}"
-        "</small></div></li>"
-    )
+def thumbnail(path: Path | None) -> Image.Image | None:
+    """A small copy; None where there is no file, or it is no image."""
+    return None if path is None else _thumbnail(path, path.stat().st_mtime_ns)
 
 
-@lru_cache(maxsize=256)
-def _thumbnail(path: Path, _stamp: int) -> str:
-    """A small copy as a data address; empty where the file is no image."""
+def placeholder() -> Image.Image:
+    """What is shown of an adapter without an image."""
+    return Image.new("RGB", (THUMBNAIL, THUMBNAIL), "#8a8fa3")
+
+
+@lru_cache(maxsize=1024)
+def _thumbnail(path: Path, _stamp: int) -> Image.Image | None:
     try:
         if path.stat().st_size > LARGEST_IMAGE:
-            return ""
+            return None
         with Image.open(path) as image:
             small = image.convert("RGB")
     except DAMAGE:
-        return ""
+        return None
     small.thumbnail((THUMBNAIL, THUMBNAIL))
-    content = io.BytesIO()
-    small.save(content, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+    return small

@@ -25,7 +25,8 @@ ADDRESS = "() => [new URLSearchParams(location.search).get('job') || '']"
 
 def build_page(worker: Worker, trainer: Trainer, results: Results, board: Board) -> gr.Blocks:
     """The page of a worker; `server.launch` serves it."""
-    with gr.Blocks(title="ETHER diffusion", analytics_enabled=False, delete_cache=(600, CACHE_SECONDS)) as page:
+    cache = (600, CACHE_SECONDS)
+    with gr.Blocks(title="ETHER diffusion", analytics_enabled=False, delete_cache=cache, fill_width=True) as page:
         with gr.Row(elem_classes="ether-head"):
             gr.Markdown(f"# ETHER diffusion\nBase model: {_describe_base(worker)}")
             toggle = gr.Button("Light / dark", size="sm", min_width=110, scale=0, elem_id="theme")
@@ -41,18 +42,19 @@ def build_page(worker: Worker, trainer: Trainer, results: Results, board: Board)
             with gr.Tab(TABS[3], render_children=True):
                 control = ControlTab(board, worker, results)
 
-        def refresh() -> Update:
+        quiet = {"api_name": False, "show_progress": "hidden"}
+
+        def refresh(text: str) -> Update:
             return {
-                generate.adapters: gr.update(choices=worker.usable()),
-                generate.listing: generate.list_adapters(),
+                **generate.picker.refresh(text),
                 inspect.adapter: gr.update(choices=inspect.names()),
                 control.adapter: gr.update(choices=worker.usable(control=True)),
             }
 
-        lists = [generate.adapters, generate.listing, inspect.adapter, control.adapter]
-        quiet = {"api_name": False, "show_progress": "hidden"}
-        page.load(refresh, None, lists, api_name="refresh", show_progress="hidden")
-        train.trained.then(refresh, None, lists, **quiet)
+        lists = [*generate.picker.refreshed, inspect.adapter, control.adapter]
+        page.load(refresh, generate.picker.search, lists, api_name="refresh", show_progress="hidden")
+        train.trained.then(refresh, generate.picker.search, lists, **quiet)
+        page.load(generate.history.refresh, None, [generate.history.gallery, generate.history.download], **quiet)
         for panel in (generate.panel, train.panel, control.panel):
             page.load(panel.resume, asked, panel.resumed, js=ADDRESS, concurrency_limit=None, **quiet)
             panel.address.change(None, panel.address, None, js="(job) => window.etherAddress(job)", **quiet)

@@ -15,6 +15,7 @@ from ether_diffusion.demo.markup import problem, progress, status
 from ether_diffusion.demo.results import Results
 from ether_diffusion.demo.server import owner_of
 from ether_diffusion.demo.settings import HIGHEST_GUIDANCE, MOST_STEPS, Settings
+from ether_diffusion.demo.start import Start
 from ether_diffusion.demo.worker import Worker
 from ether_diffusion.errors import InputError
 
@@ -72,7 +73,7 @@ class JobPanel:
         """Put a job on the board when triggered, and follow it; the event, which ends with the job.
 
         Args:
-            prepare: gets the inputs and the owner; the work, and what to show before its first news. Raises InputError.
+            prepare: gets the inputs and the owner; gives the work, and what to show before its first news.
             show: what news of the work look like.
             outputs: all that `prepare` and `show` update, besides the status.
         """
@@ -160,8 +161,8 @@ class ImagePanel(JobPanel):
         super().__init__(board, "images", name)
         self.worker, self.results = worker, results
 
-    def place_results(self, label: str) -> None:
-        """The line of text, the preview and the images."""
+    def place_results(self, label: str, *, compared: bool = False) -> None:
+        """The line of text, the preview and the images; with a slider between the first two, if they are compared."""
         self.place_status()
         self.preview = gr.Image(
             label="Preview", height=200, interactive=False, buttons=[], format="png", elem_classes="ether-preview"
@@ -175,25 +176,43 @@ class ImagePanel(JobPanel):
             elem_id=f"{self.name}-images",
             elem_classes="ether-images",
         )
-        self.outputs = [self.preview, self.gallery]
+        self.slider = gr.ImageSlider(
+            label="Base and adapted, from one seed",
+            visible=False,
+            interactive=False,
+            buttons=[],
+            format="png",
+            slider_position=50,
+            elem_id=f"{self.name}-slider",
+            elem_classes="ether-slider",
+        )
+        self.compared = compared
+        self.outputs = [self.preview, self.gallery, self.slider]
 
     def generate(
-        self, settings: Settings, owner: str, control: Image.Image | None = None
+        self, settings: Settings, owner: str, control: Image.Image | None = None, start: Start | None = None
     ) -> tuple[Work, Update]:
         """What `connect` prepares: images of these settings, and an empty panel meanwhile."""
 
         def work() -> Iterator[Generating | Shown]:
-            for news in self.worker.generate(settings, control=control):
+            for news in self.worker.generate(settings, control=control, start=start):
                 if isinstance(news, Generated):
                     yield Shown(self.results.keep(news, owner), _summary(news))
                 else:
                     yield news
 
-        return work, {self.preview: None, self.gallery: None}
+        return work, {self.preview: None, self.gallery: None, self.slider: gr.update(visible=False)}
 
     def show(self, news: Generating | Shown) -> Update:
         if isinstance(news, Shown):
-            return {self.status: status(news.summary), self.preview: None, self.gallery: news.files}
+            pair = tuple(path for path, _ in news.files[:2])
+            slider = gr.update(value=pair, visible=True) if self.compared and len(news.files) == 2 else gr.skip()
+            return {
+                self.status: status(news.summary),
+                self.preview: None,
+                self.gallery: news.files,
+                self.slider: slider,
+            }
         text = f"Image {news.image} of {news.images}, step {news.step} of {news.steps}"
         return {self.status: progress(text, news.done), self.preview: news.preview}
 

@@ -8,11 +8,13 @@ import shutil
 import tempfile
 import time
 import zipfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from ether_diffusion.demo.jobs import Generated
 from ether_diffusion.demo.settings import Settings, save_image
+from ether_diffusion.images import image_grid
 
 KEPT_SECONDS = 24 * 3600
 MOST_SHOWN = 200
@@ -38,16 +40,20 @@ class Results:
         return Path(tempfile.mkdtemp(dir=mine, prefix=f"{time.time_ns():020}-"))
 
     def keep(self, generated: Generated, owner: str) -> list[tuple[str, str]]:
-        """Images as PNG files that hold their settings, with a caption each."""
-        folder, shown = self.folder(owner), []
-        for k, pair in enumerate(generated.images):
-            one = replace(generated.settings, seed=generated.settings.seed + k, images=1)
-            made = {"base": replace(one, adapters=()), "adapted": one}
-            for (kind, settings), image in zip(made.items(), pair, strict=True):
-                if image is not None:
-                    path = folder / file_name(settings)
-                    save_image(image, path, settings, generated.control if kind == "adapted" else None)
-                    shown.append((str(path), f"{kind}, seed {settings.seed}"))
+        """Images as PNG files that hold their settings, with a caption each; of a grid a labelled sheet as well."""
+        folder, shown, asked = self.folder(owner), [], generated.settings
+        for k, row in enumerate(generated.images):
+            for column, image in zip(asked.columns, row, strict=True):
+                one = replace(asked, seed=asked.seed + k, images=1, adapters=column, strengths=())
+                path = folder / file_name(one)
+                save_image(image, path, one, generated.control if column else None)
+                shown.append((str(path), f"{caption(asked, column)}, seed {one.seed}"))
+        if len(generated.images) > 1 or asked.strengths:
+            columns = zip(asked.columns, zip(*generated.images, strict=True), strict=True)
+            sheet = image_grid([(caption(asked, column), images) for column, images in columns])
+            path = folder / f"{Path(file_name(asked)).stem}_sheet.png"
+            save_image(sheet, path, asked, generated.control)
+            shown.append((str(path), "all on one sheet"))
         return shown
 
     def history(self, owner: str) -> list[str]:
@@ -81,11 +87,16 @@ class Results:
 
 def file_name(settings: Settings) -> str:
     """A name that says prompt, adapter and seed: `a-red-cube_my-dog-0.8_seed-7.png`."""
-    adapters = "+".join(
-        name if strength == 1 else f"{name}-{strength:g}" for name, strength in settings.adapters if strength
-    )
+    adapters = "+".join(name if strength == 1 else f"{name}-{strength:g}" for name, strength in settings.adapters)
     parts = [slug(settings.prompt) or "image", slug(adapters, keep="+.") or "base", f"seed-{settings.seed}"]
     return "_".join(parts) + ".png"
+
+
+def caption(asked: Settings, column: Sequence[tuple[str, float]]) -> str:
+    """What an image of `asked.columns` is called."""
+    if asked.strengths:
+        return f"{column[0][0]} at {column[0][1]:g}"
+    return "adapted" if column else "base"
 
 
 def slug(text: str, keep: str = "") -> str:

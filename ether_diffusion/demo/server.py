@@ -44,7 +44,7 @@ def launch(page: gr.Blocks, **options: Any) -> tuple[Any, str, str | None]:
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS
     page.queue(max_size=LONGEST_LINE, default_concurrency_limit=4)
     return page.launch(
-        theme=gr.themes.Soft(font=FONTS, font_mono=["ui-monospace", "monospace"]),
+        theme=_theme(),
         css=CSS,
         head=HEAD,
         max_threads=MOST_FOLLOWERS,
@@ -55,6 +55,38 @@ def launch(page: gr.Blocks, **options: Any) -> tuple[Any, str, str | None]:
         app_kwargs={"middleware": [Middleware(Guard)]},
         quiet=True,
         **options,
+    )
+
+
+def _theme() -> gr.themes.Base:
+    """Plain labels in place of filled pills, and nothing that is told by a faint colour alone."""
+    text = "*body_text_color"
+    return gr.themes.Soft(font=FONTS, font_mono=["ui-monospace", "monospace"]).set(
+        block_title_background_fill="none",
+        block_title_background_fill_dark="none",
+        block_title_padding="0",
+        block_title_text_color=text,
+        block_title_text_color_dark=text,
+        block_title_text_weight="600",
+        block_label_background_fill="none",
+        block_label_background_fill_dark="none",
+        block_label_text_color=text,
+        block_label_text_color_dark=text,
+        block_label_text_weight="600",
+        block_label_padding="0",
+        block_info_text_color=text,
+        block_info_text_color_dark=text,
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        input_placeholder_color="*neutral_600",
+        input_placeholder_color_dark="*neutral_400",
+        button_primary_background_fill_hover="*primary_700",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_dark="*primary_600",
+        button_cancel_background_fill="*neutral_200",
+        button_cancel_background_fill_dark="*neutral_700",
+        button_cancel_text_color=text,
+        button_cancel_text_color_dark=text,
     )
 
 
@@ -90,7 +122,7 @@ class Guard:
 
 
 def owner_of(request: gr.Request) -> str:
-    """Who asks: a random name that the browser keeps as a cookie, or that of the session where there are no cookies."""
+    """Who asks: a random name that the browser keeps as a cookie, or its session's where it keeps none."""
     cookies = SimpleCookie(dict(request.headers).get("cookie", ""))
     return cookies[OWNER].value if OWNER in cookies else str(request.session_hash)
 

@@ -19,7 +19,7 @@ MAP_CHUNK = b"etMp"
 """Of the private PNG chunk that holds the map, as a PNG. Text chunks are read up to one megabyte only."""
 LARGEST_MAP = 2048
 """Pixels a side."""
-LONGEST_PROMPT, MOST_STEPS, MOST_IMAGES, MOST_ADAPTERS = 1000, 150, 4, 3
+LONGEST_PROMPT, MOST_STEPS, MOST_IMAGES, MOST_ADAPTERS, MOST_STRENGTHS = 1000, 150, 8, 3, 8
 HIGHEST_STRENGTH, HIGHEST_GUIDANCE, HIGHEST_SEED = 1.5, 30.0, 2**32 - 1
 LARGEST_TEXT_CHUNK = 20_000
 
@@ -31,6 +31,8 @@ class Settings:
     adapters: (name, strength) in the order in which they are applied.
     seed: of the first image; the next have the numbers after it.
     width, height: in pixels; what fits them is the base model's to say.
+    strengths: of the first adapter, side by side in place of base and adapted.
+    change: how much of an image was changed that was started from; 0: none was. The image itself is not kept.
 
     Raises:
         InputError: a value outside its bounds; says which, what came and what fits.
@@ -45,6 +47,8 @@ class Settings:
     height: int = 64
     seed: int = 0
     images: int = 1
+    strengths: tuple[float, ...] = ()
+    change: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
@@ -72,6 +76,21 @@ class Settings:
             raise InputError(f"Adapters: got {', '.join(names)}; {MOST_ADAPTERS} at most fit, each once")
         for name, strength in self.adapters:
             _check_number(f"Strength of {name}", strength, HIGHEST_STRENGTH)
+        _check_number("Change", self.change, 1.0)
+        for strength in self.strengths:
+            _check_number("Strengths side by side", strength, HIGHEST_STRENGTH)
+        if self.strengths and not self.adapters:
+            raise InputError("Strengths side by side: choose an adapter first")
+        if len(self.strengths) > MOST_STRENGTHS:
+            raise InputError(f"Strengths side by side: got {len(self.strengths)}; {MOST_STRENGTHS} at most fit")
+
+    @property
+    def columns(self) -> tuple[tuple[tuple[str, float], ...], ...]:
+        """What is generated from each seed, side by side: the adapters of each image, none for the base model's."""
+        if self.strengths:
+            (name, _), *others = self.adapters
+            return tuple(((name, strength), *others) for strength in self.strengths)
+        return ((), self.adapters) if self.adapters else ((),)
 
     @classmethod
     def from_json(cls, text: str) -> Settings:
@@ -88,6 +107,7 @@ class Settings:
             if not isinstance(values, dict) or not set(values) <= known:
                 raise TypeError("other entries than settings")
             values["adapters"] = tuple((str(name), float(strength)) for name, strength in values.get("adapters", ()))
+            values["strengths"] = tuple(float(strength) for strength in values.get("strengths", ()))
             return cls(**values)
         except InputError:
             raise

@@ -80,7 +80,7 @@ class Trainer:
     def train(
         self, photos: Sequence[str | Path], *, name: str, word: str, method: str, steps: int = STEPS
     ) -> Callable[[], Iterator[Progress]]:
-        """What trains an adapter when it is called, and tells how far it is, about once a second; closing that stops it.
+        """What trains an adapter when it is called, and tells how far it is once a second; closing that stops it.
 
         Args:
             photos: 3 to 8 image files.
@@ -217,5 +217,5 @@ class _Training:
             height=side,
         )
         *_, generated = self.worker.generate(settings)
-        ((_, image),) = generated.images
+        ((_, image),) = generated.images  # of the base, and adapted
         save_image(image, self.worker.library.get(name).path.parent / IMAGE_NAME, settings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ether_diffusion.demo.jobs import Failed, Generated, Generating, News
 from ether_diffusion.demo.library import Adapter, Library
 from ether_diffusion.demo.sampling import guidance, sizes
 from ether_diffusion.demo.settings import Settings
+from ether_diffusion.demo.start import Start, start_arguments, task_class
 from ether_diffusion.errors import EtherFileError, InputError
 from ether_diffusion.export.lora import export_lora
 from ether_diffusion.serving.checks import takes
@@ -61,6 +62,7 @@ class Worker:
         self.version = {"variant": variant, "revision": revision}
         config = DiffusionPipeline.load_config(base, revision=revision)
         kind = CONTROL_PIPELINES.get(config["_class_name"], DiffusionPipeline)
+        self.base_class = config["_class_name"]
         self.pipe = open_for_inference(base, kind, device=device, **self.version)
         self.device = device or self.pipe.device.type
         self.side, self.unit = sizes(self.pipe)
@@ -82,22 +84,27 @@ class Worker:
 
     # Generating ---------------------------------------------------------------------------------------------------
 
-    def generate(self, settings: Settings, *, control: Image.Image | None = None) -> Iterator[Generating | Generated]:
+    def generate(
+        self, settings: Settings, *, control: Image.Image | None = None, start: Start | None = None
+    ) -> Iterator[Generating | Generated]:
         """Generate, and tell how far it is; the last news are `Generated`. Closing the iterator cancels.
 
+        control: a map, for a control adapter. start: what the images start from, in place of noise.
+
         Raises:
-            InputError: a size or an adapter that does not fit the base.
+            InputError: a size, an adapter or a start that does not fit the base.
             Cancelled: the worker was closed.
             Failed: whatever else went wrong, in words.
         """
-        self._check(settings, control)
         started = time.perf_counter()
-        adapted = any(strength for _, strength in settings.adapters)  # at strength 0 it is the base's image
-        kinds = 2 if adapted else 1
-        news = News(kinds * settings.images, settings.steps, self.decode)
+        self._check(settings, control)
+        # At strength 0 it is the base's image: what is the same is generated once.
+        columns = [column if any(strength for _, strength in column) else () for column in settings.columns]
+        kinds = list(dict.fromkeys(columns))
+        news = News(len(kinds) * settings.images, settings.steps, self.decode)
         jobs = []
         try:
-            jobs = self.engine.submit_all(self._requests(settings, control, kinds, news))
+            jobs = self.engine.submit_all(self._requests(settings, control, start, kinds, news))
             yield from news.follow(jobs)
             images = [job.result().images[0] for job in jobs]
         except (Cancelled, InputError):
@@ -109,9 +116,15 @@ class Worker:
         finally:
             for job in jobs:
                 job.cancel()
-        changed = images[kinds - 1 :: kinds] if settings.adapters else [None] * settings.images
-        pairs = list(zip(images[::kinds], changed, strict=True))
-        yield Generated(pairs, settings, control, time.perf_counter() - started)
+        places = [kinds.index(column) for column in columns]
+        rows = [images[k : k + len(kinds)] for k in range(0, len(images), len(kinds))]
+        yield Generated(
+            [tuple(row[place] for place in places) for row in rows], settings, control, time.perf_counter() - started
+        )
+
+    def starts_from_images(self, task: str = "image2image") -> bool:
+        """Whether diffusers has a pipeline that does "image2image" or "inpainting" with this base."""
+        return task_class(self.base_class, task) is not None
 
     def _check(self, settings: Settings, control: Image.Image | None) -> None:
         for name, value in (("Width", settings.width), ("Height", settings.height)):
@@ -129,29 +142,54 @@ class Worker:
             )
 
     def _requests(
-        self, settings: Settings, control: Image.Image | None, kinds: int, news: News
+        self,
+        settings: Settings,
+        control: Image.Image | None,
+        start: Start | None,
+        kinds: Sequence[tuple[tuple[str, float], ...]],
+        news: News,
     ) -> list[dict[str, Any]]:
-        """To the engine: for each seed the base model's image, and where there are two kinds the adapted one."""
-        own = {
+        """To the engine: for each seed an image with the adapters of each kind."""
+        own = self._arguments(settings)
+        if start is not None:
+            own = {name: value for name, value in own.items() if name not in ("width", "height")}
+            own |= self._start(settings, start)
+        requests = []
+        for number in range(len(kinds) * settings.images):
+            seed, adapters = settings.seed + number // len(kinds), kinds[number % len(kinds)]
+            request = {**own, "seed": seed, "on_step": partial(news.step, number)}
+            if self.takes("callback_on_step_end"):
+                request["callback_on_step_end"] = partial(news.look, number)
+            if adapters:
+                request |= {"adapter": dict(adapters)} | ({} if control is None else {"control_image": control})
+            requests.append(request)
+        return requests
+
+    def _arguments(self, settings: Settings) -> dict[str, Any]:
+        """Of the pipeline's call, for all images."""
+        arguments = {
             "prompt": settings.prompt,
             "height": settings.height,
             "width": settings.width,
             "num_inference_steps": settings.steps,
         }
         if self.takes(self._guidance_argument):
-            own[self._guidance_argument] = settings.guidance
+            arguments[self._guidance_argument] = settings.guidance
         if settings.negative_prompt:
-            own["negative_prompt"] = settings.negative_prompt
+            arguments["negative_prompt"] = settings.negative_prompt
         elif self._guidance_argument == "true_cfg_scale":  # without a negative prompt there would be no guidance
-            own["negative_prompt"] = " "
-        adapted = {"adapter": dict(settings.adapters)} | ({} if control is None else {"control_image": control})
-        requests = []
-        for number in range(kinds * settings.images):
-            request = {**own, "seed": settings.seed + number // kinds, "on_step": partial(news.step, number)}
-            if self.takes("callback_on_step_end"):
-                request["callback_on_step_end"] = partial(news.look, number)
-            requests.append(request | adapted if number % kinds else request)
-        return requests
+            arguments["negative_prompt"] = " "
+        return arguments
+
+    def _start(self, settings: Settings, start: Start) -> dict[str, Any]:
+        """What a request has beside, or in place of, `_arguments`, where it starts from an image."""
+        task = "image2image" if start.mask is None else "inpainting"
+        kind = task_class(self.base_class, task)
+        if kind is None:
+            what = "start from an image" if start.mask is None else "paint a part of an image anew"
+            raise InputError(f"Start image: diffusers has no pipeline by which this base model can {what}")
+        arguments = start_arguments(kind, start, (settings.width, settings.height))
+        return {"pipeline": kind} | arguments
 
     def _explain(self, error: Exception, settings: Settings) -> Failed:
         """What went wrong, for the person who asked."""

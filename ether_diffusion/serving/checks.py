@@ -111,11 +111,12 @@ def takes(pipe: DiffusionPipeline, argument: str) -> bool:
 
 def parameters_of(pipe: DiffusionPipeline) -> dict[str, inspect.Parameter]:
     """The parameters of a pipeline's call by name, also those that it passes on to the class that it derives from."""
-    return _parameters_of(type(pipe))
+    return call_parameters(type(pipe))
 
 
 @functools.cache
-def _parameters_of(kind: type[DiffusionPipeline]) -> dict[str, inspect.Parameter]:
+def call_parameters(kind: type[DiffusionPipeline]) -> dict[str, inspect.Parameter]:
+    """`parameters_of` for a class of pipelines."""
     found: dict[str, inspect.Parameter] = {}
     for base in kind.__mro__:
         if "__call__" in vars(base):

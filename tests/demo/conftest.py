@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("gradio_client")
 
+from helpers.browser import chromium, opener  # noqa: E402
 from helpers.demo import MAX_BATCH, close, connect, serve_page  # noqa: E402
 
 from ether_diffusion import miniature  # noqa: E402
@@ -49,3 +50,15 @@ def server(tmp_path_factory):
 @pytest.fixture
 def client(server):
     return connect(server)
+
+
+@pytest.fixture(scope="package")
+def browser():
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def open_page(browser, server):
+    with opener(browser, server.local_url) as open_page:
+        yield open_page

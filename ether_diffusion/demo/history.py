@@ -1,0 +1,49 @@
+"""What an owner has generated today: a gallery, and all of it as one archive."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gradio as gr
+
+from ether_diffusion.demo.panels import Update
+from ether_diffusion.demo.results import Results
+from ether_diffusion.demo.server import owner_of
+
+
+class History:
+    """Built where it is made; `refresh` shows it as it is now.
+
+    Args:
+        name: the id of the gallery; the button has `<name>-download`.
+    """
+
+    def __init__(self, results: Results, name: str):
+        self.results = results
+        with gr.Accordion("Images of today", open=False, elem_id=f"{name}-fold"):
+            self.gallery = gr.Gallery(
+                label="The newest first",
+                columns=6,
+                height="auto",
+                format="png",
+                object_fit="contain",
+                interactive=False,
+                buttons=["download", "fullscreen"],
+                elem_id=name,
+                elem_classes="ether-images",
+            )
+            self.download = gr.DownloadButton("Download all", size="sm", interactive=False, elem_id=f"{name}-download")
+
+    def connect(self, done: gr.events.Dependency) -> None:
+        """Show it anew after an event."""
+        quiet = {"api_name": False, "show_progress": "hidden"}
+        done.then(self.refresh, None, [self.gallery, self.download], **quiet)
+
+    def refresh(self, request: gr.Request) -> Update:
+        owner = owner_of(request)
+        images = self.results.history(owner)
+        archive = self.results.archive(owner)
+        return {
+            self.gallery: [(path, Path(path).stem) for path in images],
+            self.download: gr.update(value=archive and str(archive), interactive=archive is not None),
+        }
