@@ -12,7 +12,6 @@ are written for diffusers' FluxControlPipeline (--to diffusers-lora).
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ether_diffusion.base_models import base_path
@@ -23,8 +22,6 @@ from ether_diffusion.export.formats import DEFAULT_NAMES, FORMATS
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-    from ether_diffusion.adapters.schema import ModuleWeights
 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,25 +53,20 @@ def open_inputs(args: argparse.Namespace, result: str) -> tuple[DiffusionPipelin
     Raises:
         InputError: an adapter of control training, whose encoder or modules would be lost; says what to do instead.
     """
+    from diffusers import DiffusionPipeline
+
     from ether_diffusion.adapters.locate import find_adapter_file
-    from ether_diffusion.control.encoder import CONTROL
+    from ether_diffusion.export.beyond import check_expressible
     from ether_diffusion.export.merge import open_adapted
 
     for adapter in args.adapter:
-        weights = find_adapter_file(adapter).weights
-        if not weights or _are_columns(args, weights):
-            continue
-        if CONTROL in weights:
-            held = "a control encoder"
-            instead = "load it with EtherControlPipeline (docs/control.md has the classes of other pipelines)"
-        else:
-            modules = "; ".join(f"{name}: {', '.join(each.about['modules'])}" for name, each in weights.items())
-            held = f"modules that were trained as a whole ({modules})"
-            instead = (
-                "control training leaves the ControlNet merged in the folder controlnet beside the file, for "
-                "from_pretrained of ControlNetModel, FluxControlNetModel or SD3ControlNetModel"
-            )
-        raise InputError(f"--adapter {adapter}: holds {held}, which {result} has no place for; {instead}")
+        file, name = find_adapter_file(adapter), ""
+        if file.weights:
+            name = DiffusionPipeline.load_config(base_path(args.base), revision=args.revision)["_class_name"]
+        try:
+            check_expressible(file, result, to=getattr(args, "to", None), base_class=name)
+        except InputError as error:
+            raise InputError(f"--adapter {adapter}: {error}") from None
     return open_adapted(
         args.base,
         args.adapter,
@@ -83,19 +75,6 @@ def open_inputs(args: argparse.Namespace, result: str) -> tuple[DiffusionPipelin
         variant=args.variant,
         revision=args.revision,
     )
-
-
-def _are_columns(args: argparse.Namespace, weights: Mapping[str, ModuleWeights]) -> bool:
-    """Whether weights besides vectors are columns of FLUX.1's first layer, which a LoRA of diffusers' format holds."""
-    from diffusers import DiffusionPipeline
-
-    from ether_diffusion.control.encoder import CONTROL
-    from ether_diffusion.export.control import FORMAT
-
-    if set(weights) != {CONTROL} or weights[CONTROL].about.get("kind") != "latent":
-        return False
-    config = DiffusionPipeline.load_config(base_path(args.base), revision=args.revision)
-    return getattr(args, "to", None) == FORMAT and config["_class_name"] == "FluxPipeline"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

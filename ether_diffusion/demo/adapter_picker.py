@@ -37,7 +37,7 @@ class AdapterPicker:
             elem_id="adapter-gallery",
             elem_classes="ether-adapters",
         )
-        self.unfit = gr.HTML(self._describe_unfit(), elem_id="adapters-unfit")
+        self.unfit = gr.HTML(**self._describe_unfit(), elem_id="adapters-unfit")
         self.shown = gr.State([each.name for each in shown])
         self.names = gr.Dropdown(
             offered,
@@ -55,9 +55,7 @@ class AdapterPicker:
     def connect(self, prompt: gr.Textbox) -> None:
         """Let a click choose an adapter and write the prompt that it was trained with."""
         quiet = {"api_name": False, "show_progress": "hidden"}
-        self.search.input(
-            self.filter, self.search, [self.gallery, self.shown], trigger_mode="always_last", **quiet
-        )
+        self.search.input(self.filter, self.search, [self.gallery, self.shown], trigger_mode="always_last", **quiet)
         self.gallery.select(self._choose, self.shown, [self.names, prompt], **quiet)
         self.names.change(
             lambda names: [gr.update(**labels) for labels in strength_labels(names or [])],
@@ -77,7 +75,7 @@ class AdapterPicker:
         return {
             **self.filter(text),
             self.names: gr.update(choices=self.worker.usable()),
-            self.unfit: self._describe_unfit(),
+            self.unfit: gr.update(**self._describe_unfit()),
         }
 
     @property
@@ -105,12 +103,13 @@ class AdapterPicker:
     def _tiles(adapters: Sequence[Adapter]) -> list:
         return [(thumbnail(each.image) or placeholder(), each.name) for each in adapters]
 
-    def _describe_unfit(self) -> str:
+    def _describe_unfit(self) -> dict[str, object]:
         """Why the others are not on offer."""
         usable = {*self.worker.usable(), *self.worker.usable(control=True)}
         others = [each for each in self.worker.library.adapters() if each.name not in usable]
         lines = "\n".join(f"{each.name}: {self.worker.fit(each)}" for each in others)
-        return tooltip(f"{len(others)} more in the folder cannot be used here", lines) if others else ""
+        text = tooltip(f"{len(others)} more in the folder cannot be used here", lines)
+        return {"value": text, "visible": bool(others)}
 
 
 def strength_labels(names: Sequence[str]) -> list[dict[str, object]]:

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import numpy as np
 from PIL import Image
 
+from ether_diffusion.demo import maps
 from ether_diffusion.demo.board import Board
+from ether_diffusion.demo.generate_tab import RANDOM_SEEDS
 from ether_diffusion.demo.markup import STRENGTH_NOTE, problem, status, tooltip
 from ether_diffusion.demo.panels import ImagePanel, Update, Work, sampling_sliders
 from ether_diffusion.demo.results import Results
 from ether_diffusion.demo.settings import (
     HIGHEST_SEED,
     HIGHEST_STRENGTH,
-    LARGEST_MAP,
     LONGEST_PROMPT,
+    MOST_IMAGES,
     Settings,
     read_image,
 )
 from ether_diffusion.demo.worker import Worker
 from ether_diffusion.errors import InputError
 
-MOST_BRUSHES = 12
 NO_ADAPTER = (
     "There is no control adapter in the folder. `train_controlnet_ether.py` trains one; put its output folder into "
     "the folder of adapters and load this page again."
@@ -37,50 +38,148 @@ class ControlTab:
     def __init__(self, board: Board, worker: Worker, results: Results):
         self.worker = worker
         self.panel = ImagePanel(board, worker, results, "control")
-        offered = worker.usable(control=True)
-        if not offered:
-            gr.Markdown(NO_ADAPTER)
-        gr.Markdown("Draw a map, or upload one: it says where things are, and the prompt says what they are.")
-        start, drawing = (self._sample(offered[0]) if offered else None) or (
-            worker.start(),
-            None,
-        )
-        strength = start.adapters[0][1] if start.adapters else 1.0
-        with gr.Row():
-            with gr.Column(scale=2, min_width=300):
-                self.adapter = gr.Dropdown(offered, value=next(iter(offered), None), label="Control adapter")
-                self.prompt = gr.Textbox(
-                    label="Prompt", value=start.prompt, max_length=LONGEST_PROMPT, elem_id="map-prompt"
+        self.offered = worker.usable(control=True)
+        name = next(iter(self.offered), None)
+        found = None if name is None else self._sample(name)
+        start, drawing = found or (worker.start(), None)
+        self.side = 8 * worker.side if worker.side <= 64 else worker.side  # a person cannot draw on 64 pixels
+        with gr.Row(elem_classes="ether-tab"):
+            with gr.Column(elem_classes="ether-controls"):
+                if name is None:
+                    gr.Markdown(NO_ADAPTER)
+                self.adapter = gr.Dropdown(
+                    self.offered, value=name, label="Control adapter", elem_id="control-adapter"
                 )
-                self.map = _map_editor(worker.side, drawing)
-                self.again = gr.Button("The adapter's sample map", size="sm", elem_id="sample-map")
-                self.strength = gr.Slider(0, HIGHEST_STRENGTH, value=strength, step=0.05, label="Strength")
-                gr.HTML(tooltip("What do strengths mean?", STRENGTH_NOTE))
-                go = self.panel.start_button("Generate")
-                with gr.Accordion("More settings", open=False):
-                    seeds = {"precision": 0, "minimum": 0, "maximum": HIGHEST_SEED}
-                    self.seed = gr.Number(label="Seed", value=start.seed, **seeds)
-                    self.sampling = sampling_sliders(worker, start)
-            with gr.Column(scale=3, min_width=300):
-                self.panel.place_results("Images: base and controlled, from the same seed")
-                with gr.Accordion("Use the settings and the map of an image", open=False):
-                    self.dropped = gr.File(
-                        label="Drop a PNG that was generated under a map", file_types=[".png"], elem_id="map-settings"
-                    )
+                self.prompt = gr.Textbox(
+                    label="Prompt", value=start.prompt, max_length=LONGEST_PROMPT, lines=2, elem_id="map-prompt"
+                )
+                self._place_map(self._classes(name), drawing)
+                with gr.Column(elem_classes="ether-go"):
+                    go = self.panel.start_button("Generate")
+                with gr.Column(elem_classes="ether-more"):
+                    self._place_numbers(start)
+            with gr.Column(elem_classes="ether-results"):
+                self.panel.place_results("Images, base and controlled from the same seed")
+                self.shown_map = gr.Image(
+                    label="The map",
+                    visible=False,
+                    interactive=False,
+                    buttons=[],
+                    height=220,
+                    format="png",
+                    elem_id="shown-map",
+                    elem_classes="ether-images",
+                )
+                with gr.Column(elem_classes="ether-last"):
+                    with gr.Accordion("Use the settings and the map of an image", open=False):
+                        self.dropped = gr.File(
+                            label="Drop a PNG that was generated under a map",
+                            file_types=[".png"],
+                            elem_id="map-settings",
+                        )
         self._connect(go)
+
+    def _place_map(self, classes: dict[str, str], drawing: Image.Image | None) -> None:
+        """Where a map is drawn: it starts with one, its brush has the colours of the classes."""
+        colours = list(classes.values())
+        self.map = gr.ImageEditor(
+            value=drawing or maps.canvas(self.side, maps.background_of(classes)),
+            label="Map: draw, or upload one",
+            type="pil",
+            image_mode="RGBA",
+            sources=["upload"],
+            brush=_brush(self.side, colours),
+            canvas_size=(self.side, self.side),
+            format="png",
+            layers=False,
+            elem_id="map",
+        )
+        self.legend = gr.HTML(maps.legend(classes), elem_id="legend")
+        with gr.Row():
+            self.colour = gr.Dropdown(
+                _named(classes), value=next(iter(colours), None), label="Ground", min_width=100, elem_id="ground"
+            )
+            self.fill = gr.Button("Fill the ground", size="sm", min_width=100, elem_id="fill-map")
+        with gr.Row():
+            self.again = gr.Button("Sample map", size="sm", min_width=100, elem_id="sample-map")
+            self.empty = gr.Button("Empty map", size="sm", min_width=100, elem_id="empty-map")
+
+    def _place_numbers(self, start: Settings) -> None:
+        """Strength, seeds and how many images; the rest is folded."""
+        strength = start.adapters[0][1] if start.adapters else 1.0
+        self.strength = gr.Slider(0, HIGHEST_STRENGTH, value=strength, step=0.05, label="Strength")
+        gr.HTML(tooltip("What do strengths mean?", STRENGTH_NOTE))
+        with gr.Row():
+            seeds = {"precision": 0, "minimum": 0, "maximum": HIGHEST_SEED, "min_width": 100}
+            self.seed = gr.Number(label="Seed", value=start.seed, elem_id="map-seed", **seeds)
+            self.images = gr.Slider(1, MOST_IMAGES, value=1, step=1, label="Images", min_width=100)
+        self.draw = gr.Checkbox(label="New seed every time", value=False)
+        with gr.Accordion("More settings", open=False):
+            self.sampling = sampling_sliders(self.worker, start)
 
     def _connect(self, go: gr.Button) -> None:
         # The order in which clients of the API give them, too.
         inputs = [self.adapter, self.prompt, self.map, self.strength, self.seed, *self.sampling]
-        outputs = [*inputs, self.panel.status]
+        drawn = [self.map, self.legend, self.colour]
+        quiet = {"show_progress": "hidden"}
         self.panel.connect(
-            [go.click], self.generate, inputs, self.panel.show, self.panel.outputs, api_name="control"
+            [go.click],
+            self.generate,
+            [*inputs, self.draw, self.images],
+            self._show,
+            [*self.panel.outputs, self.shown_map, self.seed],
+            api_name="control",
         )
-        self.again.click(self.show_sample, self.adapter, outputs, api_name="sample_map", show_progress="hidden")
-        self.dropped.upload(self.restore, self.dropped, outputs, api_name="use_map", show_progress="hidden")
+        self.adapter.input(self.choose, self.adapter, drawn, api_name=False, **quiet)
+        self.again.click(self.show_sample, self.adapter, [*inputs, self.panel.status], api_name="sample_map", **quiet)
+        for event in (self.empty.click, self.map.clear):
+            event(self.clear, self.adapter, self.map, api_name=False, **quiet)
+        self.fill.click(
+            self.fill_ground,
+            [self.map, self.colour, self.adapter],
+            [self.map, self.panel.status],
+            api_name="fill_map",
+            **quiet,
+        )
+        self.dropped.upload(self.restore, self.dropped, [*inputs, self.panel.status], api_name="use_map", **quiet)
+
+    # Maps -------------------------------------------------------------------------------------------------------
+
+    def choose(self, name: str | None) -> Update:
+        """The palette of another adapter; what is drawn stays."""
+        classes = self._classes(name)
+        colours = list(classes.values())
+        return {
+            self.map: gr.update(brush=_brush(self.side, colours)),
+            self.legend: maps.legend(classes),
+            self.colour: gr.update(choices=_named(classes), value=next(iter(colours), None)),
+        }
+
+    def clear(self, name: str | None) -> Image.Image:
+        """A map with nothing on it, in the colour that maps of this adapter have there."""
+        return maps.canvas(self.side, maps.background_of(self._classes(name)))
+
+    def fill_ground(self, drawn: dict[str, Any] | None, colour: str | None, name: str | None) -> Update:
+        try:
+            background = maps.background_of(self._classes(name))
+            return {self.map: maps.fill(drawn, colour or background, background), self.panel.status: gr.skip()}
+        except InputError as error:
+            return {self.panel.status: problem(str(error))}
+
+    def _classes(self, name: str | None) -> dict[str, str]:
+        if not name:
+            return {}
+        try:
+            adapter = self.worker.library.get(name)
+        except InputError:
+            return {}
+        found = self._sample(name)
+        return maps.classes_of(adapter, None if found is None else found[1])
+
+    # Images -----------------------------------------------------------------------------------------------------
 
     def generate(
-        self, name, prompt, drawn, strength, seed, steps, guidance, width, height, *, owner: str
+        self, name, prompt, drawn, strength, seed, steps, guidance, width, height, draw=False, images=1, *, owner: str
     ) -> tuple[Work, Update]:
         settings = Settings(
             prompt=prompt or "",
@@ -89,9 +188,18 @@ class ControlTab:
             guidance=guidance,
             width=width,
             height=height,
-            seed=seed,
+            seed=secrets.randbelow(RANDOM_SEEDS) if draw else seed,
+            images=images,
         )
-        return self.panel.generate(settings, owner, _map_of(drawn))
+        control = maps.map_of(drawn, maps.background_of(self._classes(name)))
+        work, empty = self.panel.generate(settings, owner, control)
+        return work, empty | {self.seed: settings.seed, self.shown_map: gr.update(value=control, visible=True)}
+
+    def _show(self, news: Any) -> Update:
+        update = self.panel.show(news)
+        if (control := getattr(news, "control", None)) is not None:
+            update[self.shown_map] = gr.update(value=control, visible=True)
+        return update
 
     def show_sample(self, name: str | None) -> Update:
         """What the chosen adapter's image was generated from."""
@@ -135,21 +243,12 @@ class ControlTab:
         }
 
 
-def _map_editor(side: int, drawing: Image.Image | None) -> gr.ImageEditor:
-    """Where a map is drawn: it starts with one, and the brush has its colours."""
-    side = 8 * side if side <= 64 else side  # a person cannot draw on 64 pixels
-    return gr.ImageEditor(
-        value=drawing,
-        label="Map",
-        type="pil",
-        image_mode="RGBA",
-        sources=["upload"],
-        brush=gr.Brush(default_size=side // 16, colors=_colours(drawing)) if drawing else None,
-        canvas_size=(side, side),
-        format="png",
-        layers=False,
-        elem_id="map",
-    )
+def _brush(side: int, colours: list[str]) -> gr.Brush:
+    return gr.Brush(default_size=side // 16, colors=colours or ["#ffffff"], default_color=(colours or ["#ffffff"])[-1])
+
+
+def _named(classes: dict[str, str]) -> list[tuple[str, str]]:
+    return list(classes.items())
 
 
 def _read(path: str | Path) -> tuple[Settings, Image.Image]:
@@ -162,23 +261,3 @@ def _read(path: str | Path) -> tuple[Settings, Image.Image]:
     if control is None or len(settings.adapters) != 1:
         raise InputError(f"{Path(path).name}: was generated without a map; drop it in the tab Generate")
     return settings, control
-
-
-def _colours(control: Image.Image) -> list[str]:
-    """What a map is drawn with, the most used first: the colours of one that exists."""
-    counted = sorted(control.convert("RGB").getcolors(control.width * control.height), reverse=True)
-    return [f"#{red:02x}{green:02x}{blue:02x}" for _, (red, green, blue) in counted[:MOST_BRUSHES]]
-
-
-def _map_of(drawn: dict[str, Any] | None) -> Image.Image:
-    """The image that was drawn or uploaded.
-
-    Raises:
-        InputError: nothing was, or it is too large.
-    """
-    image = None if drawn is None else drawn.get("composite") or drawn.get("background")
-    if image is None or not np.asarray(image.convert("RGBA"))[..., 3].any():
-        raise InputError("Map: is empty; draw one, or upload an image")
-    if max(image.size) > LARGEST_MAP:
-        raise InputError(f"Map: has {image.width}×{image.height} pixels; {LARGEST_MAP} a side at most fit")
-    return image

@@ -59,7 +59,7 @@ class GenerateTab:
                         )
                         self.sampling = sampling_sliders(worker, worker.start())
             with gr.Column(elem_classes="ether-results"):
-                self.panel.place_results("Images, base and adapted from the same seed", compared=True)
+                self.panel.place_results("Images", compared=True)
                 with gr.Column(elem_classes="ether-last"):
                     self.history = History(results, "history")
                     with gr.Accordion("Use the settings of an image", open=False):

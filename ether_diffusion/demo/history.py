@@ -30,7 +30,7 @@ class History:
                 interactive=False,
                 buttons=["download", "fullscreen"],
                 elem_id=name,
-                elem_classes="ether-images",
+                elem_classes=["ether-images", "ether-history"],
             )
             self.download = gr.DownloadButton("Download all", size="sm", interactive=False, elem_id=f"{name}-download")
 

@@ -13,7 +13,7 @@ from ether_diffusion.demo.generate_tab import GenerateTab
 from ether_diffusion.demo.inspect_tab import InspectTab
 from ether_diffusion.demo.panels import Update
 from ether_diffusion.demo.results import Results
-from ether_diffusion.demo.train_tab import TrainTab
+from ether_diffusion.demo.train_tab import OPEN_GENERATE, TrainTab
 from ether_diffusion.demo.training import Trainer
 from ether_diffusion.demo.worker import Worker
 
@@ -31,7 +31,7 @@ def build_page(worker: Worker, trainer: Trainer, results: Results, board: Board)
             gr.Markdown(f"# ETHER diffusion\nBase model: {_describe_base(worker)}")
             toggle = gr.Button("Light / dark", size="sm", min_width=110, scale=0, elem_id="theme")
         toggle.click(None, js="() => window.etherToggleTheme()", api_name=False)
-        asked = gr.Textbox(visible=False)
+        asked, used_name = gr.Textbox(visible=False), gr.State("")
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab(TABS[0], render_children=True):
                 generate = GenerateTab(board, worker, results)
@@ -53,7 +53,12 @@ def build_page(worker: Worker, trainer: Trainer, results: Results, board: Board)
 
         lists = [*generate.picker.refreshed, inspect.adapter, control.adapter]
         page.load(refresh, generate.picker.search, lists, api_name="refresh", show_progress="hidden")
-        train.trained.then(refresh, generate.picker.search, lists, **quiet)
+        for event in (train.trained, *inspect.changed):
+            event.then(refresh, generate.picker.search, lists, **quiet)
+        used = train.use.click(train.used, train.name_trained, [used_name, generate.prompt], **quiet)
+        used.then(generate.picker.fill, used_name, generate.picker.names, **quiet).then(
+            None, None, None, js=OPEN_GENERATE, api_name=False
+        )
         page.load(generate.history.refresh, None, [generate.history.gallery, generate.history.download], **quiet)
         for panel in (generate.panel, train.panel, control.panel):
             page.load(panel.resume, asked, panel.resumed, js=ADDRESS, concurrency_limit=None, **quiet)

@@ -148,10 +148,11 @@ class JobPanel:
 
 @dataclass(frozen=True)
 class Shown:
-    """The last news of images: their files with a caption each, and a line of text."""
+    """The last news of images: their files with a caption each, a line of text, and the map that steered them."""
 
     files: list[tuple[str, str]]
     summary: str
+    control: Image.Image | None = None
 
 
 class ImagePanel(JobPanel):
@@ -170,6 +171,8 @@ class ImagePanel(JobPanel):
         self.gallery = gr.Gallery(
             label=label,
             columns=2,
+            height="auto",
+            object_fit="contain",
             format="png",
             buttons=["download", "fullscreen"],
             interactive=False,
@@ -178,6 +181,7 @@ class ImagePanel(JobPanel):
         )
         self.slider = gr.ImageSlider(
             label="Base and adapted, from one seed",
+            show_label=False,
             visible=False,
             interactive=False,
             buttons=[],
@@ -197,7 +201,7 @@ class ImagePanel(JobPanel):
         def work() -> Iterator[Generating | Shown]:
             for news in self.worker.generate(settings, control=control, start=start):
                 if isinstance(news, Generated):
-                    yield Shown(self.results.keep(news, owner), _summary(news))
+                    yield Shown(self.results.keep(news, owner), _summary(news), control)
                 else:
                     yield news
 

@@ -1,17 +1,17 @@
-"""Photographs that users send: read within bounds, and cut to squares."""
+"""Photographs that users send: read within bounds."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from ether_diffusion.errors import InputError
 from ether_diffusion.images import open_image, read_image
 
 MOST_PIXELS = 50_000_000
-LARGEST_SQUARE = (100, 50, 50)
-"""Size and place, for `cut_square`, of the square that training would see."""
+BAD, MARK = "-unreadable", 256
+"""What the name of a mark's file ends with, and its pixels a side."""
 
 
 def read_photo(path: str | Path, side: int | None = None) -> Image.Image:
@@ -31,13 +31,12 @@ def read_photo(path: str | Path, side: int | None = None) -> Image.Image:
     return image
 
 
-def cut_square(image: Image.Image, size: float = 100, across: float = 50, down: float = 50) -> Image.Image:
-    """A square of an image; by default the one that training would see, the largest in the middle.
-
-    size: its side, in percent of the image's shorter side. across, down: where it lies, from 0, at the left or the
-    top, to 100, at the right or the bottom. Numbers beyond 0 and 100 count as these; a square has one pixel at least.
-    """
-    size, across, down = (min(max(share, 0), 100) / 100 for share in (size, across, down))
-    side = max(1, round(size * min(image.size)))
-    left, top = round(across * (image.width - side)), round(down * (image.height - side))
-    return image.crop((left, top, left + side, top + side))
+def mark_bad(path: Path) -> Path:
+    """Write a mark in the place of a photo that cannot be read; its file."""
+    marked = path.with_name(f"{path.stem[:40]}{BAD}.png")
+    image = Image.new("RGB", (MARK, MARK), "#b91c1c")
+    draw = ImageDraw.Draw(image)
+    for ends in ((1, 1, 3, 3), (3, 1, 1, 3)):
+        draw.line([MARK * each // 4 for each in ends], "white", MARK // 16)
+    image.save(marked)
+    return marked

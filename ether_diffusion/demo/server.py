@@ -34,9 +34,7 @@ SECURITY_HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }
-CSS, HEAD = (
-    (Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("page.css", "page.html")
-)
+CSS, HEAD = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("page.css", "page.html"))
 
 
 def launch(page: gr.Blocks, **options: Any) -> tuple[Any, str, str | None]:

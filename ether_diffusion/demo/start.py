@@ -73,6 +73,4 @@ def read_start(drawn: dict[str, Any] | None, change: float) -> Start | None:
         raise InputError(f"Start image: has {image.width}×{image.height} pixels; {LARGEST_START} a side at most fit")
     painted = [np.asarray(layer.convert("RGBA"))[..., 3] > 0 for layer in drawn.get("layers") or ()]
     mask = np.logical_or.reduce(painted) if painted else np.zeros(1, bool)
-    return Start(
-        image.convert("RGB"), change, Image.fromarray(np.uint8(255 * mask), "L") if mask.any() else None
-    )
+    return Start(image.convert("RGB"), change, Image.fromarray(np.uint8(255 * mask), "L") if mask.any() else None)

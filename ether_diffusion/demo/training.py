@@ -8,15 +8,18 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
+from ether_diffusion.adapters.schema import WEIGHTS_NAME
+from ether_diffusion.adapters.writing import write_adapter_file
 from ether_diffusion.base_models import miniature_name
+from ether_diffusion.control.pipelines import is_number
 from ether_diffusion.demo.jobs import Cancelled, Failed
 from ether_diffusion.demo.library import IMAGE_NAME, clean_name
 from ether_diffusion.demo.photos import read_photo
@@ -24,16 +27,20 @@ from ether_diffusion.demo.settings import Settings, save_image
 from ether_diffusion.demo.worker import Worker
 from ether_diffusion.errors import InputError
 from ether_diffusion.images import read_image
+from ether_diffusion.training.at_step import adapter_at_step
 from ether_diffusion.training.card import GRID_NAME
-from ether_diffusion.training.options import ETHER_METHODS
+from ether_diffusion.training.checkpoint_files import PREFIX
+from ether_diffusion.training.options import DEFAULT_METHOD, ETHER_METHODS
 from ether_diffusion.training.run import VALIDATION_FOLDER
 
 FEWEST_PHOTOS, MOST_PHOTOS = 3, 8
-STEPS, PREVIEWS = 200, 4
+FEWEST_STEPS, STEPS, MOST_STEPS, PREVIEWS = 1, 200, 2000, 4
 """Of one training; previews count the sheet of samples at the end."""
 SAMPLE_STEPS = 20
+MOST_KEPT = 20
+"""Trainings whose earlier steps can still be kept."""
 TOKEN = "sks"
-WORD = re.compile(r"[A-Za-z][A-Za-z -]{0,29}")
+WORD = re.compile(r"[^\W\d_](?:[^\W_]|[ '-]){0,29}")
 PATIENCE = 10.0
 """Seconds that a process has to end in after it was asked to."""
 NEWS_EVERY = 1.0
@@ -53,6 +60,7 @@ class Progress:
     image: the newest sheet of samples.
     left: the time until the last step, as minutes:seconds; "?" while nobody knows.
     name: of the adapter, when it is in the library.
+    sheets: for each step that can be kept its sheet of samples; then, too.
     """
 
     steps: int = STEPS
@@ -60,6 +68,26 @@ class Progress:
     image: Image.Image | None = None
     left: str = "?"
     name: str | None = None
+    sheets: Mapping[int, Image.Image] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What is trained, and how.
+
+    photos: image files. captions: of each; where one is empty, or there is none, the prompt is its.
+    name: for the library; numbered where it is taken.
+    word: what the photographs show: "dog".
+    learning_rate: None: the method's default.
+    """
+
+    photos: Sequence[str | Path]
+    name: str
+    word: str
+    captions: Sequence[str] = ()
+    method: str = DEFAULT_METHOD
+    steps: int = STEPS
+    learning_rate: float | None = None
 
 
 class Trainer:
@@ -68,6 +96,7 @@ class Trainer:
     def __init__(self, worker: Worker):
         self.worker = worker
         self._trainings: set[_Training] = set()
+        self._kept: dict[str, dict[int, tuple[bytes, Image.Image]]] = {}  # of an adapter, its file at each step
         # One thread: the next training waits until the process of the last is gone, for two would share the memory.
         self._thread = ThreadPoolExecutor(1, "trainer")
 
@@ -77,32 +106,42 @@ class Trainer:
             training.stop()
         self._thread.shutdown()
 
-    def train(
-        self, photos: Sequence[str | Path], *, name: str, word: str, method: str, steps: int = STEPS
-    ) -> Callable[[], Iterator[Progress]]:
+    def train(self, choices: Choices, owner: str = "") -> Callable[[], Iterator[Progress]]:
         """What trains an adapter when it is called, and tells how far it is once a second; closing that stops it.
 
-        Args:
-            photos: 3 to 8 image files.
-            name: for the library; numbered where it is taken.
-            word: what the photographs show: "dog".
-            method: "ether_plus" or "ether".
-            steps: of the optimiser.
+        owner: whose adapter it will be.
 
         Raises:
             InputError: something that cannot be trained on. What is returned raises Cancelled where the trainer was
                 closed, and Failed where the process ended before it was done.
         """
-        name, word = clean_name(name or ""), " ".join((word or "").split())
+        name, word = clean_name(choices.name or ""), " ".join((choices.word or "").split())
         if not WORD.fullmatch(word):
             raise InputError(f"Subject: got {word[:80]!r}, needs a word or two in letters, such as dog")
-        if method not in ETHER_METHODS:
-            raise InputError(f"Method: got {method!r}, needs one of {', '.join(ETHER_METHODS)}")
-        if not FEWEST_PHOTOS <= len(photos) <= MOST_PHOTOS:
-            raise InputError(f"Photos: got {len(photos)}, needs {FEWEST_PHOTOS} to {MOST_PHOTOS}")
-        images = [read_photo(photo, 4 * self.worker.side) for photo in photos]
-        training = _Training(self.worker, images, name, f"a photo of {TOKEN} {word}", method, steps)
-        return partial(self._run, training)
+        if choices.method not in ETHER_METHODS:
+            raise InputError(f"Method: got {choices.method!r}, needs one of {', '.join(ETHER_METHODS)}")
+        if not isinstance(choices.steps, int) or not FEWEST_STEPS <= choices.steps <= MOST_STEPS:
+            raise InputError(f"Steps: got {choices.steps!r}, needs a whole number from {FEWEST_STEPS} to {MOST_STEPS}")
+        rate = choices.learning_rate
+        if rate is not None and not (is_number(rate) and 0 < rate <= 1):
+            raise InputError(f"Learning rate: got {rate!r}, needs a number above 0, to 1")
+        if not FEWEST_PHOTOS <= len(choices.photos) <= MOST_PHOTOS:
+            raise InputError(f"Photos: got {len(choices.photos)}, needs {FEWEST_PHOTOS} to {MOST_PHOTOS}")
+        images = [read_photo(photo, 4 * self.worker.side) for photo in choices.photos]
+        return partial(self._run, _Training(self.worker, images, replace(choices, name=name, word=word), owner))
+
+    def keep(self, name: str, step: int, owner: str) -> Image.Image:
+        """Make a trained adapter what it was after a step; the sheet of samples of then.
+
+        Raises:
+            InputError: it is not this owner's, or that step was not kept.
+        """
+        kept = self._kept.get(name, {}).get(step)
+        if kept is None or not self.worker.library.belongs_to(name, owner):
+            raise InputError(f"Keep: there is no step {step} of an adapter {name} of yours; it is kept as it is")
+        content, sheet = kept
+        self.worker.library.replace(name, content, owner)
+        return sheet
 
     def _run(self, training: _Training) -> Iterator[Progress]:
         self._trainings.add(training)
@@ -112,6 +151,9 @@ class Trainer:
                 yield training.progress
                 wait([done], timeout=NEWS_EVERY)
             done.result()
+            self._kept[training.progress.name] = training.kept
+            while len(self._kept) > MOST_KEPT:
+                del self._kept[next(iter(self._kept))]
             yield training.progress
         finally:
             training.stop()
@@ -121,10 +163,12 @@ class Trainer:
 class _Training:
     """One run of the script. `run` is for the trainer's thread, `progress` and `stop` are for the others."""
 
-    def __init__(self, worker: Worker, photos: list[Image.Image], name: str, prompt: str, method: str, steps: int):
-        self.worker, self.photos, self.name = worker, photos, name
-        self.prompt, self.method, self.steps = prompt, method, steps
-        self.progress = Progress(steps)
+    def __init__(self, worker: Worker, photos: list[Image.Image], choices: Choices, owner: str):
+        self.worker, self.photos, self.choices, self.owner = worker, photos, choices, owner
+        self.prompt = f"a photo of {TOKEN} {choices.word}"
+        self.every = max(choices.steps // PREVIEWS, 1)
+        self.progress = Progress(choices.steps)
+        self.kept: dict[int, tuple[bytes, Image.Image]] = {}
         self.stopped = False
         self.process: subprocess.Popen | None = None
 
@@ -146,6 +190,8 @@ class _Training:
             photos.mkdir()
             for k, photo in enumerate(self.photos):
                 photo.save(photos / f"{k}.png")
+                if caption := " ".join(self.choices.captions[k].split()) if k < len(self.choices.captions) else "":
+                    (photos / f"{k}.txt").write_text(caption, encoding="utf-8")
             last = self._run_script(photos, out)
             if self.stopped:
                 raise Cancelled("stopped")
@@ -154,19 +200,32 @@ class _Training:
                     raise InputError(last.removeprefix(ERROR))
                 code = self.process.returncode
                 raise Failed(f"The training ended with {code} before it was done: {last[-300:]}")
-            name = self.worker.library.add(self.name, out)
+            self._keep_steps(out)
+            name = self.worker.library.add(self.choices.name, out, self.owner)
             self._save_sample(name)
-            self.progress = replace(self.progress, image=read_image(out / GRID_NAME), name=name)
+            sheets = {step: sheet for step, (_, sheet) in self.kept.items()}
+            self.progress = replace(self.progress, image=read_image(out / GRID_NAME), name=name, sheets=sheets)
+
+    def _keep_steps(self, out: Path) -> None:
+        """The adapter's file at each step of which there are samples."""
+        steps, path = self.choices.steps, out / WEIGHTS_NAME
+        for step in range(self.every, steps, self.every):
+            sheet, earlier = out / VALIDATION_FOLDER / f"step-{step:06}.png", out / f"step-{step}.safetensors"
+            if sheet.is_file() and (out / f"{PREFIX}{step}").is_dir():
+                write_adapter_file(earlier, adapter_at_step(out, step))
+                self.kept[step] = earlier.read_bytes(), read_image(sheet)
+        self.kept[steps] = path.read_bytes(), read_image(out / GRID_NAME)
 
     def _run_script(self, photos: Path, out: Path) -> str:
         """Start the script and read what it says until it ends; its last line."""
         flags = {
             "instance_data_dir": photos,
             "instance_prompt": self.prompt,
-            "method": self.method,
+            "method": self.choices.method,
             "output_dir": out,
-            "max_train_steps": self.steps,
-            "validation_steps": max(self.steps // PREVIEWS, 1),
+            "max_train_steps": self.choices.steps,
+            "validation_steps": self.every,
+            "checkpointing_steps": self.every,
             "num_validation_images": 2,
             "num_inference_steps": SAMPLE_STEPS,
             "guidance_scale": self.worker.guidance,
@@ -175,6 +234,8 @@ class _Training:
         # By its name: the card of the adapter repeats the command, and a path would be one of this machine.
         flags["pretrained_model_name_or_path"] = miniature_name(self.worker.base) or self.worker.base
         flags |= {name: value for name, value in self.worker.version.items() if value is not None}
+        if self.choices.learning_rate is not None:
+            flags["learning_rate"] = self.choices.learning_rate
         command = [sys.executable, "-m", "ether_diffusion.training.dreambooth"]
         command += [f"--{flag}={value}" for flag, value in flags.items()]
         device = {"ACCELERATE_USE_CPU": "true"} if self.worker.device == "cpu" else {}

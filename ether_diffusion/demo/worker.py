@@ -23,6 +23,7 @@ from ether_diffusion.demo.sampling import guidance, sizes
 from ether_diffusion.demo.settings import Settings
 from ether_diffusion.demo.start import Start, start_arguments, task_class
 from ether_diffusion.errors import EtherFileError, InputError
+from ether_diffusion.export.beyond import check_expressible
 from ether_diffusion.export.lora import export_lora
 from ether_diffusion.serving.checks import takes
 from ether_diffusion.serving.engine import Engine
@@ -249,8 +250,13 @@ class Worker:
         """Write an adapter of the library as a LoRA ("diffusers-lora" or "kohya"); the file.
 
         Raises:
-            ValueError: the format has no name for a layer.
+            ValueError: the format has no name for a layer, or the adapter holds what no LoRA can.
         """
+        try:
+            adapter = find_adapter_file(self.library.get(name).path)
+            check_expressible(adapter, "a LoRA", to=to, base_class=self.base_class)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
 
         def write(pipe: DiffusionPipeline) -> Path:
             return export_lora(pipe, folder, to=to, weight_name=f"{name}-{to}.safetensors").path

@@ -70,14 +70,25 @@ def _draw_circles(rng: random.Random) -> ControlPair:
     return ControlPair(image.resize((SIZE, SIZE), Image.Resampling.BOX), mask.convert("RGB"), caption)
 
 
+def class_colours() -> dict[str, str]:
+    """The classes of scenes and their colours in a semantic map, the background first."""
+    return {
+        name: f"#{red:02x}{green:02x}{blue:02x}" for name, (red, green, blue) in zip(LABELS, _palette(), strict=True)
+    }
+
+
+def _palette() -> list[tuple[int, int, int]]:
+    every_class = Image.fromarray(np.arange(len(LABELS), dtype=np.uint8)[None])
+    return [tuple(rgb) for rgb in np.asarray(label_image(every_class))[0].tolist()]
+
+
 def read_label_image(control: Image.Image) -> Image.Image:
     """The map of classes, mode L, that `label_image` showed as colours.
 
     Raises:
         ValueError: a colour that stands for no class.
     """
-    every_class = Image.fromarray(np.arange(len(LABELS), dtype=np.uint8)[None])
-    palette = np.asarray(label_image(every_class))[0]  # (k, 3)
+    palette = np.asarray(_palette())  # (k, 3)
     colours = np.asarray(control.convert("RGB"))  # (h, w, 3)
     is_class = (colours[:, :, None] == palette).all(-1)  # (h, w, k)
     if len(strange := colours[~is_class.any(-1)]):

@@ -14,11 +14,14 @@ Flags may also stand in a YAML or JSON file, by their names without dashes, give
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 
 from PIL import Image
 
 from ether_diffusion.images import INTERPOLATIONS, read_image
+from ether_diffusion.training.control_classes import KEY as CLASSES_KEY
+from ether_diffusion.training.control_classes import colours_of, parse_classes
 from ether_diffusion.training.controlnet import ControlNetAdaptation
 from ether_diffusion.training.data import TrainingImages, find_pairs
 from ether_diffusion.training.data.views import Target, center_cut
@@ -47,19 +50,28 @@ def run(options: Options, command: str) -> TrainingResult | None:
         **planned.view_options,
     )
     controls, prompts = validation_pairs(options, images, planned.targets[0])
+    given = options.control.control_classes
+    classes = colours_of(controls[0]) if given is None else parse_classes(given)
     flag = "train_data_dir" if options.data.dataset_name is None else "dataset_name"
     checked = planned.check(epoch_samples=len(images), depends_on={flag: images.fingerprint})
     if options.run.dry_run:
         print(describe_run(checked, images.examples.describe()))
         return None
     with checked.claimed():
-        return train(checked, images, controls, prompts)
+        return train(checked, images, controls, prompts, classes)
 
 
 def train(
-    checked: CheckedRun, images: TrainingImages, controls: Sequence[Image.Image], prompts: Sequence[str]
+    checked: CheckedRun,
+    images: TrainingImages,
+    controls: Sequence[Image.Image],
+    prompts: Sequence[str],
+    classes: Mapping[str, str],
 ) -> TrainingResult:
-    """All that takes long: the model, the training, and what it leaves; controls, prompts: of the sample images."""
+    """All that takes long: the model, the training, and what it leaves.
+
+    controls, prompts: of the sample images. classes: what the colours of control images stand for.
+    """
     options, adaptation, what = checked.options, checked.run.adaptation, images.examples.describe()
     tell_start(checked, what)
     loaded = checked.load(prompts, {options.run.seed: images}, controls)
@@ -71,7 +83,8 @@ def train(
         snr_gamma=options.optimization.snr_gamma,
     )
     result = loaded.train(objective, what)
-    loaded.finish(result, prompt=prompts[0], images=what)
+    about = {CLASSES_KEY: json.dumps(classes, ensure_ascii=False)} if classes else {}
+    loaded.finish(result, prompt=prompts[0], images=what, metadata=about)
     return result
 
 

@@ -320,22 +320,25 @@ class LoadedRun:
             self._remove_later_images()
         return trainer.train({**flatten(options), "method": run.method.name})
 
-    def finish(self, result: TrainingResult, *, prompt: str, images: str) -> None:
+    def finish(
+        self, result: TrainingResult, *, prompt: str, images: str, metadata: Mapping[str, str] | None = None
+    ) -> None:
         """Leave the weights, a grid of images and a model card in the output folder, and upload them if asked to.
 
         Args:
             result: of the training.
             prompt: that names what was learned.
             images: how many were trained on, in words.
+            metadata: more to record in the file of weights.
 
         Raises:
             OSError: the disk is full, or the upload failed.
         """
-        run, hub_id = self.run, self.checked.hub_id
+        run, hub_id, about = self.run, self.checked.hub_id, {"prompt": prompt, **(metadata or {})}
         # The weights first: whatever happens to the images, they are there.
         with gathered(self.family.component(self.family.denoiser), run.accelerator):
             if run.accelerator.is_main_process:
-                weights = run.adaptation.save(self.attached, self.family, run.output_dir, {"prompt": prompt})
+                weights = run.adaptation.save(self.attached, self.family, run.output_dir, about)
                 narrate("weights: %s", weights)
                 (run.output_dir / GRID_NAME).unlink(missing_ok=True)  # of other weights, where there is one
                 if self.control is not None:

@@ -66,6 +66,14 @@ class ControlOptions(OptionGroup):
         None,
         fits=RANGE,
     )
+    control_classes: str | None = option(
+        "What the colours of control images stand for, the background first, as a JSON object or a file that holds "
+        'one: {"sky": "#0000ff"}. It goes into the adapter\'s file, and gives who draws maps their palette. Default: '
+        "the colours of the first validation image, where they are few.",
+        None,
+        free=True,
+        path=True,
+    )
     controlnet_model_name_or_path: str | None = option(
         "A ControlNet to start from, a folder or an id on the Hub; needs --control_type controlnet. Default: a copy "
         "of the denoiser's first layers.",
