@@ -59,7 +59,7 @@ class ControlTab:
                 with gr.Column(elem_classes="ether-more"):
                     self._place_numbers(start)
             with gr.Column(elem_classes="ether-results"):
-                self.panel.place_results("Images, base and controlled from the same seed")
+                self.panel.place_results("Images")
                 self.shown_map = gr.Image(
                     label="The map",
                     visible=False,
@@ -84,7 +84,7 @@ class ControlTab:
         colours = list(classes.values())
         self.map = gr.ImageEditor(
             value=drawing or maps.canvas(self.side, maps.background_of(classes)),
-            label="Map: draw, or upload one",
+            label="Map",
             type="pil",
             image_mode="RGBA",
             sources=["upload"],
