@@ -21,6 +21,10 @@ from playwright import sync_api
 WIDTHS = {390: 844, 1280: 900, 1920: 1080}
 SCHEMES = ("light", "dark")
 TABS = ("Generate", "Train", "Inspect and export", "Control")
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
 JOBS = {"Generate": "generate", "Control": "control"}
 WAIT = 300_000
 DOCS_IMAGE = ("Generate", 1280, "light", "demo.png")
@@ -41,9 +45,7 @@ def main() -> None:
                 browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS.split())
                 for width, height in WIDTHS.items():
                     for scheme in SCHEMES:
-                        context = browser.new_context(
-                            viewport={"width": width, "height": height}, color_scheme=scheme
-                        )
+                        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
                         take(context.new_page(), address, args, width, scheme)
                         context.close()
                 browser.close()

@@ -112,7 +112,8 @@ def serve(args: argparse.Namespace, folder: Path):
     # Uploads and results lie in a folder of this server's own, which nobody else on the machine can read.
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "gradio")
     trainer, board = Trainer(worker), Board("images", "trainings")
-    page = build_page(worker, trainer, Results(folder / "results"), board)
+    results = Results(folder / "results")
+    page = build_page(worker, trainer, results, board)
     launch(
         page,
         server_name=args.host,
@@ -121,5 +122,5 @@ def serve(args: argparse.Namespace, folder: Path):
         auth=auth,
         prevent_thread_lock=True,
     )
-    page.worker, page.trainer, page.board = worker, trainer, board
+    page.worker, page.trainer, page.board, page.results = worker, trainer, board, results
     return page

@@ -58,13 +58,15 @@ class Job:
     def follow(self) -> Iterator[Any]:
         """Its news until it is done, `Waiting` while it is in line; who is slow is told only the latest.
 
+        News with a true `is_result` come when it is done: nothing comes after them.
+
         Raises:
             Exception: the job's own.
         """
         told = object()
         while True:
             with self._board.changed:
-                self._board.changed.wait_for(lambda told=told: self.done or self._told() != told)
+                self._board.changed.wait_for(lambda told=told: self.done or self._has_more_than(told))
                 news, done = self._told(), self.done
             if news is not None and news != told:
                 yield news
@@ -103,6 +105,10 @@ class Job:
                     self._board.changed.notify_all()
         finally:
             news.close()
+
+    def _has_more_than(self, told: Any) -> bool:
+        news = self._told()
+        return news != told and not getattr(news, "is_result", False)
 
     def _told(self) -> Any:
         if self.started or self.done:

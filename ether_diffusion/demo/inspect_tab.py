@@ -129,7 +129,7 @@ class InspectTab:
             else:
                 path = self.worker.export(adapter.name, to, folder)
         except (ValueError, OSError) as error:
-            return {self.status: problem(str(error))}
+            return {self.status: problem(str(error)), self.download: None}
         told = f"{path.name}: {path.stat().st_size:,} bytes."
         return {self.status: status(told), self.download: str(path)}
 

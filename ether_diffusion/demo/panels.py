@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import gradio as gr
 from PIL import Image
@@ -112,7 +112,6 @@ class JobPanel:
         if job is None:
             yield {self.status: gr.skip()}
             return
-        yield self._buttons(job)
         yield from self._follow(job)
 
     @property
@@ -121,17 +120,14 @@ class JobPanel:
         return self._outputs
 
     def _follow(self, job: Job) -> Iterator[Update]:
-        idle = {self.go: gr.update(visible=True), self.stop: gr.update(visible=False)}
         try:
-            update: Update = {}
             for news in job.follow():
-                update = {self.status: _place(news)} if isinstance(news, Waiting) else self._show(news)
-                yield update
-            yield {**update, **idle}
+                shown = {self.status: _place(news)} if isinstance(news, Waiting) else self._show(news)
+                yield {**self._buttons(job), **shown}
         except Cancelled:
-            yield {self.status: status("Cancelled."), **idle}
+            yield {**self._buttons(job), self.status: status("Cancelled.")}
         except (InputError, Failed) as error:
-            yield {self.status: problem(str(error)), **idle}
+            yield {**self._buttons(job), self.status: problem(str(error))}
             raise gr.Error(str(error), visible=False, print_exception=False) from None
 
     def _buttons(self, job: Job) -> Update:
@@ -149,6 +145,8 @@ class JobPanel:
 @dataclass(frozen=True)
 class Shown:
     """The last news of images: their files with a caption each, a line of text, and the map that steered them."""
+
+    is_result: ClassVar[bool] = True
 
     files: list[tuple[str, str]]
     summary: str

@@ -70,6 +70,10 @@ class Progress:
     name: str | None = None
     sheets: Mapping[int, Image.Image] = field(default_factory=dict)
 
+    @property
+    def is_result(self) -> bool:
+        return self.name is not None
+
 
 @dataclass(frozen=True)
 class Choices:

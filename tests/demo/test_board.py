@@ -54,6 +54,28 @@ def test_lanes_are_apart_and_the_place_in_line_is_told(board):
     assert list(first.follow())[-1] == "0" and list(third.follow())[-1] == "2"
 
 
+def test_a_result_comes_when_nothing_comes_after_it(board):
+    looked, gate = threading.Event(), threading.Event()
+
+    class Result:
+        is_result = True
+
+    result = Result()
+
+    def work():
+        yield "began"
+        assert looked.wait(10)
+        yield result
+        assert gate.wait(10)
+
+    job = board.submit("images", "generate", "me", work)
+    followed = job.follow()
+    assert next(each for each in followed if not isinstance(each, Waiting)) == "began"
+    looked.set()
+    threading.Timer(0.3, gate.set).start()
+    assert list(followed) == [result] and job.done
+
+
 def test_cancelling_closes_the_work(board):
     gate, closed = threading.Event(), threading.Event()
 

@@ -10,7 +10,7 @@ from ether_diffusion.commands.demo import SHIPPED
 from ether_diffusion.demo.jobs import Generated
 from ether_diffusion.demo.library import Library
 from ether_diffusion.demo.settings import Settings
-from ether_diffusion.demo.train_tab import Trainer
+from ether_diffusion.demo.training import Choices, Trainer
 from ether_diffusion.demo.worker import Worker
 from ether_diffusion.errors import InputError
 
@@ -30,7 +30,7 @@ def test_adapters_of_its_own_fit_and_those_of_the_other_miniature_do_not(worker)
     assert worker.fit(worker.library.get("toy-1")).startswith("does not fit")
     ((base, adapted),) = generate(worker, adapters=(("own", 1.0),)).images
     assert base.size == adapted.size == (64, 64) and not np.array_equal(np.asarray(base), np.asarray(adapted))
-    ((again, _),) = generate(worker).images
+    ((again,),) = generate(worker).images
     assert np.array_equal(np.asarray(again), np.asarray(base))
 
 
@@ -52,7 +52,7 @@ def test_the_page_offers_it_by_its_name(tmp_path):
     try:
         assert "the miniature-dit, a toy that comes with the package" in str(page.get_config_file())
         assert page.worker.library.adapters() == []  # those that are shipped are of the other
-        connect(page).predict(api_name="/refresh")
+        connect(page).predict("", api_name="/refresh")
     finally:
         close(page)
 
@@ -62,7 +62,7 @@ def test_photos_become_an_adapter_of_it(worker, photographs):
     trainer = Trainer(worker)
     photos = sorted(photographs.iterdir())
     try:
-        *_, last = trainer.train(photos, name="learned", word="toy", method="ether_plus", steps=3)
+        *_, last = trainer.train(Choices(photos, "learned", "toy", method="ether_plus", steps=3))()
     finally:
         trainer.close()
     assert last.name == "learned" and len(last.losses) == 3

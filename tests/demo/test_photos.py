@@ -1,10 +1,12 @@
 """Photographs that users send."""
 
-import numpy as np
+from pathlib import Path
+
 import pytest
+from helpers.demo import in_gallery
 from PIL import Image
 
-from ether_diffusion.demo.photos import cut_square, read_photo
+from ether_diffusion.demo.photos import read_photo
 from ether_diffusion.errors import InputError
 
 
@@ -17,10 +19,30 @@ def test_a_photo_with_too_many_pixels_is_not_decoded(tmp_path):
         read_photo(tmp_path / "no.png", 256)
 
 
-def test_a_cut_is_the_square_that_was_asked_for():
-    image = Image.fromarray(np.arange(60 * 100, dtype=np.int32).reshape(60, 100))
-    pixels = np.asarray(image)
-    assert np.array_equal(np.asarray(cut_square(image)), pixels[:, 20:80])
-    assert np.array_equal(np.asarray(cut_square(image, 50, 0, 100)), pixels[30:, :30])
-    assert np.array_equal(np.asarray(cut_square(image, 50, 250, -3)), pixels[:30, 70:])
-    assert cut_square(image, 0).size == (1, 1)
+def test_photos_come_upright_and_small_and_the_bad_one_is_marked(client, tmp_path):
+    tall = Image.new("RGB", (3000, 2000))
+    tall.save(tmp_path / "turned.jpg", exif=turned())
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    sent = [in_gallery(tmp_path / name) for name in ("turned.jpg", "bad.jpg")]
+    shown, said = client.predict(sent, api_name="/photos")
+    good, bad = shown
+    assert Image.open(good["image"]).size == (683, 1024) and good["caption"] is None
+    assert bad["caption"] == "✗ bad.jpg"
+    assert "bad.jpg: is not an image that can be read" in said["value"] and "Remove what is marked" in said["value"]
+    photos = [*[in_gallery(Path(good["image"]))] * 3, in_gallery(Path(bad["image"]))]
+    with pytest.raises(Exception, match=r"Photos: remove what is marked with ✗ \(1 of 4\) first"):
+        client.predict(photos, "dog", "dog", "", "ether", 2, None, api_name="/train")
+
+
+def turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    return exif
+
+
+def test_a_photo_of_a_phone_is_read(client, photographs, tmp_path):
+    heif = pytest.importorskip("pillow_heif")
+    with Image.open(sorted(photographs.iterdir())[0]) as image:
+        heif.from_pillow(image.convert("RGB")).save(tmp_path / "phone.heic")
+    ((shown,), _) = client.predict([in_gallery(tmp_path / "phone.heic")], api_name="/photos")
+    assert Image.open(shown["image"]).size == (64, 64) and shown["caption"] is None

@@ -28,7 +28,7 @@ def chromium() -> Iterator[Any]:
 
 @contextmanager
 def opener(browser: Any, home: str) -> Iterator[Callable[..., Any]]:
-    """opener(address, **options of the context) -> the page, loaded; the addresses that it asked for are in `asked`."""
+    """opener(address, **options of the context) -> the page, loaded; what it asked for is in its `asked`."""
     contexts = []
 
     def call(address: str = home, **options: Any) -> Any:

@@ -4,6 +4,7 @@ import functools
 import os
 from argparse import Namespace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import gradio_client
 import numpy as np
@@ -68,18 +69,43 @@ def count_steps(worker: Worker, monkeypatch) -> list:
 
 
 def ask(client, *adapters: tuple[str, float], seed: int = 0, steps: int = STEPS, **others: object):
-    """What the page answers: (status, preview, gallery, seed)."""
+    """What the page answers, an `Answer` where it is read by that: status, address, preview, gallery, slider, seed."""
     strengths = [strength for _, strength in adapters] + [1.0] * 3
-    others = {"prompt": PROMPT, "negative": "", "width": 64, "height": 64, "draw": False, "count": 1} | others
+    usual = {"prompt": PROMPT, "negative": "", "width": 64, "height": 64, "draw": False, "count": 1, "grid": False}
+    given = usual | {"start": None, "change": 0.6} | others
     return client.submit(
-        [name for name, _ in adapters], *strengths[:3], others["prompt"], others["negative"], steps, 5.0,
-        others["width"], others["height"], others["draw"], seed, others["count"], api_name="/generate",
+        [name for name, _ in adapters], *strengths[:3], given["prompt"], given["negative"], steps, 5.0,
+        given["width"], given["height"], given["draw"], seed, given["count"], given["grid"], given["start"],
+        given["change"], api_name="/generate",
     )  # fmt: skip
 
 
+class Answer(NamedTuple):
+    status: str
+    address: str
+    preview: Any
+    gallery: list[dict]
+    slider: Any
+    seed: int
+
+    @property
+    def files(self) -> list[Path]:
+        return [Path(each["image"]) for each in self.gallery]
+
+
+def told(job) -> str:
+    """The last status of a job of a client's; empty before the first."""
+    return outputs[-1][0] if (outputs := job.outputs()) else ""
+
+
 def images_of(answer) -> list[np.ndarray]:
-    return [np.asarray(Image.open(each["image"])) for each in answer[2]]
+    return [np.asarray(Image.open(path)) for path in Answer(*answer).files]
 
 
 def uploaded(photographs: Path) -> list:
-    return [gradio_client.handle_file(path) for path in sorted(photographs.iterdir())]
+    """Photographs as the page's gallery has them."""
+    return [in_gallery(path) for path in sorted(photographs.iterdir())]
+
+
+def in_gallery(path: Path) -> dict:
+    return {"image": gradio_client.handle_file(path), "caption": None}
