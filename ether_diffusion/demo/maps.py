@@ -83,4 +83,6 @@ def legend(classes: Mapping[str, str]) -> str:
         f'<li><span class="ether-swatch" style="background:{escape(colour)}"></span>{escape(name)}</li>'
         for name, colour in classes.items()
     )
-    return f'<ul class="ether-legend" aria-label="Classes and their colours">{items}</ul>' if items else ""
+    return (
+        f'<ul class="ether-legend" tabindex="0" aria-label="Classes and their colours">{items}</ul>' if items else ""
+    )

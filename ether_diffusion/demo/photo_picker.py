@@ -64,8 +64,6 @@ class PhotoPicker:
                 image_mode="RGB",
                 sources=(),
                 transforms=("crop",),
-                brush=False,
-                eraser=False,
                 layers=False,
                 format="png",
                 elem_id="crop",
@@ -97,9 +95,9 @@ class PhotoPicker:
 
     def prepare(self, shown: Shown | None, request: gr.Request) -> Update:
         """Photos as they would be trained on, upright and in a format that browsers show; the bad ones marked."""
-        folder, kept, bad = self.results.folder(owner_of(request)), [], []
+        folder, kept, bad = self._folder(request), [], []
         for k, (path, caption) in enumerate(shown or []):
-            if Path(path).stem.endswith(BAD) or Path(path).parent.parent == folder.parent:
+            if Path(path).stem.endswith(BAD):
                 kept.append((path, caption))
                 continue
             target = folder / f"{k}-{Path(path).stem[:40]}.png"
@@ -111,6 +109,12 @@ class PhotoPicker:
                 kept.append((str(mark_bad(target)), f"✗ {Path(path).name}"))
         told = " ".join([*bad, "Remove what is marked with ✗."]) if bad else ""
         return {self.gallery: kept, self.told: _line(told)}
+
+    def _folder(self, request: gr.Request) -> Path:
+        """A new one, below those in which the history looks for images."""
+        folder = self.results.folder(owner_of(request)) / "photos"
+        folder.mkdir()
+        return folder
 
     def chosen(self, shown: Shown | None) -> list[str]:
         """The files of the photos.
@@ -139,7 +143,7 @@ class PhotoPicker:
         part: Image.Image | None = (drawn or {}).get("composite")
         if not shown or index is None or not 0 <= index < len(shown) or part is None:
             raise gr.Error("Crop: choose a photo first", visible=False, print_exception=False)
-        path = self.results.folder(owner_of(request)) / f"{Path(shown[index][0]).stem[:40]}-cut.png"
+        path = self._folder(request) / f"{Path(shown[index][0]).stem[:40]}-cut.png"
         part.convert("RGB").save(path)
         photos = [*shown[:index], (str(path), None), *shown[index + 1 :]]
         return {self.gallery: photos, self.cropping: gr.update(visible=False), self.told: _line("")}
@@ -148,7 +152,7 @@ class PhotoPicker:
         """What draws a subject of the miniature's world, and says what it is called."""
 
         def draw(request: gr.Request) -> tuple[Any, ...]:
-            folder, photos = self.results.folder(owner_of(request)), []
+            folder, photos = self._folder(request), []
             for k in range(DRAWN):
                 path = folder / f"{subject.name}-{k}.png"
                 subject.view(k).render().image.save(path)
