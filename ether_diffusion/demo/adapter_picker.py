@@ -55,7 +55,7 @@ class AdapterPicker:
     def connect(self, prompt: gr.Textbox) -> None:
         """Let a click choose an adapter and write the prompt that it was trained with."""
         quiet = {"api_name": False, "show_progress": "hidden"}
-        self.search.input(self.filter, self.search, [self.gallery, self.shown], trigger_mode="always_last", **quiet)
+        self.search.change(self.filter, self.search, [self.gallery, self.shown], trigger_mode="always_last", **quiet)
         self.gallery.select(self._choose, self.shown, [self.names, prompt], **quiet)
         self.names.change(
             lambda names: [gr.update(**labels) for labels in strength_labels(names or [])],
