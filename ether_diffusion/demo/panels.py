@@ -120,10 +120,14 @@ class JobPanel:
         return self._outputs
 
     def _follow(self, job: Job) -> Iterator[Update]:
+        told: Update = {}
         try:
             for news in job.follow():
                 shown = {self.status: _place(news)} if isinstance(news, Waiting) else self._show(news)
-                yield {**self._buttons(job), **shown}
+                # An image that is sent once more is written once more, perhaps while the browser reads its file.
+                fresh = {each: value for each, value in shown.items() if not _is_same_image(value, told.get(each))}
+                told |= shown
+                yield {**self._buttons(job), **fresh}
         except Cancelled:
             yield {**self._buttons(job), self.status: status("Cancelled.")}
         except (InputError, Failed) as error:
@@ -223,6 +227,11 @@ def _summary(done: Generated) -> str:
     seed = done.settings.seed
     seeds = f"seed {seed}" if done.settings.images == 1 else f"seeds from {seed} on"
     return f"Done in {done.seconds:.1f} s, {seeds}."
+
+
+def _is_same_image(value: Any, before: Any) -> bool:
+    value, before = (each.get("value") if isinstance(each, dict) else each for each in (value, before))
+    return isinstance(value, Image.Image) and value is before
 
 
 def _place(news: Waiting) -> str:
