@@ -18,7 +18,7 @@ class RecipePanel:
     """Built where it is made: an accordion that asks for a model and a card."""
 
     def __init__(self) -> None:
-        with gr.Accordion("A larger model on my own card", open=False, elem_id="recipe"):
+        with gr.Accordion("A larger model on my own card", elem_id="recipe"):
             with gr.Row():
                 self.model = gr.Dropdown(list(MODELS), value=next(iter(MODELS)), label="Model", min_width=120)
                 self.vram = gr.Number(label="I have, in GB", value=CARD, minimum=1, min_width=120)
