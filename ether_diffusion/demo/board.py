@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 MOST_UNFINISHED = 16
 """Jobs of one owner that wait or run at the same time."""
+LONGEST_LINE = 64
+"""Jobs of all owners that wait or run at the same time."""
 MOST_KEPT = 1000
 """Finished jobs that are remembered, of all owners."""
 
@@ -139,12 +141,14 @@ class Board:
         kind: what its news are, for who follows.
 
         Raises:
-            InputError: the owner has too many unfinished ones.
+            InputError: too many are unfinished, of the owner or in all.
         """
         with self.changed:
-            unfinished = sum(not job.done for job in self._jobs.values() if job.owner == owner)
-            if unfinished >= MOST_UNFINISHED:
-                raise InputError(f"{unfinished} of your jobs are not done yet; wait for one, or cancel one")
+            unfinished = [job.owner for job in self._jobs.values() if not job.done]
+            if (own := unfinished.count(owner)) >= MOST_UNFINISHED:
+                raise InputError(f"{own} of your jobs are not done yet; wait for one, or cancel one")
+            if len(unfinished) >= LONGEST_LINE:
+                raise InputError(f"{len(unfinished)} jobs are in line, and no more fit; try again in a while")
             for old in [job.address for job in self._jobs.values() if job.done][: max(0, len(self._jobs) - MOST_KEPT)]:
                 del self._jobs[old]
             job = Job(self, lane, kind, owner, work)

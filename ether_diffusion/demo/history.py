@@ -6,7 +6,7 @@ from pathlib import Path
 
 import gradio as gr
 
-from ether_diffusion.demo.panels import Update
+from ether_diffusion.demo.panels import Update, connect_download
 from ether_diffusion.demo.results import Results
 from ether_diffusion.demo.server import owner_of
 
@@ -32,18 +32,26 @@ class History:
                 elem_id=name,
                 elem_classes=["ether-images", "ether-history"],
             )
-            self.download = gr.DownloadButton("Download all", size="sm", interactive=False, elem_id=f"{name}-download")
+            self.all = gr.Button("Download all", size="sm", interactive=False, elem_id=f"{name}-download")
+            self.file = connect_download(self.all, self.download, None, [], api_name="download_all")
 
     def connect(self, done: gr.events.Dependency) -> None:
         """Show it anew after an event."""
         quiet = {"api_name": False, "show_progress": "hidden"}
-        done.then(self.refresh, None, [self.gallery, self.download], **quiet)
+        done.then(self.refresh, None, self.shown, **quiet)
+
+    @property
+    def shown(self) -> list[gr.components.Component]:
+        """What `refresh` updates."""
+        return [self.gallery, self.all]
 
     def refresh(self, request: gr.Request) -> Update:
-        owner = owner_of(request)
-        images = self.results.history(owner)
-        archive = self.results.archive(owner)
+        images = self.results.history(owner_of(request))
         return {
             self.gallery: [(path, Path(path).stem) for path in images],
-            self.download: gr.update(value=archive and str(archive), interactive=archive is not None),
+            self.all: gr.update(interactive=bool(images)),
         }
+
+    def download(self, request: gr.Request) -> Update:
+        archive = self.results.archive(owner_of(request))
+        return {self.file: archive and str(archive)}

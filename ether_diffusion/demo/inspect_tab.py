@@ -12,7 +12,7 @@ import pandas as pd
 from ether_diffusion.analysis.report import describe
 from ether_diffusion.demo.library import clean_name
 from ether_diffusion.demo.markup import problem, status
-from ether_diffusion.demo.panels import Update
+from ether_diffusion.demo.panels import Update, connect_download
 from ether_diffusion.demo.results import Results
 from ether_diffusion.demo.server import owner_of
 from ether_diffusion.demo.verdict import by_block, verdict
@@ -23,9 +23,6 @@ from ether_diffusion.tuner.config import METHOD_NAMES
 FORMATS = [("ETHER", "ether"), ("LoRA for diffusers", "diffusers-lora"), ("LoRA for kohya, ComfyUI, A1111", "kohya")]
 LAYER_COLUMNS = ["Layer", "Side", "Width", "Angle", "Distance"]
 START = status("Choose an adapter, or upload a file.")
-DOWNLOAD = (
-    "() => setTimeout(() => document.querySelector('#export-file a, a#export-file, #export-file')?.click(), 300)"
-)
 
 
 class InspectTab:
@@ -39,7 +36,9 @@ class InspectTab:
                 self.adapter = gr.Dropdown(names, value=None, label="Adapter", elem_id="inspected")
                 self.format = gr.Dropdown(FORMATS, value="ether", label="Format", elem_id="export-format")
                 self.give_out = gr.Button("Export and download", variant="primary", elem_id="export")
-                self.download = gr.DownloadButton("File", elem_id="export-file", elem_classes="ether-unseen")
+                chosen = [self.adapter, self.format]
+                self.status = gr.HTML(START, elem_id="inspect-status", elem_classes="ether-line", render=False)
+                self.download = connect_download(self.give_out, self.export, chosen, [self.status], api_name="export")
                 with gr.Column(visible=False, elem_id="own-adapter") as self.own:
                     self.new_name = gr.Textbox(label="Name of this adapter of yours", elem_id="new-name")
                     with gr.Row():
@@ -50,7 +49,7 @@ class InspectTab:
                     self.file_name = gr.Textbox(label="Name", placeholder="my-dog", elem_id="file-name")
                     self.add = gr.Button("Add to the adapters", size="sm", elem_id="add-adapter")
             with gr.Column(elem_classes="ether-results"):
-                self.status = gr.HTML(START, elem_id="inspect-status", elem_classes="ether-line")
+                self.status.render()
                 with gr.Column(visible=False, elem_id="report") as self.report:
                     self.chart = gr.BarPlot(
                         x="block", color="side", tooltip="all", height=260, y="value", elem_id="angles"
@@ -71,14 +70,6 @@ class InspectTab:
         hidden = {"show_progress": "hidden"}
         self.adapter.change(self.inspect, self.adapter, shown, api_name="inspect", **hidden)
         self.uploaded.change(self.check, self.uploaded, [*shown, self.file_name], api_name="check_file", **hidden)
-        given_out = self.give_out.click(
-            self.export,
-            [self.adapter, self.format],
-            [self.status, self.download],
-            api_name="export",
-            **hidden,
-        )
-        given_out.success(None, None, None, js=DOWNLOAD, api_name=False)
         lists = [self.adapter, self.status]
         named = [self.adapter, self.new_name]
         self.changed = [

@@ -59,7 +59,7 @@ def build_page(worker: Worker, trainer: Trainer, results: Results, board: Board)
         used.then(generate.picker.fill, used_name, generate.picker.names, **quiet).then(
             None, None, None, js=OPEN_GENERATE, api_name=False
         )
-        page.load(generate.history.refresh, None, [generate.history.gallery, generate.history.download], **quiet)
+        page.load(generate.history.refresh, None, generate.history.shown, **quiet)
         for panel in (generate.panel, train.panel, control.panel):
             page.load(panel.resume, asked, panel.resumed, js=ADDRESS, concurrency_limit=None, **quiet)
             panel.address.change(None, panel.address, None, js="(job) => window.etherAddress(job)", **quiet)

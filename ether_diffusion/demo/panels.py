@@ -36,6 +36,21 @@ def sampling_sliders(worker: Worker, start: Settings) -> list[gr.Slider]:
     ]
 
 
+def connect_download(
+    button: gr.Button,
+    make: Callable[..., Update],
+    inputs: Sequence[gr.components.Component] | None,
+    outputs: Sequence[gr.components.Component],
+    *,
+    api_name: str,
+) -> gr.DownloadButton:
+    """Let a click make a file and download it; `make` updates the button that is returned, which nobody sees."""
+    unseen = gr.DownloadButton("File", elem_id=f"{api_name}-file", elem_classes="ether-unseen")
+    made = button.click(make, inputs, [*outputs, unseen], api_name=api_name, show_progress="hidden")
+    made.success(None, None, None, js=f"() => window.etherDownload('#{api_name}-file')", api_name=False)
+    return unseen
+
+
 class JobPanel:
     """The buttons that start and cancel a job, the line that says where it is, and its address.
 

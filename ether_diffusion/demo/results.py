@@ -17,6 +17,7 @@ from ether_diffusion.demo.settings import Settings, save_image
 from ether_diffusion.images import image_grid
 
 KEPT_SECONDS = 24 * 3600
+ARCHIVE = "ether-images.zip"
 MOST_SHOWN = 200
 """Images of a history; older ones are still in the archive."""
 LONGEST_SLUG = 40
@@ -65,7 +66,9 @@ class Results:
         images = self._images(owner)
         if not images:
             return None
-        path = self.folder(owner) / "ether-images.zip"
+        for earlier in self._of(owner).glob(f"*/{ARCHIVE}"):
+            earlier.unlink(missing_ok=True)
+        path = self.folder(owner) / ARCHIVE
         with zipfile.ZipFile(path, "w") as archive:  # PNGs are compressed as they are
             for k, image in enumerate(images, 1):
                 archive.write(image, f"{k:03}_{image.name}")

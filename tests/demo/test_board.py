@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from ether_diffusion.demo.board import MOST_UNFINISHED, Board, Waiting
+from ether_diffusion.demo.board import LONGEST_LINE, MOST_UNFINISHED, Board, Waiting
 from ether_diffusion.demo.jobs import Cancelled, Failed
 from ether_diffusion.errors import InputError
 
@@ -122,6 +122,15 @@ def test_one_owner_cannot_fill_the_line(board):
     other = board.submit("images", "generate", "you", held(gate, "one"))
     gate.set()
     assert list(other.follow())[-1] == "one"
+
+
+def test_the_line_has_an_end(board):
+    gate = threading.Event()
+    for k in range(LONGEST_LINE):
+        board.submit("images", "generate", f"owner {k}", held(gate, "one"))
+    with pytest.raises(InputError, match=f"{LONGEST_LINE} jobs are in line, and no more fit"):
+        board.submit("images", "generate", "one more", held(gate, "one"))
+    gate.set()
 
 
 def iter_of(*news: str):
