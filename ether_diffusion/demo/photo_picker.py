@@ -17,7 +17,7 @@ from ether_diffusion.demo.server import owner_of
 from ether_diffusion.errors import InputError
 from ether_diffusion.miniature.world import Subject, subjects
 
-LARGEST = 1024
+LARGEST = 2048
 """Pixels a side of what is kept of a photo."""
 DRAWN = 5
 """Images of a drawn subject."""

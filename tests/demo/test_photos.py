@@ -26,7 +26,7 @@ def test_photos_come_upright_and_small_and_the_bad_one_is_marked(client, tmp_pat
     sent = [in_gallery(tmp_path / name) for name in ("turned.jpg", "bad.jpg")]
     shown, said = client.predict(sent, api_name="/photos")
     good, bad = shown
-    assert Image.open(good["image"]).size == (683, 1024) and good["caption"] is None
+    assert Image.open(good["image"]).size == (1365, 2048) and good["caption"] is None
     assert bad["caption"] == "✗ bad.jpg"
     assert "bad.jpg: is not an image that can be read" in said["value"] and "Remove what is marked" in said["value"]
     photos = [*[in_gallery(Path(good["image"]))] * 3, in_gallery(Path(bad["image"]))]
