@@ -1,5 +1,6 @@
 """Training from the page: in line, in a process of its own, up to an adapter that generates."""
 
+import contextlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,8 +18,12 @@ from ether_diffusion.errors import InputError
 
 def scripts() -> list[psutil.Process]:
     """The training scripts that this process has started and that still run."""
-    running = [each for each in psutil.Process().children() if each.status() != psutil.STATUS_ZOMBIE]
-    return [each for each in running if "ether_diffusion.training.dreambooth" in each.cmdline()]
+    found = []
+    for each in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it may end while one looks
+            if each.status() != psutil.STATUS_ZOMBIE and "ether_diffusion.training.dreambooth" in each.cmdline():
+                found.append(each)
+    return found
 
 
 @pytest.fixture
