@@ -31,10 +31,11 @@ def adapter_at_step(run: Path, step: int) -> AdapterFile:
         component, _, path = path.partition(".")
         vectors[f"{component}.{canonical_path(component, without_base_layer(path))}.{kind}"] = vector
     wanted = {f"{component}.{key}": tensor for component, each in last.tensors.items() for key, tensor in each.items()}
-    if last.weights or {key: each.shape for key, each in vectors.items()} != {k: t.shape for k, t in wanted.items()}:
+    if last.weights or any(key not in wanted or wanted[key].shape != each.shape for key, each in vectors.items()):
         raise InputError(f"{checkpoint.path}: holds other vectors than the adapter beside it")
+    # What a model does not use, such as the last block's queries of text in Stable Diffusion 3, is not trained.
     tensors = {
-        component: {key: vectors[f"{component}.{key}"].to(tensor.dtype) for key, tensor in each.items()}
+        component: {key: vectors.get(f"{component}.{key}", tensor).to(tensor.dtype) for key, tensor in each.items()}
         for component, each in last.tensors.items()
     }
     return replace(last, tensors=tensors)

@@ -43,3 +43,14 @@ def test_what_has_no_such_step_is_refused(photographs, tmp_path):
         adapter_at_step(run, 2)
     with pytest.raises(InputError, match="checkpoint-3"):
         adapter_at_step(run, 3)
+
+
+def test_what_a_transformer_does_not_train_is_as_it_was(photographs, tmp_path):
+    run = train(photographs, tmp_path / "run", "--pretrained_model_name_or_path", "miniature-dit")
+    last, again = find_adapter_file(run).tensors["transformer"], adapter_at_step(run, 4).tensors["transformer"]
+    assert last.keys() == again.keys() and all(torch.equal(again[key], each) for key, each in last.items())
+    earlier = adapter_at_step(run, 2).tensors["transformer"]
+    assert torch.equal(earlier["transformer_blocks.5.attn.add_q_proj.ether_u"], last[
+        "transformer_blocks.5.attn.add_q_proj.ether_u"
+    ])  # fmt: skip
+    assert not torch.equal(*(each["transformer_blocks.0.attn.to_q.ether_u"] for each in (earlier, last)))
