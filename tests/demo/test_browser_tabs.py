@@ -182,10 +182,13 @@ def test_the_place_in_line_is_shown_and_a_cancelled_image_stops(open_page):
     assert len(generate(page)) == 2
 
 
-def test_adapters_are_filtered_by_text(open_page):
+def test_a_click_chooses_an_adapter_and_its_prompt(open_page):
     page = open_page()
     page.locator("#adapter-filter textarea, #adapter-filter input").first.fill("house")
     sync_api.expect(page.locator("#adapter-gallery .grid-wrap img")).to_have_count(1, timeout=WAIT)
+    page.locator("#adapter-gallery .thumbnail-item").first.press("Enter")
+    sync_api.expect(page.locator("#adapters")).to_contain_text("house-1", timeout=WAIT)
+    sync_api.expect(page.locator("#prompt textarea")).to_have_value("a photo of qwe house", timeout=WAIT)
 
 
 def test_strengths_stand_side_by_side_and_the_history_has_them(open_page):
