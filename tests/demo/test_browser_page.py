@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from helpers.browser import CHROMIUM, WAIT, says
+from helpers.browser import CHROMIUM, WAIT, enter, says
 
 from ether_diffusion.demo.page import TABS
 
@@ -17,12 +17,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium; apt-get install chromium"),
 ]
-
-
-def enter(page, label: str, number: str) -> None:
-    box = page.get_by_role("spinbutton", name=label).first
-    box.fill(number)
-    box.press("Enter")
 
 
 def long_job(page) -> None:

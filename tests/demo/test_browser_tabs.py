@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.browser import CHROMIUM, WAIT, says
+from helpers.browser import CHROMIUM, WAIT, enter, says
 from PIL import Image
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -29,12 +29,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium; apt-get install chromium"),
 ]
-
-
-def enter(page, label: str, number: str) -> None:
-    box = page.get_by_role("spinbutton", name=label).first
-    box.fill(number)
-    box.press("Enter")
 
 
 def generated(page, gallery: str = "#generate-images") -> list[bytes]:

@@ -51,3 +51,10 @@ def says(page: Any, place: str, text: str) -> None:
     from playwright import sync_api
 
     sync_api.expect(page.locator(place)).to_contain_text(text, timeout=WAIT)
+
+
+def enter(page: Any, label: str, number: str) -> None:
+    """Type into the first box of numbers of this label."""
+    box = page.get_by_role("spinbutton", name=label).first
+    box.fill(number)
+    box.press("Enter")
