@@ -19,8 +19,8 @@ MOST_UNFINISHED = 16
 """Jobs of one owner that wait or run at the same time."""
 LONGEST_LINE = 64
 """Jobs of all owners that wait or run at the same time."""
-MOST_KEPT = 1000
-"""Finished jobs that are remembered, of all owners."""
+MOST_KEPT = 200
+"""Finished jobs that are remembered, of all owners: each may hold images of a few megabytes."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ MAX_UPLOAD_BYTES = 200_000_000
 """Of all that is sent at once."""
 MAX_PIXELS = 40_000_000
 """Of an image; Pillow refuses what has twice as many."""
-LONGEST_LINE = 64
+MOST_EVENTS = 64
 """Requests that wait at the same time, for whatever."""
 OWNER = "ether-owner"
 COOKIE = "Path=/; Max-Age=31536000; HttpOnly; SameSite=Lax"
@@ -40,7 +40,7 @@ CSS, HEAD = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name
 def launch(page: gr.Blocks, **options: Any) -> tuple[Any, str, str | None]:
     """Serve the page; `options` are those of Gradio's `launch`."""
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-    page.queue(max_size=LONGEST_LINE, default_concurrency_limit=4)
+    page.queue(max_size=MOST_EVENTS, default_concurrency_limit=4)
     return page.launch(
         theme=_theme(),
         css=CSS,

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from ether_diffusion.demo.board import LONGEST_LINE, MOST_UNFINISHED, Board, Waiting
+from ether_diffusion.demo.board import LONGEST_LINE, MOST_KEPT, MOST_UNFINISHED, Board, Waiting
 from ether_diffusion.demo.jobs import Cancelled, Failed
 from ether_diffusion.errors import InputError
 
@@ -131,6 +131,15 @@ def test_the_line_has_an_end(board):
     with pytest.raises(InputError, match=f"{LONGEST_LINE} jobs are in line, and no more fit"):
         board.submit("images", "generate", "one more", held(gate, "one"))
     gate.set()
+
+
+def test_finished_jobs_are_forgotten_the_oldest_first(board):
+    jobs = []
+    for _ in range(MOST_KEPT + 5):
+        jobs.append(board.submit("images", "generate", "me", lambda: iter_of("one")))
+        assert list(jobs[-1].follow())[-1] == "one"
+    assert board.find(jobs[0].address) is None and board.find(jobs[-1].address) is jobs[-1]
+    assert sum(board.find(job.address) is not None for job in jobs) <= MOST_KEPT + 1
 
 
 def iter_of(*news: str):
