@@ -105,7 +105,7 @@ def _lora_file(path: Path) -> Path | None:
     if path.suffix != ".safetensors" or not path.is_file():
         return None
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "np") as file:
             return path if any("lora" in key for key in file.keys()) else None
     except SafetensorError:
         return None  # `find_adapter_file` says what is wrong with it

@@ -55,7 +55,7 @@ def find_lora_file(source: str | Path) -> Path | None:
         return None
     check_start(path)
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "np") as file:
             names, metadata = file.keys(), file.metadata() or {}
     except (SafetensorError, ValueError) as error:
         raise EtherFileError(f"{path} is not a whole safetensors file (cut short or damaged): {error}") from error
@@ -69,7 +69,7 @@ def read_lora(pipe: DiffusionPipeline, path: Path) -> HostAdapter:
         EtherFileError: more than plain LoRA on linear layers and convolutions, or what does not fit the pipeline.
     """
     tensors = {name: tensor.clone() for name, tensor in read_tensors(path).items()}
-    with safe_open(path, "pt") as file:
+    with safe_open(path, "np") as file:
         metadata = _json(path, (file.metadata() or {}).get(METADATA, "{}"))
     models = models_of(pipe)
     if path.name == PEFT_WEIGHTS_NAME and (path.parent / PEFT_CONFIG_NAME).is_file():

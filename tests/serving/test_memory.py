@@ -5,11 +5,16 @@ import sys
 import weakref
 
 import pytest
+import torch
+from helpers.bounds import within_bounds
 from helpers.pipelines import open_pipeline
 from helpers.scripts import wait_until
 from helpers.serving import NAMES, WAIT, Asked, save_adapters
+from safetensors.torch import save_file
 
+from ether_diffusion.analysis.effect import _lora_file
 from ether_diffusion.serving import Engine
+from ether_diffusion.serving.lora_file import find_lora_file
 from ether_diffusion.serving.rows import AdapterRows
 
 
@@ -56,3 +61,12 @@ def test_adapters_that_are_read_again_and_again_leave_nothing_behind(tiny_pipeli
     before = blocks_after(3)
     assert blocks_after(10) - before < 40 * len(NAMES)  # of 32 bytes or so; each file has 20 and more vectors
     rows.close()
+
+
+def test_looking_whether_a_large_file_is_a_lora_costs_none_of_its_size(tmp_path):
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file({"unet.a.lora_A.weight": torch.zeros(1 << 25)}, path)
+    for look in (find_lora_file, _lora_file):
+        look(tmp_path)  # what is imported for it is not the file's
+        with within_bounds(0):
+            assert look(tmp_path) == path
